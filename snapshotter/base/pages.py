@@ -1,0 +1,54 @@
+"""How pages travel between the engine and the store, neither of which knows the other.
+
+A *space* is a named set of pages: one per address space ("mm/4242") and one per shared memory
+object ("shmem/3"), with the same name as the image that describes it. A page number is
+vaddr // 4096 in an mm, offset // 4096 in a shmem object. A run is (first page number, nr_pages).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+PAGE_SIZE = 4096
+
+Run = tuple[int, int]
+"""(first page number, nr_pages), nr_pages > 0."""
+
+
+class PageReader(Protocol):
+    """Reads pages of one space. Called from any thread of the sink, without the GIL where it matters."""
+
+    def read_into(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        """Fill `buffer` (sum of nr_pages * PAGE_SIZE bytes, writable) with the runs' bytes, in order.
+
+        Pages that cannot be read (unmapped meanwhile) are zeroed; the reader itself remembers which.
+        """
+
+
+class PageSink(Protocol):
+    """Where a dump puts pages (the store's point writer)."""
+
+    def put(self, space: str, runs: Sequence[Run], reader: PageReader) -> None:
+        """Queue pages; may return before they were read. A later put of the same page wins."""
+
+    def drain(self) -> None:
+        """Wait until every queued page was read (not necessarily stored); raises what a worker raised."""
+
+    def close_space(self, space: str, present: Iterable[Run]) -> None:
+        """The space's final set of pages. Those never put are the parent point's; a page that the parent
+        lacks too raises. Parent pages outside `present` are dropped."""
+
+
+class PageSource(Protocol):
+    """Where a restore gets pages (the store's point reader)."""
+
+    def runs(self, space: str) -> Sequence[Run]:
+        """Every page of the space, sorted, merged. Unknown space: empty."""
+
+    def fill(self, space: str, write: Callable[[Sequence[Run], memoryview], None]) -> int:
+        """Read, verify and decompress all pages of the space; `write(runs, data)` gets them in pieces, from
+        several threads at once. All-zero pages are not handed out. Returns the number of pages handed out."""
+
+    def read(self, space: str, runs: Sequence[Run]) -> bytes:
+        """Those pages, in order; absent ones read as zero (in-place rollback, tests, core dumps)."""
