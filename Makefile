@@ -1,0 +1,57 @@
+# Everything happens in .venv, which is made from nothing: python3 (with venv) and gcc are all that is needed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test test-kernels lint format check bench wheel clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+venv: $(VENV)/.deps ## .venv with all dependencies
+$(VENV)/.deps: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q 'setuptools>=77' wheel cffi grpcio-tools
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	@touch $@
+
+SOURCES := $(wildcard images/*.proto parasite_c/*.c parasite_c/*.h parasite_c/*.S parasite_c/*.ld parasite_c/*.lds parasite_c/*.py)
+build: $(VENV)/.built ## generated messages, blobs and the extension, in place; .venv/bin/snap runs
+$(VENV)/.built: $(VENV)/.deps setup.py $(SOURCES)
+	$(BIN)/python setup.py -q generate build_ext --inplace
+	@touch $@
+
+demo: build ## a numpy simulation and a shell pipeline: taken every second, killed, rolled back
+	$(BIN)/python demo/demo.py
+
+test: build ## all tests but those in other kernels; PYTEST_ARGS adds options
+	$(PYTEST) -rs $(PYTEST_ARGS) tests
+
+test-kernels: build ## the kernel tests inside Debian's 6.1 and 6.12 (QEMU; downloads Debian packages)
+	$(BIN)/python -m tests.kernels 6.1 6.12
+
+lint: build ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv ## rewrite the sources in house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint test ## what must pass before a commit
+
+bench: build ## the table of goals; BENCH_ARGS=--json for machines
+	$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+wheel: venv ## dist/*.whl, with the compiled parts inside
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean: ## remove everything generated except .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache $(VENV)/.built
+	rm -f images/*_pb2.py images/*_pb2.pyi parasite_c/*.bin parasite_c/*.so parasite_c/*.o parasite_c/_native.c
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

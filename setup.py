@@ -1,0 +1,69 @@
+"""Makes what is generated: protobuf modules, the freestanding blobs and the cffi extension.
+
+Everything is generated beside its source (and git-ignored), so that a checkout, an editable install and a
+wheel have the same layout. pyproject.toml holds all that is static.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import ClassVar
+
+from setuptools import Command, setup
+from setuptools.command.build_py import build_py
+
+ROOT = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # the PEP 517 front end does not put the source on the path
+
+NATIVE = (ROOT / "parasite_c" / "build.py").exists()
+
+
+def generate_messages() -> None:
+    """images/*.proto -> images/*_pb2.py and .pyi."""
+    import grpc_tools
+    from grpc_tools import protoc
+
+    protos = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "images").glob("*.proto"))
+    well_known = pathlib.Path(grpc_tools.__file__).parent / "_proto"
+    status = protoc.main(
+        ["protoc", f"-I{ROOT}", f"-I{well_known}", f"--python_out={ROOT}", f"--pyi_out={ROOT}", *protos]
+    )
+    if status != 0:
+        raise SystemExit(f"protoc failed with status {status} on {', '.join(protos)}")
+
+
+class Generate(Command):
+    """`setup.py generate`: everything but the extension, in place."""
+
+    description = "generate protobuf modules and build the freestanding blobs in place"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
+
+    def run(self) -> None:
+        generate_messages()
+        if NATIVE:
+            from parasite_c.build import build_blobs
+
+            build_blobs()
+
+
+class BuildPy(build_py):
+    """Generates before it looks for what to copy; an editable install runs it too."""
+
+    def run(self) -> None:
+        self.run_command("generate")
+        # setuptools listed the package data when it was made; the blobs did not exist then.
+        self.data_files = self._get_data_files()
+        super().run()
+
+
+setup(
+    cmdclass={"generate": Generate, "build_py": BuildPy},
+    cffi_modules=["parasite_c/build.py:ffibuilder"] if NATIVE else [],
+)
