@@ -1,0 +1,103 @@
+"""Named instants at which a test can make `snap` die, fail or stop: fault points.
+
+`SNAP_FAULT="name:action[,name:action...]"` selects them; actions are `kill` (SIGKILL to ourselves, nothing is
+cleaned up), `error` (raises FaultInjectedError) and `stop` (SIGSTOP to ourselves, so that a test can look round
+and then kill or continue). `name@N:action` acts at the N-th passage only (from 1).
+
+The names are registered here so that a test can go through all of them and a misspelt one is an error at
+both ends. A passage costs one dictionary look-up when nothing is selected.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from snapshotter.base.errors import SnapshotterError, UsageError
+
+POINTS: dict[str, str] = {
+    # engine, dump
+    "dump.looked": "the job was looked at, nothing was touched",
+    "dump.armed": "the tracker is armed, the nonce not yet valid",
+    "dump.precopied": "the pages were read while the job ran",
+    "freeze.seized": "a task was seized, not yet interrupted",
+    "freeze.interrupted": "a task was interrupted",
+    "dump.frozen": "every task is stopped",
+    "dump.infected": "a parasite is in a task",
+    "dump.state": "the small state of one process was dumped",
+    "dump.collected": "the tracker was read and reset, the nonce is invalid",
+    "dump.copied": "the pages written since the pre-copy are in snap's memory",
+    "thaw.begin": "everything is dumped, nothing thawed",
+    "thaw.detached": "one task was detached",
+    "dump.thawed": "the job runs again, nothing is committed",
+    "dump.commit": "just before the commit",
+    "dump.committed": "the point exists, the tracker does not know yet",
+    "track.created": "a userfaultfd was made in the target, not yet closed there",
+    "track.keeper": "the keeper runs, its state file is not written",
+    # engine, restore
+    "restore.planned": "the plan is made, nothing was touched",
+    "restore.killed": "the old job is gone, no stub yet",
+    "restore.root_stub": "the root stub exists",
+    "restore.tree": "all stub processes exist",
+    "restore.files": "descriptors are installed",
+    "restore.memory": "memory of one process is in place",
+    "restore.threads": "threads exist",
+    "restore.state": "all state is set, nothing detached",
+    "restore.detached": "one task was detached",
+    # store
+    "store.pack_written": "a pack was written, not yet synced",
+    "store.pack_synced": "a pack was synced under its temporary name",
+    "store.pack_renamed": "a pack has its final name",
+    "store.before_commit": "all packs are durable, the catalog does not know them",
+    "store.committed": "the catalog transaction ended",
+    "store.prune_copied": "prune has written new packs",
+    "store.prune_committed": "prune has switched the catalog, old packs are still there",
+    "store.prune_deleted": "prune has deleted one old pack",
+}
+"""Every fault point and what is true at that instant. Add a name here before using it."""
+
+
+class FaultInjectedError(SnapshotterError):
+    """A fault point was told to fail (SNAP_FAULT)."""
+
+    code = "fault_injected"
+
+
+_selected: dict[str, tuple[int, str]] | None = None
+_passed: dict[str, int] = {}
+
+
+def configure(text: str) -> None:
+    """Select fault points; "" selects none. Forgets how often each was passed."""
+    global _selected
+    selected: dict[str, tuple[int, str]] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, action = item.partition(":")
+        name, _, count = name.partition("@")
+        if name not in POINTS:
+            raise UsageError(f"no fault point is called {name!r}", where="SNAP_FAULT")
+        if action not in {"kill", "error", "stop"} or (count and not count.isdigit()):
+            raise UsageError(f"{item!r} is not name[@N]:kill|error|stop", where="SNAP_FAULT")
+        selected[name] = (int(count or 0), action)
+    _selected = selected
+    _passed.clear()
+
+
+def point(name: str) -> None:
+    """Pass the fault point `name`: nothing happens unless it was selected."""
+    if _selected is None:
+        configure(os.environ.get("SNAP_FAULT", ""))
+    if not _selected:
+        return
+    if name not in POINTS:
+        raise UsageError(f"no fault point is called {name!r}", hint="register it in snapshotter/base/faults.py")
+    wanted = _selected.get(name)
+    if wanted is None:
+        return
+    _passed[name] = _passed.get(name, 0) + 1
+    count, action = wanted
+    if count and _passed[name] != count:
+        return
+    if action == "error":
+        raise FaultInjectedError(f"fault point {name} was told to fail")
+    os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
