@@ -46,6 +46,7 @@ class Generate(Command):
         """No options."""
 
     def run(self) -> None:
+        """Overwrite what was generated before."""
         generate_messages()
         if NATIVE:
             from parasite_c.build import build_blobs
@@ -57,6 +58,7 @@ class BuildPy(build_py):
     """Generates before it looks for what to copy; an editable install runs it too."""
 
     def run(self) -> None:
+        """Generate, then copy as usual."""
         self.run_command("generate")
         # setuptools listed the package data when it was made; the blobs did not exist then.
         self.data_files = self._get_data_files()

@@ -1,0 +1,194 @@
+"""Bounds of the values inside an image: what a restore may rely on once an image was parsed.
+
+Pure and cheap. Only what is impossible on any Linux is refused here (a mapping that ends before it starts, registers
+of another size, a task outside its tree); what this machine cannot offer is the restore plan's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from google.protobuf.message import Message
+
+from images import common_pb2, files_pb2, manifest_pb2, mm_pb2, task_pb2
+from snapshotter.base.errors import VerificationError
+
+PID_MAX = 1 << 22  # PID_MAX_LIMIT of 64-bit kernels
+PAGE_SIZE = 4096
+NSIG = 64
+REGS_SIZE_BYTES = 216  # struct user_regs_struct
+SIGINFO_SIZE_BYTES = 128
+XSTATE_MAX_BYTES = 1 << 16  # 11,008 with AMX
+PATH_MAX_BYTES = 4096
+NR_OPEN_MAX = 1 << 30
+NR_TASKS_MAX = PID_MAX
+USER_END = 1 << 57  # five-level page tables
+
+
+class _BadValueError(Exception):
+    """What is wrong, as a clause; `check` adds where."""
+
+
+def check(name: str, message: Message) -> None:
+    """Refuse a message whose values cannot be those of a Linux job.
+
+    Raises:
+        VerificationError: names the image and the value.
+    """
+    checker = _CHECKERS.get(type(message))
+    if checker is None:
+        return
+    try:
+        checker(message)
+        _check_number(name, message)
+    except _BadValueError as bad:
+        raise VerificationError(
+            f"damaged: {bad}", where=f"image {name!r}", hint="run `snap verify`; other points may be whole"
+        ) from None
+
+
+def _require(condition: object, clause: str) -> None:
+    if not condition:
+        raise _BadValueError(clause)
+
+
+def _check_number(name: str, message: Message) -> None:
+    if isinstance(message, task_pb2.Process):
+        _require(name == f"process/{message.pid}", f"it is of process {message.pid}")
+
+
+def _pid(value: int, what: str) -> None:
+    _require(0 < value <= PID_MAX, f"{what} {value} is no pid")
+
+
+def _identity(identity: common_pb2.FileIdentity, what: str) -> None:
+    _require(len(identity.path) < PATH_MAX_BYTES + 16, f"{what} has a path of {len(identity.path)} bytes")
+    _require(b"\0" not in identity.path, f"{what} has a NUL in its path")
+    _require(len(identity.build_id) <= 64, f"{what} has a build id of {len(identity.build_id)} bytes")
+
+
+def _manifest(manifest: manifest_pb2.Manifest) -> None:
+    _require(len(manifest.pids) <= NR_TASKS_MAX, f"{len(manifest.pids)} processes")
+    for pid in manifest.pids:
+        _pid(pid, "a process")
+    _require(len(set(manifest.pids)) == len(manifest.pids), "a process is listed twice")
+    _require(not manifest.pids or manifest.root_pid == manifest.pids[0], "its root is not the first process")
+    _require(manifest.xstate_size_bytes <= XSTATE_MAX_BYTES, f"xstate of {manifest.xstate_size_bytes} bytes")
+
+
+def _thread(thread: task_pb2.Thread) -> None:
+    _pid(thread.tid, "a thread")
+    tid = thread.tid
+    # A zombie has neither registers nor xstate.
+    _require(
+        len(thread.regs) in {0, REGS_SIZE_BYTES}, f"thread {tid} has {len(thread.regs)} bytes of registers"
+    )
+    _require(len(thread.xstate) <= XSTATE_MAX_BYTES, f"thread {tid} has {len(thread.xstate)} bytes of xstate")
+    _require(len(thread.comm) <= 16, f"thread {tid} has a name of {len(thread.comm)} bytes")
+    _require(thread.rseq_size <= PAGE_SIZE, f"thread {tid} has {thread.rseq_size} bytes of rseq")
+    _require(len(thread.credentials.groups) <= 65536, f"thread {tid} has too many groups")
+    _pending(thread.pending, f"thread {tid}")
+
+
+def _pending(signals: object, what: str) -> None:
+    for signal in signals:  # type: ignore[attr-defined]
+        _require(
+            len(signal.siginfo) == SIGINFO_SIZE_BYTES, f"{what} has {len(signal.siginfo)} bytes of siginfo"
+        )
+
+
+def _process(process: task_pb2.Process) -> None:
+    _pid(process.pid, "the process")
+    pid = process.pid
+    _require(0 <= process.ppid <= PID_MAX, f"parent {process.ppid} is no pid")
+    _require(0 <= process.pgid <= PID_MAX, f"process group {process.pgid} is no pid")
+    _require(0 <= process.sid <= PID_MAX, f"session {process.sid} is no pid")
+    _require(process.state in {0, 1, 2}, f"state {process.state} is none")
+    _require(len(process.threads) <= NR_TASKS_MAX, f"{len(process.threads)} threads")
+    if process.state != task_pb2.Process.ZOMBIE:
+        _require(process.threads and process.threads[0].tid == pid, "its first thread is not its leader")
+    tids = {thread.tid for thread in process.threads}
+    _require(len(tids) == len(process.threads), "a thread is listed twice")
+    for thread in process.threads:
+        _thread(thread)
+    for action in process.actions:
+        _require(0 < action.signo <= NSIG, f"an action for signal {action.signo}")
+    _pending(process.shared_pending, f"process {pid}")
+    for itimer in process.itimers:
+        _require(itimer.which <= 2, f"an interval timer {itimer.which}")
+        _require(itimer.interval_us >= 0 and itimer.value_us >= 0, "an interval timer below zero")
+    for timer in process.posix_timers:
+        _require(timer.id >= 0, f"a POSIX timer {timer.id}")
+        _require(timer.interval_ns >= 0 and timer.value_ns >= 0, f"POSIX timer {timer.id} below zero")
+        _require(timer.signo <= NSIG, f"POSIX timer {timer.id} sends signal {timer.signo}")
+    for limit in process.rlimits:
+        _require(limit.resource < 64, f"a limit of resource {limit.resource}")
+    _require(process.umask <= 0o777, f"umask {process.umask:o}")
+    _require(-1000 <= process.oom_score_adj <= 1000, f"oom_score_adj {process.oom_score_adj}")
+    _identity(process.cwd, "the working directory")
+    _identity(process.root, "the root directory")
+
+
+def _mm(mm: mm_pb2.Mm) -> None:
+    end = 0
+    for vma in mm.vmas:
+        where = f"mapping {vma.start:#x}-{vma.end:#x}"
+        _require(vma.start < vma.end, f"{where} ends before it starts")
+        _require(vma.start >= end, f"{where} overlaps or is out of order")
+        _require(vma.start % PAGE_SIZE == 0 and vma.end % PAGE_SIZE == 0, f"{where} is not of whole pages")
+        # The vsyscall page is the one mapping of the kernel's half that /proc shows.
+        _require(vma.end <= USER_END or vma.kind == mm_pb2.Vma.VSYSCALL, f"{where} is outside user memory")
+        _require(vma.offset % PAGE_SIZE == 0, f"{where} has an offset of {vma.offset}")
+        if vma.kind in {mm_pb2.Vma.FILE_PRIVATE, mm_pb2.Vma.FILE_SHARED}:
+            _require(vma.file < len(mm.files), f"{where} is of file {vma.file} of {len(mm.files)}")
+        _require(len(vma.anon_name) <= 80, f"{where} has a name of {len(vma.anon_name)} bytes")
+        _require(len(vma.guard_pages) % 2 == 0, f"{where} has an odd list of guard pages")
+        end = vma.end
+    for identity in mm.files:
+        _identity(identity, "a mapped file")
+    _identity(mm.exe, "the executable")
+    _require(len(mm.auxv) <= PAGE_SIZE, f"an auxiliary vector of {len(mm.auxv)} bytes")
+
+
+def _shmem(shmem: mm_pb2.Shmem) -> None:
+    _require(shmem.kind in {0, 1, 2}, f"shared memory of kind {shmem.kind}")
+    _require(shmem.size_bytes < 1 << 63, f"a size of {shmem.size_bytes} bytes")
+    _require(len(shmem.name) <= PATH_MAX_BYTES + 16, f"a name of {len(shmem.name)} bytes")
+
+
+def _files(files: files_pb2.Files) -> None:
+    ids = [description.id for description in files.descriptions]
+    _require(len(set(ids)) == len(ids), "a file description is listed twice")
+    pipes = {pipe.id for pipe in files.pipes}
+    _require(len(pipes) == len(files.pipes), "a pipe is listed twice")
+    for pipe in files.pipes:
+        _require(len(pipe.data) <= 1 << 31, f"pipe {pipe.id} holds {len(pipe.data)} bytes")
+        _require(sum(pipe.packets) <= len(pipe.data), f"pipe {pipe.id} has packets beyond its data")
+    known = set(ids)
+    for description in files.descriptions:
+        kind = description.WhichOneof("kind")
+        _require(kind is not None, f"file description {description.id} has no kind")
+        if kind == "pipe":
+            _require(description.pipe.id in pipes, f"file description {description.id} is of an unknown pipe")
+        if kind == "unix":
+            for message in description.unix.queue:
+                _require(
+                    set(message.descriptions) <= known,
+                    f"socket {description.id} passes an unknown descriptor",
+                )
+
+
+def _fdtable(table: files_pb2.FdTable) -> None:
+    fds = [entry.fd for entry in table.entries]
+    _require(len(set(fds)) == len(fds), "a descriptor is listed twice")
+    _require(not fds or max(fds) < NR_OPEN_MAX, "a descriptor beyond what the kernel allows")
+
+
+_CHECKERS: dict[type[Message], Callable[..., None]] = {
+    manifest_pb2.Manifest: _manifest,
+    task_pb2.Process: _process,
+    mm_pb2.Mm: _mm,
+    mm_pb2.Shmem: _shmem,
+    files_pb2.Files: _files,
+    files_pb2.FdTable: _fdtable,
+}
