@@ -155,6 +155,9 @@ class DumpContext:
     written: dict[int, list[Run] | None] = field(default_factory=dict)
     """pid -> pages its tracker saw written since the last collection; None or absent: unknown, all are dirty."""
 
+    resources: dict[str, Any] = field(default_factory=dict)
+    """What one resource must remember across processes, under its own name (shared memory objects, descriptions)."""
+
     def warn(self, text: str) -> None:
         """Add a warning once."""
         if text not in self.warnings:
