@@ -1,0 +1,126 @@
+"""The real engine as the manager uses it: the only module that names the `checkpoint` package's functions.
+
+Translates between the engine's dataclasses and the manager's, and identifies processes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal, cast
+
+from snapshotter.base.errors import TargetGoneError, UsageError
+from snapshotter.base.pages import PageSink
+from snapshotter.manager.ports import Checked, Dumped, Identity, ParentInfo, ReaderLike, Restored
+
+if TYPE_CHECKING:
+    from checkpoint.context import DumpResult
+
+
+class RealEngine:
+    """`checkpoint`, imported piece by piece when needed."""
+
+    def identify(self, pid: int) -> Identity:
+        """Which process `pid` is now. Raises TargetGoneError when there is none or it has ended."""
+        from checkpoint.kernel import proc
+
+        if not 0 < pid < 1 << 22:
+            raise UsageError(f"{pid} is no pid")
+        try:
+            stat = proc.read_stat(pid)
+        except (TargetGoneError, FileNotFoundError, ProcessLookupError) as error:
+            raise TargetGoneError(
+                f"there is no process {pid}", hint="`ps -e` lists the processes that run"
+            ) from error
+        now_boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        age_s = now_boottime_ns / 1e9 - stat.start_time_ticks / os.sysconf("SC_CLK_TCK")
+        return Identity(
+            pid=pid,
+            start_time_ticks=stat.start_time_ticks,
+            boot_id=proc.boot_id(),
+            comm=stat.comm.decode(errors="replace") if isinstance(stat.comm, bytes) else stat.comm,
+            started_at=time.time() - age_s,
+        )
+
+    def dump(
+        self,
+        pid: int,
+        sink: PageSink,
+        parent: ParentInfo | None,
+        after: str,
+        commit: Callable[[Dumped], None],
+    ) -> None:
+        """Dump the job below `pid` into `sink`; calls `commit` once everything was read."""
+        from checkpoint.context import DumpOptions, ParentPoint
+        from checkpoint.dump import dump
+        from snapshotter import __version__
+
+        known = None
+        if parent is not None:
+            known = ParentPoint(
+                boot_id=parent.boot_id,
+                dump_uptime_ns=parent.dump_uptime_ns,
+                tasks=parent.tasks,
+                nonce=parent.nonce,
+                images=parent.images,
+                has_space=parent.has_space,
+                tracker=parent.tracker,
+            )
+        options = DumpOptions(
+            after=cast("Literal['run', 'stop', 'kill']", after), producer=f"snap {__version__}"
+        )
+        dump(pid, sink, known, options, lambda result: commit(_dumped(result)))
+
+    def check(self, pid: int) -> Checked:
+        """The engine's look at a running job; never touches it."""
+        from checkpoint.check import check
+
+        self.identify(pid)
+        report = check(pid)
+        return Checked(
+            pid=pid,
+            nr_tasks=report.nr_tasks,
+            findings=tuple(report.findings),
+            pids=tuple(report.pids),
+        )
+
+    def restore(self, reader: ReaderLike) -> Restored:
+        """Bring the point that `reader` reads back to life."""
+        from checkpoint.restore import restore
+
+        result = restore(reader.image, reader.image_names(), reader)
+        return Restored(
+            root_pid=result.root_pid,
+            pids=tuple(result.pids),
+            duration_us=result.duration_us,
+            pages_written=result.pages_written,
+            warnings=tuple(result.warnings),
+        )
+
+    def features(self) -> Sequence[Mapping[str, object]]:
+        """What this kernel can do, each found out by trying."""
+        from checkpoint.kernel import features
+
+        return [
+            {"name": found.name, "ok": found.ok, "errno": found.errno, "note": found.note}
+            for found in features.probe_all()
+        ]
+
+
+def _dumped(result: DumpResult) -> Dumped:
+    return Dumped(
+        images=result.images,
+        pid=result.root_pid,
+        boot_id=result.boot_id,
+        dump_uptime_ns=result.dump_uptime_ns,
+        taken_at=datetime.fromtimestamp(result.taken_at_ns / 1e9, UTC),
+        tracker=result.tracker,
+        nonce=result.nonce,
+        tasks=result.tasks,
+        nr_tasks=result.stats.nr_tasks,
+        frozen_us=result.stats.frozen_us,
+        pages_dirty=result.stats.pages_dirty,
+        warnings=result.warnings,
+    )

@@ -1,0 +1,180 @@
+"""What the manager needs of the engine and of the store, as Protocols, and the reports it gives back.
+
+The real ones are `checkpoint` (through `manager.engine`) and `store`; tests hand in fakes. Nothing
+here is imported for its side effects and nothing here touches the kernel or a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from snapshotter.base.errors import Finding
+from snapshotter.base.pages import PageSink, PageSource
+
+
+class PointLike(Protocol):
+    """One line of the catalog; `store.Point` is one."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def parent(self) -> str | None: ...
+    @property
+    def job(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def taken_at(self) -> datetime: ...
+    @property
+    def dump_uptime_ns(self) -> int: ...
+    @property
+    def boot_id(self) -> str: ...
+    @property
+    def tracker(self) -> str: ...
+    @property
+    def nonce(self) -> str: ...
+    @property
+    def nr_tasks(self) -> int: ...
+    @property
+    def frozen_us(self) -> int: ...
+    @property
+    def duration_us(self) -> int: ...
+    @property
+    def pages_dirty(self) -> int: ...
+    @property
+    def pages_new(self) -> int: ...
+    @property
+    def pages_total(self) -> int: ...
+    @property
+    def bytes_logical(self) -> int: ...
+    @property
+    def bytes_stored(self) -> int: ...
+    @property
+    def warnings(self) -> Sequence[str]: ...
+    @property
+    def tasks(self) -> Mapping[int, int]: ...
+
+
+class ReaderLike(PageSource, Protocol):
+    """Images and pages of one point."""
+
+    def image(self, name: str) -> bytes: ...
+    def image_names(self) -> Sequence[str]: ...
+
+
+class WriterLike(PageSink, Protocol):
+    """A point in the making; leaving it without a commit leaves garbage only."""
+
+    def add_images(self, images: Mapping[str, bytes]) -> None: ...
+    def commit(self, meta: Any) -> PointLike: ...
+
+
+class StoreLike(Protocol):
+    """An open store."""
+
+    def points(self, job: str | None = None) -> Sequence[PointLike]: ...
+    def resolve(self, text: str, job: str | None = None) -> PointLike: ...
+    def lock_job(self, job: str) -> AbstractContextManager[Any]: ...
+    def writer(self, job: str, parent: Any = None) -> AbstractContextManager[Any]: ...
+    def reader(self, point: Any) -> Any: ...
+    def verify(self, points: Any = None) -> Any: ...
+    def forget(self, points: Any) -> Any: ...
+    def prune(self, *, dry_run: bool = False) -> Any: ...
+    def stats(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which process a pid means just now: the pid alone is not enough, it can be reused."""
+
+    pid: int
+    start_time_ticks: int
+    boot_id: str
+    comm: str
+    started_at: float
+    """Wall clock seconds, as far as the clock was not set since."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParentInfo:
+    """The parent point as the engine sees it."""
+
+    boot_id: str
+    dump_uptime_ns: int
+    tasks: Mapping[int, int]
+    nonce: str
+    images: Callable[[str], bytes]
+    has_space: Callable[[str], bool]
+    tracker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Dumped:
+    """What the engine hands over when everything of a point was read."""
+
+    images: Mapping[str, bytes]
+    pid: int
+    boot_id: str
+    dump_uptime_ns: int
+    taken_at: datetime
+    tracker: str
+    nonce: str
+    tasks: Mapping[int, int]
+    nr_tasks: int
+    frozen_us: int
+    pages_dirty: int
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What the engine says of a finished restore."""
+
+    root_pid: int
+    pids: Sequence[int]
+    duration_us: int
+    pages_written: int
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The engine's look at a running job."""
+
+    pid: int
+    nr_tasks: int
+    findings: Sequence[Finding] = ()
+    pids: Sequence[int] = ()
+
+
+class EngineLike(Protocol):
+    """The engine as the manager uses it."""
+
+    def identify(self, pid: int) -> Identity: ...
+    def dump(
+        self,
+        pid: int,
+        sink: PageSink,
+        parent: ParentInfo | None,
+        after: str,
+        commit: Callable[[Dumped], None],
+    ) -> None: ...
+    def check(self, pid: int) -> Checked: ...
+    def restore(self, reader: ReaderLike) -> Restored: ...
+    def features(self) -> Sequence[Mapping[str, object]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A periodic take that had nothing to do, and why. Not an error."""
+
+    job: str
+    reason: str
+    """"busy" or "ended"."""
+    message: str
+

@@ -1,0 +1,96 @@
+"""One run of the manager: its settings, and the store and the engine, each opened when first needed.
+
+Listing points must not pay for the engine, and checking a job must not make a store, so both are lazy.
+Tests hand in fakes for either.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from snapshotter.base.errors import LockedError
+from snapshotter.manager.config import Config
+from snapshotter.manager.ports import EngineLike, StoreLike
+
+_LOCK_POLL_S = 0.05
+
+
+def _open_real_store(path: Path, create: bool) -> StoreLike:
+    from snapshotter.manager.stores import open_store
+
+    return open_store(path, create)
+
+
+def _open_real_engine() -> EngineLike:
+    from snapshotter.manager.engine import RealEngine
+
+    return RealEngine()
+
+
+class Session:
+    """Settings plus lazily opened store and engine. A context manager: leaving closes the store."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        open_store: Callable[[Path, bool], StoreLike] = _open_real_store,
+        open_engine: Callable[[], EngineLike] = _open_real_engine,
+    ) -> None:
+        self.config = config
+        self._open_store = open_store
+        self._open_engine = open_engine
+        self._store: StoreLike | None = None
+        self._engine: EngineLike | None = None
+
+    @property
+    def store_path(self) -> Path:
+        """Where the store is or would be."""
+        return self.config.store
+
+    def store(self, *, create: bool = False) -> StoreLike:
+        """The open store; `create` makes it (0700) if it is not there."""
+        if self._store is None:
+            self._store = self._open_store(self.config.store, create)
+        return self._store
+
+    @property
+    def engine(self) -> EngineLike:
+        """The engine, imported now if it was not yet."""
+        if self._engine is None:
+            self._engine = self._open_engine()
+        return self._engine
+
+    @contextmanager
+    def locked(self, job: str, *, wait_s: float = 0.0, create: bool = False) -> Iterator[None]:
+        """Hold the job's lock; LockedError if somebody else still has it after `wait_s`."""
+        store = self.store(create=create)
+        deadline = time.monotonic() + wait_s
+        with ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(store.lock_job(job))
+                    break
+                except LockedError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(_LOCK_POLL_S)
+            yield
+
+    def close(self) -> None:
+        """Close what was opened."""
+        if self._store is not None:
+            store, self._store = self._store, None
+            store.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

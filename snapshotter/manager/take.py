@@ -1,0 +1,182 @@
+"""Take a point: find the job and its parent point, run the engine into the store, commit.
+
+Owns which point is the parent: the job's youngest point (by uptime) whose boot id, root pid and root start
+time are those of the living process; a rollback of the job counts as such a point. Any other case
+starts a new chain. After a rollback nothing is known of which pages changed, so everything is read
+and the store finds what it has already.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapshotter.base.errors import (
+    LockedError,
+    NoSuchPointError,
+    NoStoreError,
+    SnapshotterError,
+    TargetGoneError,
+    UsageError,
+)
+from snapshotter.manager import jobs, pidfile
+from snapshotter.manager.ports import Dumped, Identity, ParentInfo, PointLike, Skipped, StoreLike
+from snapshotter.manager.session import Session
+
+AFTER = ("run", "stop", "kill")
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The point that the next one is chained to."""
+
+    point: PointLike
+    rolled_back: bool
+    """The job was rolled back to it: the chain goes on, but every page is read."""
+
+
+def take(session: Session, pid: int, *, job: str | None = None, after: str = "run") -> PointLike:
+    """Take a point of the process tree below `pid`.
+
+    Args:
+        pid: The root of the job.
+        job: Its name; by default from the command's name and the pid.
+        after: "run" lets the job go on, "stop" leaves it stopped, "kill" ends it once the point is safe.
+
+    Raises:
+        TargetGoneError, UnsupportedError, PermissionDeniedError, LockedError, StoreError.
+    """
+    if after not in AFTER:
+        raise UsageError(f"after={after!r}: must be one of {', '.join(AFTER)}")
+    if job is not None:
+        jobs.check_name(job)
+    identity = session.engine.identify(pid)
+    name = job or jobs.default_name(identity)
+    with session.locked(name, create=True):
+        return _take_locked(session, name, identity, after)
+
+
+def take_periodic(
+    session: Session, path: Path, *, job: str, after: str = "run", max_points: int | None = None
+) -> PointLike | Skipped:
+    """Take a point of the process that a pid file names, for cron: what is ordinary is not an error.
+
+    Skips while an earlier take of the job still runs, and once the job has ended.
+    """
+    jobs.check_name(job)
+    found = pidfile.read(path)
+    if found is None:
+        return _ended(job, f"there is no pid file {path}")
+    try:
+        identity = session.engine.identify(found.pid)
+        _check_is_job(session, job, found, identity)
+        with session.locked(job, create=True):
+            point = _take_locked(session, job, identity, after)
+    except LockedError:
+        message = f"job {job}: skipped, an earlier take of it still runs"
+        return Skipped(job, "busy", message)
+    except TargetGoneError as error:
+        if isinstance(error, StrangerError):
+            raise
+        return _ended(job, f"process {found.pid} of {path} is gone")
+    if max_points is not None:
+        _keep_last(session, job, max_points)
+    return point
+
+
+class StrangerError(TargetGoneError):
+    """The pid file's pid belongs to a process that started after the file was written."""
+
+
+def _keep_last(session: Session, job: str, count: int) -> None:
+    from snapshotter.manager.upkeep import forget_all_but
+
+    forget_all_but(session, job, count)
+
+
+def _ended(job: str, why: str) -> Skipped:
+    return Skipped(job, "ended", f"job {job}: nothing to take, it has ended ({why})")
+
+
+def _check_is_job(session: Session, job: str, found: pidfile.PidFile, identity: Identity) -> None:
+    """Raise TargetGoneError if the pid was reused since the pid file was written."""
+    if pidfile.could_mean(found, identity):
+        return
+    try:
+        store = session.store()
+    except NoStoreError:
+        points_known = False
+    else:
+        if find_parent(store, session.store_path, job, identity) is not None:
+            return
+        points_known = bool(store.points(job))
+    if points_known:
+        raise TargetGoneError(f"process {found.pid} ended; its pid is {identity.comm!r} now")
+    raise StrangerError(
+        f"process {found.pid} ({identity.comm}) started after this pid file was written, so it is another one",
+        where=str(found.path),
+        hint="write the pid file anew, or name the process: snap take PID",
+    )
+
+
+def find_parent(store: StoreLike, store_path: Path, job: str, identity: Identity) -> Parent | None:
+    """The point that a take of this process now would be chained to; None starts a new chain."""
+    points = store.points(job)
+    same = [
+        point
+        for point in points
+        if point.boot_id == identity.boot_id
+        and point.pid == identity.pid
+        and point.tasks.get(identity.pid) == identity.start_time_ticks
+    ]
+    latest = max(same, key=lambda point: point.dump_uptime_ns, default=None)
+    head = jobs.read_head(store_path, job)
+    if head is not None and head.is_of(identity):
+        newer = latest is None or latest.dump_uptime_ns < head.restored_uptime_ns
+        target = next((point for point in points if point.id == head.point), None)
+        if newer and target is not None:
+            return Parent(target, rolled_back=True)
+    return None if latest is None else Parent(latest, rolled_back=False)
+
+
+def _parent_info(store: StoreLike, parent: Parent | None) -> ParentInfo | None:
+    if parent is None or parent.rolled_back:
+        return None
+    point = parent.point
+    reader = store.reader(point)
+    names = frozenset(reader.image_names())
+    return ParentInfo(
+        boot_id=point.boot_id,
+        dump_uptime_ns=point.dump_uptime_ns,
+        tasks=point.tasks,
+        nonce=point.nonce,
+        images=reader.image,
+        has_space=lambda name: name in names,
+        tracker=point.tracker,
+    )
+
+
+def _take_locked(session: Session, job: str, identity: Identity, after: str) -> PointLike:
+    from snapshotter.manager.stores import point_meta
+
+    store = session.store(create=True)
+    parent = find_parent(store, session.store_path, job, identity)
+    started = time.monotonic_ns()
+    committed: list[PointLike] = []
+    with store.writer(job, None if parent is None else parent.point) as writer:
+
+        def commit(dumped: Dumped) -> None:
+            writer.add_images(dumped.images)
+            duration_us = (time.monotonic_ns() - started) // 1000
+            committed.append(writer.commit(point_meta(dumped, duration_us)))
+
+        try:
+            session.engine.dump(identity.pid, writer, _parent_info(store, parent), after, commit)
+        except NoSuchPointError as error:
+            raise SnapshotterError(
+                f"the parent point was removed during the take: {error.what}", hint="take again"
+            ) from error
+    if not committed:
+        raise SnapshotterError(f"the engine ended without a point of job {job}")
+    return committed[0]
