@@ -1,0 +1,114 @@
+"""What one restore knows while it runs: the decoded images, the page source, the stubs, options, result.
+
+Owns the dataclasses that restore.py fills and the resources read, and the one way in which a descriptor of
+snap's reaches a stub (`give`). No phases, no order: those are restore.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from images import codec, files_pb2, manifest_pb2, mm_pb2, task_pb2
+from snapshotter.base.errors import VerificationError
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from checkpoint.parasite import Batch, Ref, StubTask
+    from snapshotter.base.pages import PageSource
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """How a restore is to be made."""
+
+    dry_run: bool = False
+    """Decode, check and plan; touch nothing."""
+    leave_stopped: bool = False
+    """Every process is left in a group-stop (SIGSTOP) instead of running."""
+    reap_timeout_s: float = 10.0
+    """How long a killed job's zombies may wait for the parent that must reap them."""
+    replace: bool = True
+    """A living job with these pids and start times is killed; False: it is a conflict."""
+    terminal: Literal["auto", "reopen", "null"] = "auto"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """For resources: options of theirs by name."""
+
+
+@dataclass(slots=True)
+class RestoreResult:
+    """What a restore did."""
+
+    root_pid: int
+    pids: list[int]
+    duration_us: int = 0
+    pages_written: int = 0
+    warnings: list[str] = field(default_factory=list)
+    phases_us: dict[str, int] = field(default_factory=dict)
+    plan: str = ""
+    """The plan as text, for --dry-run."""
+    tasks: dict[int, int] = field(default_factory=dict)
+    """tid -> start time in ticks of the restored tasks: what the next point's parent must match."""
+
+
+@dataclass(slots=True, eq=False)
+class RestoreContext:
+    """One restore under way."""
+
+    load: Callable[[str], bytes]
+    """A serialised image by name."""
+    source: PageSource
+    options: RestoreOptions
+    manifest: manifest_pb2.Manifest
+    processes: dict[int, task_pb2.Process]
+    """By pid, parents before children, zombies included."""
+    names: tuple[str, ...] = ()
+    """Every image the point has."""
+    warnings: list[str] = field(default_factory=list)
+    stubs: dict[int, StubTask] = field(default_factory=dict)
+    """pid -> the process's leader."""
+    threads: dict[int, StubTask] = field(default_factory=dict)
+    """tid -> stub, leaders included."""
+    supervisor_fd: int = -1
+    """In every stub: a pidfd of snap. Closed by restore.py just before the registers are set."""
+    arena: tuple[int, int] = (0, 0)
+    """[start, end) of the stub's own memory in every process: keep it until the end."""
+    pages_written: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    """For resources, by their name: what must live from one phase to the next."""
+    _parsed: dict[str, Message] = field(default_factory=dict)
+
+    def warn(self, text: str) -> None:
+        """Add a warning once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def image(self, name: str, message_type: type[M]) -> M:
+        """The image called `name`, parsed once and shared; do not change it."""
+        message = self._parsed.get(name)
+        if message is None:
+            message = self._parsed[name] = codec.parse(name, self.load(name))
+        if not isinstance(message, message_type):
+            raise VerificationError(f"is not a {message_type.__name__}", where=f"image {name!r}")
+        return message
+
+    def mm(self, process: task_pb2.Process) -> mm_pb2.Mm:
+        """The address space of a process."""
+        return self.image(process.mm, mm_pb2.Mm)
+
+    def fd_table(self, process: task_pb2.Process) -> files_pb2.FdTable:
+        """The descriptors of a process; empty when the point has none for it."""
+        if not process.files:
+            return files_pb2.FdTable()
+        return self.image(process.files, files_pb2.FdTable)
+
+    def give(self, batch: Batch, local_fd: int) -> Ref:
+        """Add to `batch` the arrival of a descriptor of snap's: the same file description, in the stub.
+
+        The kernel sets close-on-exec on it; use dup3 (or fcntl) to choose number and flag.
+        """
+        return batch.call("pidfd_getfd", self.supervisor_fd, local_fd, 0)
