@@ -1,0 +1,154 @@
+"""The system calls that file descriptors need and Python's os module lacks.
+
+Owns thin wrappers only: each makes one call and raises OSError with the kernel's errno. Numbers are
+x86-64's. What the calls are used for is in checkpoint/resources/files.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import fcntl
+import os
+import struct
+import termios
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+SYS_TEE = 276
+SYS_TIMERFD_CREATE = 283
+SYS_TIMERFD_SETTIME = 286
+SYS_SIGNALFD4 = 289
+SYS_KCMP = 312
+SYS_PIDFD_GETFD = 438
+
+KCMP_FILE = 0
+KCMP_FILES = 2
+KCMP_EPOLL_TFD = 7
+
+CLONE_FILES = 0x400
+SPLICE_F_NONBLOCK = 2
+F_SETPIPE_SZ = 1031
+F_GETPIPE_SZ = 1032
+F_SETSIG = 10
+F_GETSIG = 11
+F_SETOWN_EX = 15
+F_GETOWN_EX = 16
+F_GETLEASE = 1025
+F_GET_SEALS = 1034
+F_OFD_SETLK = 37
+TFD_TIMER_ABSTIME = 1
+TFD_IOC_SET_TICKS = 0x40085400
+TIOCGDEV = 0x80045432
+
+_Result = TypeVar("_Result")
+
+
+def _syscall(number: int, *args: int | ctypes.Array[ctypes.c_char] | None) -> int:
+    values = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    result: int = _libc.syscall(ctypes.c_long(number), *values)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def kcmp(pid1: int, pid2: int, what: int, index1: int, index2: int) -> int:
+    """kcmp(2): 0 equal, 1 less, 2 greater (a total order while both live), 3 not equal."""
+    return _syscall(SYS_KCMP, pid1, pid2, what, index1, index2)
+
+
+def is_epoll_target(pid: int, fd: int, epoll_pid: int, epoll_fd: int, target_fd: int, nth: int) -> bool:
+    """Is (pid, fd) the file that `epoll_fd` watches under the number `target_fd` (the nth with it)?"""
+    slot = ctypes.create_string_buffer(struct.pack("=III", epoll_fd, target_fd, nth), 12)
+    return _syscall(SYS_KCMP, pid, epoll_pid, KCMP_EPOLL_TFD, fd, slot) == 0
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A duplicate here, close-on-exec, of a descriptor of another process. Runs no code in it."""
+    return _syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+
+
+def tee(source: int, target: int, nr_bytes: int) -> int:
+    """tee(2), non-blocking: copies pipe contents without consuming them."""
+    return _syscall(SYS_TEE, source, target, nr_bytes, SPLICE_F_NONBLOCK)
+
+
+def nr_readable(fd: int) -> int:
+    """FIONREAD: bytes that can be read now."""
+    value = array.array("i", [0])
+    fcntl.ioctl(fd, termios.FIONREAD, value, True)
+    return value[0]
+
+
+def timerfd_create(clock_id: int, flags: int) -> int:
+    return _syscall(SYS_TIMERFD_CREATE, clock_id, flags)
+
+
+def timerfd_settime(fd: int, flags: int, value_ns: int, interval_ns: int) -> None:
+    spec = struct.pack("=qqqq", *divmod(interval_ns, 10**9), *divmod(value_ns, 10**9))
+    _syscall(SYS_TIMERFD_SETTIME, fd, flags, ctypes.create_string_buffer(spec, 32), None)
+
+
+def timerfd_set_ticks(fd: int, ticks: int) -> None:
+    """TFD_IOC_SET_TICKS (CONFIG_CHECKPOINT_RESTORE): expirations that were not read yet."""
+    fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("=Q", ticks))
+
+
+def signalfd(mask: int, flags: int) -> int:
+    return _syscall(SYS_SIGNALFD4, -1, ctypes.create_string_buffer(struct.pack("=Q", mask), 8), 8, flags)
+
+
+def get_owner(fd: int) -> tuple[int, int]:
+    """F_GETOWN_EX: (type: 0 thread, 1 process, 2 group; pid), pid 0 when there is none."""
+    kind, pid = struct.unpack("=ii", fcntl.fcntl(fd, F_GETOWN_EX, bytes(8)))
+    return kind, pid
+
+
+def set_owner(fd: int, kind: int, pid: int) -> None:
+    fcntl.fcntl(fd, F_SETOWN_EX, struct.pack("=ii", kind, pid))
+
+
+def terminal_device(fd: int) -> int:
+    """TIOCGDEV: the terminal behind a descriptor (for /dev/tty: the controlling one), as an st_rdev."""
+    raw = struct.unpack("=I", fcntl.ioctl(fd, TIOCGDEV, bytes(4)))[0]
+    return os.makedev((raw >> 8) & 0xFFF, (raw & 0xFF) | ((raw >> 12) & 0xFFF00))
+
+
+def filesystem_type(path: str | bytes) -> int:
+    """statfs(2)'s f_type, the magic number of a file system."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statfs(os.fsencode(path), buffer) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int(struct.unpack_from("=q", buffer.raw)[0])
+
+
+def with_private_table(work: Callable[[], _Result]) -> _Result:
+    """Runs `work` in a thread that has its own copy of this process's descriptor table.
+
+    It may put any description under any number without disturbing the rest of the program; the copy is
+    closed when it returns.
+    """
+    results: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            if _libc.unshare(CLONE_FILES) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=body, name="snap-private-table")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
