@@ -1,0 +1,161 @@
+"""Which pages of an address space have content: PAGEMAP_SCAN where the kernel has it, else /proc/PID/pagemap.
+
+Owns the two interfaces and their differences; answers are tables of page runs (checkpoint.model.pageplan.Runs).
+Documented in Documentation/admin-guide/mm/pagemap.rst. A swapped entry may be a mere marker (guard page, or
+what userfaultfd's write protection leaves in page tables that have no page): such entries are no content.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from checkpoint.model import pageplan
+from checkpoint.model.pageplan import EMPTY, Runs
+from snapshotter.base.pages import PAGE_SIZE
+
+_PAGEMAP_SCAN = 0xC0606610
+_ARG = struct.Struct("<12Q")
+_REGION = np.dtype([("start", "<u8"), ("end", "<u8"), ("categories", "<u8")])
+
+WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO = 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5
+GUARD = 1 << 8
+
+_PM_PRESENT, _PM_SWAP, _PM_FILE, _PM_GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
+_PM_FRAME = (1 << 55) - 1
+_SWAP_TYPE_MARKER = 31
+"""The last of the 32 swap types is SWP_PTE_MARKER (include/linux/swap.h), whatever the kernel's configuration."""
+
+_NR_REGIONS = 16384
+_ENTRIES_AT_ONCE = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a scan found."""
+
+    present: Runs
+    """Pages with content of their own: anonymous, present or swapped, not the zero page."""
+    guard: Runs
+    """Pages with MADV_GUARD_INSTALL."""
+
+
+class _Support:
+    """What the running kernel's PAGEMAP_SCAN can do; learnt by trying."""
+
+    scan = True
+    guard = True
+
+
+class PageMap:
+    """/proc/PID/pagemap of one process. A context manager."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._regions = np.empty(_NR_REGIONS, dtype=_REGION)
+
+    def __enter__(self) -> PageMap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def content(self, anonymous: Runs, over_files: Runs = EMPTY) -> Content:
+        """Content of the pages in both tables, which must lie in private VMAs: of anonymous memory and of files.
+
+        They are told apart because looking at whether a page is the file's costs three times the scan.
+        """
+        if _Support.scan:
+            try:
+                return self._scan_content(anonymous, over_files)
+            except OSError as error:
+                if error.errno not in {errno.ENOTTY, errno.EINVAL}:
+                    raise
+                _Support.scan = False
+        return self._read_content(pageplan.union(anonymous, over_files))
+
+    def _scan_content(self, anonymous: Runs, over_files: Runs) -> Content:
+        wanted = PRESENT | SWAPPED | (GUARD if _Support.guard else 0)
+        try:
+            found = np.concatenate(
+                (
+                    self.scan(anonymous, inverted=PFNZERO, mask=PFNZERO, any_of=PRESENT | SWAPPED, wanted=wanted),
+                    self.scan(over_files, inverted=FILE, mask=FILE, any_of=PRESENT | SWAPPED, wanted=wanted),
+                )
+            )
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _Support.guard:
+                raise
+            _Support.guard = False
+            return self._scan_content(anonymous, over_files)
+        guarded = (found["categories"] & GUARD) != 0
+        swapped = ((found["categories"] & PRESENT) == 0) & ~guarded
+        present = _pages(found[~swapped & ~guarded])
+        if swapped.any():
+            present = pageplan.union(present, self._read_content(_pages(found[swapped])).present)
+        return Content(present, _pages(found[guarded]))
+
+    def scan(
+        self, ranges: Runs, *, mask: int = 0, any_of: int = 0, inverted: int = 0, wanted: int = 0
+    ) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+        """PAGEMAP_SCAN without side effects over every range: an array of (start, end, categories).
+
+        Raises:
+            OSError: ENOTTY where the kernel lacks it, EINVAL for a category it does not know.
+        """
+        parts = []
+        for first, end in ranges.tolist():
+            position = first * PAGE_SIZE
+            while position < end * PAGE_SIZE:
+                arg = bytearray(
+                    _ARG.pack(
+                        _ARG.size, 0, position, end * PAGE_SIZE, 0, self._regions.ctypes.data, _NR_REGIONS, 0,
+                        inverted, mask, any_of, wanted,
+                    )
+                )  # fmt: skip
+                nr_regions = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, arg)
+                parts.append(self._regions[:nr_regions].copy())
+                position = _ARG.unpack(arg)[4]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=_REGION)
+
+    def _read_content(self, ranges: Runs) -> Content:
+        """The same from the entries themselves. The zero page counts as content here: the sink drops zero pages."""
+        present: list[Runs] = []
+        guard: list[Runs] = []
+        for first, end in ranges.tolist():
+            for at in range(first, end, _ENTRIES_AT_ONCE):
+                data = os.pread(self._fd, min(end - at, _ENTRIES_AT_ONCE) * 8, at * 8)
+                entries = np.frombuffer(data[: len(data) & ~7], dtype="<u8")
+                swapped = (entries & _PM_SWAP) != 0
+                marker = swapped & ((entries & _PM_FRAME & 31) == _SWAP_TYPE_MARKER)
+                anonymous = ((entries & (_PM_PRESENT | _PM_SWAP)) != 0) & ((entries & _PM_FILE) == 0)
+                guarded = (entries & _PM_GUARD) != 0
+                present.append(_true_runs(anonymous & ~marker & ~guarded, at))
+                guard.append(_true_runs(guarded, at))
+        return Content(_join(present), _join(guard))
+
+
+def _pages(regions: np.ndarray[tuple[int], np.dtype[np.void]]) -> Runs:
+    rows = np.stack((regions["start"], regions["end"]), axis=1).astype(np.int64) // PAGE_SIZE
+    return pageplan.normalise(rows)
+
+
+def _true_runs(mask: np.ndarray[tuple[int], np.dtype[np.bool_]], base: int) -> Runs:
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2).astype(np.int64) + base
+
+
+def _join(parts: list[Runs]) -> Runs:
+    return pageplan.normalise(np.concatenate(parts)) if parts else EMPTY
+
+
