@@ -1,0 +1,377 @@
+"""The frozen tree: every task of a job seized and stopped, and let go again whatever happens.
+
+Owns seizing, interrupting, finding tasks that appear meanwhile, and the thaw. Invariants:
+
+- A task is seized with PTRACE_SEIZE and never with PTRACE_O_EXITKILL: when snap dies, at any instant, the kernel
+  detaches and the job goes on (a group-stopped task stays stopped).
+- After `freeze()` every task of the tree is in `processes` and stopped, or is a zombie; none can appear any more,
+  because only a running task can make one.
+- Leaving the context thaws in reverse order of seizing, also when tasks have died and when curing one failed.
+
+ptrace requests must come from the thread that seized: a FrozenTree belongs to the thread that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Literal
+
+from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
+from checkpoint.kernel import proc, ptrace
+from checkpoint.kernel.mem import ProcMem
+from checkpoint.parasite import cure
+from snapshotter.base import faults
+from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError, wrap_os_error
+
+_STOP_SIGNALS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
+_EVENT_STOP = 128  # PTRACE_EVENT_STOP
+_WAIT_ALL = 0x40000000  # __WALL
+_MAX_PASSES = 64
+
+
+class CannotStopError(SnapshotterError):
+    """A task did not stop in time: it sits in an uninterruptible wait, mostly as the parent of a vfork."""
+
+    code = "cannot_stop"
+
+
+class TreeChangedError(SnapshotterError):
+    """Processes came and went faster than they could be frozen; trying again may do."""
+
+    code = "tree_changed"
+
+
+class FrozenTree:
+    """Freezes a whole process tree for as long as the context lasts.
+
+    Args:
+        root_pid: the root of the job.
+        timeout_s: how long the job may take to stop.
+        max_tasks: more tasks than this are refused (a fork bomb, mostly).
+    """
+
+    def __init__(self, root_pid: int, *, timeout_s: float = 10.0, max_tasks: int = 32768) -> None:
+        self.root_pid = root_pid
+        self.timeout_s = timeout_s
+        self.max_tasks = max_tasks
+        self.processes: dict[int, FrozenProcess] = {}
+        self.frozen_at_ns = 0
+        """CLOCK_MONOTONIC just before the first task was interrupted."""
+        self.thawed_at_ns = 0
+        self._seized: dict[int, tuple[int, bool, int]] = {}  # tid -> pid, group_stopped, stop_signal; stopped ones
+        self._order: list[int] = []  # tids in the order of seizing
+        self._tasks: dict[int, FrozenTask] = {}
+        self._left: Literal["run", "stop", "kill"] = "run"
+
+    # -- the context -------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> FrozenTree:
+        try:
+            self.freeze()
+        except BaseException:
+            self.thaw()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.thaw()
+
+    @property
+    def frozen_us(self) -> int:
+        """How long the job stood still; so far, when it still does."""
+        end = self.thawed_at_ns or time.monotonic_ns()
+        return (end - self.frozen_at_ns) // 1000 if self.frozen_at_ns else 0
+
+    # -- freezing ----------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Stop every task of the tree and read what it was doing."""
+        deadline = time.monotonic() + self.timeout_s
+        for _ in range(_MAX_PASSES):
+            tree, fresh = self._look()
+            if not fresh:
+                break
+            if len(self._seized) + len(fresh) > self.max_tasks:
+                raise UnsupportedError(
+                    f"the job has more than {self.max_tasks} tasks and is still growing",
+                    where=f"task {self.root_pid}",
+                    hint="a fork bomb? raise max_tasks in the configuration if it is not",
+                )
+            self._stop([item for item in fresh if self._seize(*item)], deadline)
+        else:
+            raise TreeChangedError(
+                f"new tasks kept appearing in {_MAX_PASSES} passes", where=f"task {self.root_pid}", hint="try again"
+            )
+        self._describe(tree)
+
+    def _look(self) -> tuple[dict[int, list[int]], list[tuple[int, int]]]:
+        """The tree as it is now, parents first (pid -> its tids), and the (pid, tid) not yet stopped."""
+        tree: dict[int, list[int]] = {}
+        fresh: list[tuple[int, int]] = []
+        queue = [self.root_pid]
+        for pid in queue:
+            tids = task_ids(pid)
+            if not tids:
+                if pid == self.root_pid:
+                    raise TargetGoneError("no such process", where=f"task {pid}")
+                continue
+            tree[pid] = tids
+            fresh += [(pid, tid) for tid in tids if tid not in self._seized and not _is_dead(pid, tid)]
+            queue += [child for child in children(pid, tids) if child not in tree]
+        return tree, fresh
+
+    def _seize(self, pid: int, tid: int) -> bool:
+        """Seize one task; False when it has ended meanwhile."""
+        try:
+            ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
+        except TargetGoneError:
+            return False
+        except (OSError, SnapshotterError) as error:
+            if _is_dead(pid, tid):
+                return False
+            raise _seize_error(pid, tid, error) from error
+        self._order.append(tid)
+        self._seized[tid] = (pid, False, 0)
+        faults.point("freeze.seized")
+        return True
+
+    def _stop(self, items: list[tuple[int, int]], deadline: float) -> None:
+        """Interrupt those seized tasks and wait until each stands still or is gone."""
+        waiting = dict.fromkeys(tid for _, tid in items)
+        for tid in list(waiting):
+            # One in a group-stop has trapped before SEIZE returned; interrupting it would leave a second trap behind.
+            if self._poll(tid):
+                del waiting[tid]
+        if not self.frozen_at_ns:
+            self.frozen_at_ns = time.monotonic_ns()
+        for tid in waiting:
+            with contextlib.suppress(TargetGoneError):
+                ptrace.interrupt(tid)
+        if waiting:
+            faults.point("freeze.interrupted")
+        pause = 0.0
+        while waiting:
+            done = [tid for tid in waiting if self._poll(tid)]
+            for tid in done:
+                del waiting[tid]
+            if done or not waiting:
+                pause = 0.0
+                continue
+            if time.monotonic() > deadline:
+                raise _stop_error(self._seized, list(waiting))
+            time.sleep(pause)
+            pause = min(0.001, pause + 0.00002)
+
+    def _poll(self, tid: int) -> bool:
+        """Whether a seized task has stopped for good (or is gone); passes on signals that come in between."""
+        try:
+            got, status = os.waitpid(tid, _WAIT_ALL | os.WNOHANG)
+        except ChildProcessError:
+            self._forget(tid)
+            return True
+        if got == 0:
+            return False
+        if not os.WIFSTOPPED(status):
+            self._forget(tid)
+            return True
+        sig, event = os.WSTOPSIG(status), status >> 16
+        pid = self._seized[tid][0]
+        if event == _EVENT_STOP:
+            # SIGTRAP: our interrupt. Anything else is the stop signal of a group-stop.
+            self._seized[tid] = (pid, sig in _STOP_SIGNALS, sig if sig in _STOP_SIGNALS else 0)
+            return True
+        # A signal was being delivered (every trap cancels a pending interrupt): ask again first, then let the signal
+        # through; the task sets up its handler's frame and traps before it runs a single instruction of it.
+        with contextlib.suppress(TargetGoneError):
+            ptrace.interrupt(tid)
+            ptrace.cont(tid, 0 if event or sig & 0x80 else sig)
+        return False
+
+    def _forget(self, tid: int) -> None:
+        self._seized.pop(tid, None)
+        self._tasks.pop(tid, None)
+        if tid in self._order:
+            self._order.remove(tid)
+
+    def _describe(self, tree: dict[int, list[int]]) -> None:
+        """Fill `processes` from the final tree; detach what has left it."""
+        inside = {tid for tids in tree.values() for tid in tids}
+        for tid in [tid for tid in self._order if tid not in inside]:
+            self._detach(tid)
+            self._forget(tid)
+        self.processes = {}
+        for pid, tids in tree.items():
+            stat, status = proc.read_stat(pid), proc.read_status(pid)
+            stopped = [tid for tid in tids if tid in self._seized]
+            if not stopped:
+                self.processes[pid] = FrozenProcess(
+                    pid, None, [], stat, status, None, "zombie", 0, stat.start_time_ticks
+                )
+                continue
+            if pid not in self._seized:
+                raise UnsupportedError(
+                    "the main thread has ended and other threads go on",
+                    where=f"task {pid}",
+                    hint="such a process cannot be made again exactly",
+                )
+            threads = [self._task(pid, tid, stat.start_time_ticks) for tid in [pid, *(t for t in stopped if t != pid)]]
+            leader = threads[0]
+            state: ProcessState = "stopped" if leader.group_stopped else "running"
+            self.processes[pid] = FrozenProcess(
+                pid, leader, threads, stat, status, ProcMem(pid), state, leader.stop_signal, stat.start_time_ticks
+            )
+
+    def _task(self, pid: int, tid: int, leader_start: int) -> FrozenTask:
+        start = leader_start if tid == pid else proc.read_stat(pid, tid).start_time_ticks
+        _, group_stopped, stop_signal = self._seized[tid]
+        task = FrozenTask(
+            tid=tid,
+            pid=pid,
+            regs=ptrace.getregs(tid),
+            sigmask=ptrace.get_sigmask(tid),
+            start_time_ticks=start,
+            group_stopped=group_stopped,
+            stop_signal=stop_signal,
+        )
+        self._tasks[tid] = task
+        return task
+
+    def tasks(self) -> Iterator[FrozenTask]:
+        """Every stopped task, in the order of seizing."""
+        return (self._tasks[tid] for tid in self._order if tid in self._tasks)
+
+    # -- letting go --------------------------------------------------------------------------------------------
+
+    def leave(self, after: Literal["run", "stop", "kill"]) -> None:
+        """Say what the thaw shall do: let the job run, leave it stopped by SIGSTOP, or kill it."""
+        self._left = after
+
+    def cure(self) -> None:
+        """Take the parasite out of every task that has one, last infected first; the job stays frozen."""
+        for task in reversed(list(self.tasks())):
+            if task.remote is not None:
+                remote, task.remote = task.remote, None
+                with contextlib.suppress(TargetGoneError):
+                    cure(remote)
+
+    def thaw(self) -> None:
+        """Let every task go. Does nothing the second time. The first error is raised after all were let go."""
+        if not self._order:
+            return
+        faults.point("thaw.begin")
+        problem: BaseException | None = None
+        try:
+            self.cure()
+        except BaseException as error:  # the rest must be let go whatever happened
+            problem = error
+        signo = {"run": 0, "stop": signal.SIGSTOP, "kill": signal.SIGKILL}[self._left]
+        if signo:
+            for pid in self.processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signo)
+        for tid in reversed(list(self._order)):
+            try:
+                if self._left == "kill":
+                    _reap(tid)
+                else:
+                    self._detach(tid)
+            except BaseException as error:
+                problem = problem or error
+        self.thawed_at_ns = time.monotonic_ns()
+        self._order.clear()
+        self._seized.clear()
+        self._tasks.clear()
+        for process in self.processes.values():
+            if process.mem is not None:
+                process.mem.close()
+        if problem is not None:
+            raise problem
+
+    def _detach(self, tid: int) -> None:
+        try:
+            ptrace.detach(tid)
+        except TargetGoneError:
+            _reap(tid, block=False)
+        faults.point("thaw.detached")
+
+
+def task_ids(pid: int) -> list[int]:
+    """The tids of a process, ascending; empty when it is gone."""
+    try:
+        return sorted(map(int, os.listdir(f"/proc/{pid}/task")))
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def children(pid: int, tids: list[int]) -> list[int]:
+    """The pids of the children of all threads of a process; exact when they are stopped."""
+    found: list[int] = []
+    for tid in tids:
+        try:
+            with open(f"/proc/{pid}/task/{tid}/children", "rb", buffering=0) as file:
+                found += map(int, file.read(1 << 20).split())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def _is_dead(pid: int, tid: int) -> bool:
+    """Zombie, dead or gone."""
+    try:
+        with open(f"/proc/{pid}/task/{tid}/stat", "rb", buffering=0) as file:
+            return file.read(512).rpartition(b")")[2].split()[0] in {b"Z", b"X", b"x"}
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def _reap(tid: int, *, block: bool = True) -> None:
+    """Collect the end of a traced task, so that its own parent gets to see it."""
+    for _ in range(1000):
+        try:
+            got, status = os.waitpid(tid, _WAIT_ALL | (0 if block else os.WNOHANG))
+        except (ChildProcessError, InterruptedError):
+            return
+        if got == 0 or not os.WIFSTOPPED(status):
+            return
+
+
+def _seize_error(pid: int, tid: int, error: Exception) -> SnapshotterError:
+    where = f"task {pid}" if pid == tid else f"task {pid}, thread {tid}"
+    try:
+        tracer = proc.read_status(pid).tracer_pid
+    except (OSError, SnapshotterError):
+        tracer = 0
+    if tracer:
+        return UnsupportedError(
+            f"traced by task {tracer} already", where=where, hint="stop the debugger, strace or other snap first"
+        )
+    hint = "run as root, or set kernel.yama.ptrace_scope=0"
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError):
+        return wrap_os_error(cause, "cannot seize", where=where, hint=hint)
+    return SnapshotterError(f"cannot seize: {error}", where=where, hint=hint)
+
+
+def _stop_error(seized: dict[int, tuple[int, bool, int]], tids: list[int]) -> SnapshotterError:
+    tid = tids[0]
+    pid = seized[tid][0] if tid in seized else tid
+    try:
+        with open(f"/proc/{pid}/task/{tid}/wchan", encoding="ascii") as file:
+            place = file.read() or "?"
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ESRCH}:
+            return TargetGoneError("ended while it was being frozen", where=f"task {pid}")
+        place = "?"
+    return CannotStopError(
+        f"does not stop (it waits in the kernel at {place})",
+        where=f"task {pid}, thread {tid}",
+        hint="a parent in vfork waits for its child, others for a device: try again",
+    )
