@@ -1,1 +1,1 @@
-""
+"""The command line: one module per command, shared options and output. The only room that prints."""

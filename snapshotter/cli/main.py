@@ -1,0 +1,162 @@
+"""Entry point of `snap`: finds the command's module, turns every error into one message and exit status.
+
+Command modules are imported when asked for, and import the manager when they run, so that `snap --help`
+and shell completion are quick and `snap list` never loads the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from snapshotter import __version__
+from snapshotter.base.errors import InterruptedByUserError, SnapshotterError, UsageError
+from snapshotter.cli.output import show_error, write_error
+
+COMMANDS = {
+    "take": "Take a point of a running job.",
+    "list": "List points.",
+    "show": "Show what a point holds.",
+    "rollback": "Bring a job back as it was at a point.",
+    "verify": "Check that points can be read back whole.",
+    "check": "Say whether a job can be taken, without touching it.",
+    "doctor": "Say what this machine, user and store are fit for.",
+    "forget": "Remove points from the list; prune frees their space.",
+    "prune": "Free the space of forgotten points.",
+}
+"""Name -> first line of help, in the order of `snap --help`; each is `snapshotter.cli.<name>:command`."""
+
+_MODULES = {"list": "list_"}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are modules imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which one needs them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, by its full name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"snapshotter.cli.{_MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """From the table, without importing the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="snap")
+@click.option("--store", "flag_store", metavar="DIR", help="Store to use (default: SNAP_STORE, config).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but ids and errors.")
+@click.pass_context
+def cli(ctx: click.Context, flag_store: str | None, as_json: bool, quiet: bool) -> None:
+    """Take points in time of running Linux jobs, and roll them back.
+
+    A POINT is named by its id (any unique beginning of 4 or more digits), `latest`, `latest~2`,
+    the JOB's name (its latest point) or `JOB~3`.
+    """
+    ctx.obj = {"flag_store": flag_store, "as_json": as_json, "quiet": quiet}
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM or SIGHUP arrived; not an Exception, so that nothing in between swallows it."""
+
+
+def _on_signal(signum: int, frame: Any) -> NoReturn:
+    raise _TerminatedError(signal.Signals(signum).name)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line; returns the exit status. Prints errors, never raises."""
+    as_json = _wants_json(args)
+    try:
+        try:
+            status = cli.main(args=list(args), prog_name="snap", standalone_mode=False)
+            sys.stdout.flush()
+        except click.exceptions.Exit as error:
+            return int(error.exit_code)
+        except click.Abort:
+            raise KeyboardInterrupt from None
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx is not None else "snap"
+            raise UsageError(error.format_message().rstrip("."), hint=f"{path} --help") from error
+        except click.ClickException as error:
+            raise UsageError(error.format_message()) from error
+        return status if isinstance(status, int) else 0
+    except SnapshotterError as error:
+        return _fail(error, as_json)
+    except (KeyboardInterrupt, _TerminatedError) as error:
+        # A second Ctrl-C must not print a traceback over the message.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        name = str(error) or "SIGINT"
+        return _fail(
+            InterruptedByUserError(f"interrupted by {name}", hint="nothing was half done: the job runs as before"),
+            as_json,
+        )
+    except BrokenPipeError:
+        # The reader (head, less) has left. Python must not fail again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        return _fail(_internal(error), as_json)
+
+
+def _fail(error: SnapshotterError, as_json: bool) -> int:
+    if os.environ.get("SNAP_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    try:
+        show_error(error, as_json=as_json)
+        sys.stdout.flush()
+    except OSError:
+        write_error(f"snap: {error}")
+    return error.exit_status
+
+
+def _internal(error: Exception) -> SnapshotterError:
+    """A bug, or a kernel refusal that nobody gave a sentence to."""
+    if isinstance(error, OSError) and error.errno:
+        from snapshotter.base.errors import wrap_os_error
+
+        return wrap_os_error(error, "an operation failed", where=str(error.filename or ""))
+    if isinstance(error, MemoryError):
+        return SnapshotterError("out of memory")
+    return SnapshotterError(
+        f"internal error: {type(error).__name__}: {error}", hint="SNAP_DEBUG=1 shows where; please report it"
+    )
+
+
+def _wants_json(args: Sequence[str]) -> bool:
+    """Whether errors go to stdout as JSON; needed before the command line was understood."""
+    words = list(args)
+    if "--" in words:
+        words = words[: words.index("--")]
+    return "--json" in words
+
+
+def main() -> NoReturn:
+    """The `snap` command."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is signal.SIG_DFL:
+            signal.signal(signum, _on_signal)
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

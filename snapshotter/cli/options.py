@@ -1,0 +1,63 @@
+"""Options that every command shares, as one decorator, and what they become: an `App`.
+
+`--store`, `--json`, `--quiet` may stand before or after the command's name. Nothing here imports the
+manager before a command runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snapshotter.cli.output import Output
+
+if TYPE_CHECKING:
+    from snapshotter.manager.session import Session
+
+
+def _default_session(flag_store: str | None) -> Session:
+    from snapshotter.manager import config
+    from snapshotter.manager.session import Session
+
+    return Session(config.load(flag_store))
+
+
+open_session: Callable[[str | None], Session] = _default_session
+"""Replaced by tests that bring a fake engine and store."""
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """What a command gets: where to print, and the manager's session."""
+
+    out: Output
+    flag_store: str | None
+
+    def session(self) -> Session:
+        """A new session; use it in a `with`."""
+        return open_session(self.flag_store)
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --store, --json and --quiet to a command; it gets an `App` as its first argument."""
+
+    @click.option("--store", "flag_store", metavar="DIR", help="Store to use (default: SNAP_STORE, config).")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print nothing but ids and errors.")
+    @click.pass_context
+    @functools.wraps(command)
+    def wrapper(
+        context: click.Context, /, *args: Any, flag_store: str | None, as_json: bool, quiet: bool, **kwargs: Any
+    ) -> Any:
+        above: dict[str, Any] = context.find_root().obj or {}
+        out = Output(
+            as_json=as_json or bool(above.get("as_json")), quiet=quiet or bool(above.get("quiet"))
+        )
+        app = App(out, flag_store or above.get("flag_store"))
+        return command(app, *args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,42 @@
+"""`snap rollback POINT`: bring the job back."""
+
+from __future__ import annotations
+
+import click
+
+from snapshotter.base.units import format_bytes, format_us, plural
+from snapshotter.cli.options import App, common
+from snapshotter.cli.output import short
+
+
+@click.command("rollback")
+@click.argument("point", metavar="POINT")
+@common
+def command(app: App, point: str) -> int:
+    """Bring the job back as it was at POINT, under the same pids, detached.
+
+    If the job is still alive it is replaced, once everything that can be checked has been checked. A
+    point can be rolled back to any number of times, in any order.
+    """
+    from snapshotter.manager.rollback import rollback
+
+    with app.session() as session:
+        report = rollback(session, point)
+    restored = report.restored
+    app.out.warnings(report.warnings)
+    app.out.result(
+        {
+            "id": report.point.id,
+            "job": report.point.job,
+            "root_pid": restored.root_pid,
+            "pids": list(restored.pids),
+            "duration_us": restored.duration_us,
+            "pages_written": restored.pages_written,
+            "warnings": list(report.warnings),
+        },
+        f"{report.point.job} runs again as it was at {short(report.point.id)}: pid {restored.root_pid}, "
+        f"{plural(len(restored.pids), 'process', 'processes')}, "
+        f"{format_bytes(restored.pages_written * 4096)} of memory, {format_us(restored.duration_us)}",
+        brief=report.point.id,
+    )
+    return 0
