@@ -1,0 +1,1 @@
+"""Tests; README.md says how to run them and what they need."""
