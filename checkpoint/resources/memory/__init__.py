@@ -1,0 +1,53 @@
+"""Memory: VMAs, pages, shared objects, the vdso and the kernel's notes about an address space.
+
+Dump (checkpoint.dump calls, in this order):
+    look(pid, report)                                  before anything, reads /proc only
+    space, plan = plan_pages(ctx, pid, written, need_watch=..., frozen=False)   pre-copy, any number of times
+    space, plan = plan_pages(ctx, pid, written, need_watch=..., hidden=[...])   frozen
+    sink.put(space_name(pid), plan.to_read_runs(), reader(mem)); sink.close_space(..., plan.present_runs())
+    dump_mm(ctx, proc, space)                          ctx.images["mm/<pid>"]
+    shmem.put_all(ctx)                                 frozen, after the descriptors (they register memfds too)
+    sink.drain(), then shmem.close_all(ctx)
+
+Restore (checkpoint.restore calls, in this order):
+    check(ctx)                                         nothing touched yet
+    arena_hole(mms, size)
+    shmem.open_shared(ctx, name)                       also by the descriptors: one object for all
+    restore_mm(ctx, stub, process)                     per process, its descriptors are installed already
+    finish(ctx)                                        after the last process: late seals, snap's descriptors closed
+"""
+
+from __future__ import annotations
+
+from checkpoint.resources.memory import shmem
+from checkpoint.resources.memory.dump import (
+    MmReader,
+    address_space,
+    dump_mm,
+    page_plan,
+    parent_vmas,
+    plan_pages,
+    reader,
+    space_name,
+)
+from checkpoint.resources.memory.mappings import AddressSpace, look, read_mappings
+from checkpoint.resources.memory.restore import arena_hole, check, finish, restore_mm
+
+__all__ = [
+    "AddressSpace",
+    "MmReader",
+    "address_space",
+    "arena_hole",
+    "check",
+    "dump_mm",
+    "finish",
+    "look",
+    "page_plan",
+    "parent_vmas",
+    "plan_pages",
+    "read_mappings",
+    "reader",
+    "restore_mm",
+    "shmem",
+    "space_name",
+]

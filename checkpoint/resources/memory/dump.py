@@ -1,0 +1,228 @@
+"""Dumping one address space: its pages planned, its VMAs and the kernel's notes about it put into an Mm.
+
+Owns the order inside one process: `address_space` (smaps + map_files), `page_plan` (pagemap, tracker, parent),
+`dump_mm` (the image). The orchestrator reads the planned pages through `reader`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from checkpoint.context import DumpContext, FrozenProcess
+from checkpoint.kernel.mem import ProcMem
+from checkpoint.kernel.pagemap import PageMap
+from checkpoint.model import pageplan
+from checkpoint.model import vma as model
+from checkpoint.model.pageplan import PagePlan, Runs
+from checkpoint.resources.memory import identity, shmem
+from checkpoint.resources.memory.mappings import AddressSpace, Range, read_space
+from images import codec, mm_pb2
+from snapshotter.base.errors import SnapshotterError, TargetGoneError, wrap_os_error
+from snapshotter.base.pages import PAGE_SIZE, Run
+
+FORMAT_VERSION = 1
+_KEY = "memory.parents"
+_MCL_FUTURE, _MCL_ONFAULT = 2, 4
+_MAX_AUXV_BYTES = 4096
+
+
+class MmReader:
+    """PageReader of an address space. Pages that went away are zeroed and remembered in `failed`."""
+
+    def __init__(self, mem: ProcMem) -> None:
+        self._mem = mem
+        self.failed: set[int] = set()
+
+    def read_into(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        failed = self._mem.read_runs(runs, buffer)
+        if failed:
+            self.failed.update(failed)
+
+
+def reader(mem: ProcMem | int) -> MmReader:
+    """A PageReader for the pages of a process, by its ProcMem or pid. Any thread may use it."""
+    return MmReader(ProcMem(mem) if isinstance(mem, int) else mem)
+
+
+def space_name(pid: int) -> str:
+    """Name of an address space's image and page space."""
+    return f"mm/{pid}"
+
+
+def address_space(ctx: DumpContext, pid: int, *, frozen: bool = True, hidden: Iterable[Range] = ()) -> AddressSpace:
+    """Read the VMAs of a process; in the frozen window shared objects are registered as well.
+
+    Args:
+        hidden: ranges of the parasite, which are not the job's.
+
+    Raises:
+        TargetGoneError, UnsupportedError: see mappings.read_space.
+    """
+
+    def register(path: str, stat: os.stat_result, link: bytes) -> str:
+        return shmem.register(ctx, path, stat, link).image_name
+
+    space = read_space(pid, register if frozen else None, hidden)
+    for text in space.warnings if frozen else ():
+        ctx.warn(text)
+    return space
+
+
+def parent_vmas(ctx: DumpContext, pid: int) -> Sequence[mm_pb2.Vma] | None:
+    """VMAs of the same process in the parent point; None when it has none that can be used."""
+    cache = ctx.resources.setdefault(_KEY, {})
+    name = space_name(pid)
+    if name not in cache:
+        cache[name] = None
+        if ctx.parent is not None and ctx.parent.has_space(name):
+            try:
+                image = codec.parse(name, ctx.parent.images(name))
+            except (KeyError, SnapshotterError):
+                image = None
+            if isinstance(image, mm_pb2.Mm):
+                cache[name] = list(image.vmas)
+    found: Sequence[mm_pb2.Vma] | None = cache[name]
+    return found
+
+
+def page_plan(
+    ctx: DumpContext,
+    space: AddressSpace,
+    written: Iterable[Run] | Runs | None = None,
+    *,
+    need_watch: bool = False,
+) -> PagePlan:
+    """Which pages the address space must store, and which must be read.
+
+    Args:
+        written: (first page, nr_pages) that the tracker saw written since the parent's dump; None: it cannot tell,
+            or the parent must not be used for this process.
+        need_watch: the tracker is userfaultfd: VMAs without its write protection (VmFlags uw) were not watched.
+
+    Side effect: Vma.guard_pages of the space are filled in.
+    """
+    anonymous = [v for v in space.vmas if v.kind in {model.ANON_PRIVATE, model.DEV_ZERO_PRIVATE}]
+    over_files = [v for v in space.vmas if v.kind in model.OVER_FILE_KINDS]
+    try:
+        with PageMap(space.pid) as pagemap:
+            content = pagemap.content(pageplan.of_vmas(anonymous), pageplan.of_vmas(over_files))
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise TargetGoneError("has ended", where=f"task {space.pid}") from error
+    except OSError as error:
+        raise wrap_os_error(error, "cannot read the page map", where=f"task {space.pid}") from error
+    _note_guards(space, content.guard)
+    watched = None
+    if need_watch:
+        watched = pageplan.of_vmas(vma for vma in space.vmas if vma.start in space.watched)
+    parent = parent_vmas(ctx, space.pid) if written is not None else None
+    return pageplan.plan(
+        space.vmas,
+        content.present,
+        None if written is None else pageplan.from_list(written),
+        parent,
+        watched=watched,
+    )
+
+
+def _note_guards(space: AddressSpace, guard: Runs) -> None:
+    for vma in space.vmas:
+        del vma.guard_pages[:]
+        if len(guard) and vma.kind in model.PRIVATE_KINDS:
+            row = np.asarray([[vma.start // PAGE_SIZE, vma.end // PAGE_SIZE]], dtype=np.int64)
+            vma.guard_pages.extend((pageplan.intersect(guard, row) * PAGE_SIZE).ravel().tolist())
+
+
+def plan_pages(
+    ctx: DumpContext,
+    pid: int,
+    written: Iterable[Run] | Runs | None = None,
+    *,
+    need_watch: bool = False,
+    frozen: bool = True,
+    hidden: Iterable[Range] = (),
+) -> tuple[AddressSpace, PagePlan]:
+    """`address_space` and `page_plan` in one."""
+    space = address_space(ctx, pid, frozen=frozen, hidden=hidden)
+    return space, page_plan(ctx, space, written, need_watch=need_watch)
+
+
+def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace, *, parasite_vma: Range | None = None) -> str:
+    """Add the image of an address space; returns its name. The process is frozen.
+
+    Args:
+        parasite_vma: where the parasite's memory is: a fresh mapping tells whether mlockall(MCL_FUTURE) is on.
+    """
+    image = mm_pb2.Mm(format_version=FORMAT_VERSION, vmas=space.vmas)
+    image.files.extend(space.files)  # type: ignore[arg-type]
+    _dump_fields(image, proc.pid)
+    _dump_exe(ctx, image, proc.pid)
+    image.auxv = _read(proc.pid, "auxv")[:_MAX_AUXV_BYTES]
+    image.brk = proc.parasite.call("brk", 0)
+    for vma in space.vmas:
+        if vma.kind == model.VDSO and proc.mem is not None:
+            image.vdso_build_id = vdso_build_id(proc.mem, vma.start, vma.end)
+    image.mlockall_flags = _mlockall_flags(proc, parasite_vma)
+    name = space_name(proc.pid)
+    ctx.images[name] = image
+    return name
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
+            return file.read(1 << 20)
+    except OSError as error:
+        raise wrap_os_error(error, f"cannot read {name}", where=f"task {pid}") from error
+
+
+def _dump_fields(image: mm_pb2.Mm, pid: int) -> None:
+    """Fields 26-28 and 45-51 of /proc/PID/stat (proc_pid_stat(5)), counted from 1."""
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    numbers = [int(field) for field in fields[1:]]  # numbers[0] is field 4
+
+    def field(number: int) -> int:
+        return numbers[number - 4]
+
+    image.start_code, image.end_code, image.start_stack = field(26), field(27), field(28)
+    image.start_data, image.end_data, image.start_brk = field(45), field(46), field(47)
+    image.arg_start, image.arg_end = field(48), field(49)
+    image.env_start, image.env_end = field(50), field(51)
+
+
+def _dump_exe(ctx: DumpContext, image: mm_pb2.Mm, pid: int) -> None:
+    path = f"/proc/{pid}/exe"
+    try:
+        stat, link = os.stat(path), os.readlink(os.fsencode(path))
+    except OSError as error:
+        raise wrap_os_error(error, "cannot look at the executable", where=f"task {pid}") from error
+    plain = link.removesuffix(model.DELETED)
+    image.exe.CopyFrom(identity.make(plain, stat, open_path=path))
+    if not identity.leads_to(plain, stat):
+        image.exe_shmem = shmem.register(ctx, path, stat, link).image_name
+
+
+def vdso_build_id(mem: ProcMem, start: int, end: int) -> bytes:
+    """Build id of the vdso mapped at [start, end) of a process."""
+
+    def read(offset: int, size: int) -> bytes:
+        size = max(0, min(size, end - start - offset))
+        return mem.read(start + offset, size) if size else b""
+
+    return identity.elf_build_id(read, in_memory=True)
+
+
+def _mlockall_flags(proc: FrozenProcess, parasite_vma: Range | None) -> int:
+    """MCL_FUTURE has no file in /proc: the kernel locks every new mapping, and the parasite's memory is one."""
+    if parasite_vma is None:
+        return 0
+    from checkpoint.resources.memory.mappings import read_mappings
+
+    for mapping in read_mappings(proc.pid) if b"VmLck:\t       0 kB" not in _read(proc.pid, "status") else ():
+        if mapping.start <= parasite_vma[0] < mapping.end and "lo" in mapping.flags:
+            return _MCL_FUTURE | (_MCL_ONFAULT if "lf" in mapping.flags else 0)
+    return 0
+
+

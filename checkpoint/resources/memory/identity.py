@@ -1,0 +1,186 @@
+"""Files that are mapped, not stored: what they looked like, and whether they still do.
+
+Owns FileIdentity: made at the dump from a stat of the open file (never from the device numbers in maps, which
+differ from stat's on overlay and btrfs roots), compared at the restore. Build ids are read once per
+(device, inode, mtime, size) and kept for the life of this process, so that looking warms them for the freeze.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from images import common_pb2
+from snapshotter.base.errors import RestoreConflictError
+
+_PT_NOTE = 4
+_NT_GNU_BUILD_ID = 3
+_MAX_HEADERS = 256
+_MAX_NOTE_BYTES = 65536
+
+Reader = Callable[[int, int], bytes]
+"""(offset, size) -> bytes, fewer at the end."""
+
+_build_ids: dict[tuple[int, int, int, int], bytes] = {}
+
+
+def build_id(path: str | bytes, stat: os.stat_result) -> bytes:
+    """The NT_GNU_BUILD_ID of the ELF file that `path` opens, b"" when it has none or is no ELF file."""
+    key = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    if key not in _build_ids:
+        _build_ids[key] = _read_build_id(path)
+    return _build_ids[key]
+
+
+def _read_build_id(path: str | bytes) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    try:
+        return elf_build_id(lambda offset, size: os.pread(fd, size, offset))
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
+def elf_build_id(read: Reader, *, in_memory: bool = False) -> bytes:
+    """Find the build id of a 64-bit little-endian ELF image.
+
+    Args:
+        read: (offset, size) -> bytes, possibly fewer.
+        in_memory: offsets are addresses relative to the image's first byte (a mapped vdso), not file offsets.
+    """
+    head = read(0, 64)
+    if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
+        return b""
+    (header_offset,) = struct.unpack_from("<Q", head, 32)
+    entry_size, nr_headers = struct.unpack_from("<HH", head, 54)
+    if entry_size < 56 or nr_headers > _MAX_HEADERS:
+        return b""
+    table = read(header_offset, entry_size * nr_headers)
+    for at in range(0, len(table) - 55, entry_size):
+        kind, _, offset, vaddr, _, size = struct.unpack_from("<IIQQQQ", table, at)
+        if kind == _PT_NOTE and size <= _MAX_NOTE_BYTES:
+            found = _find_note(read(vaddr if in_memory else offset, size))
+            if found:
+                return found
+    return b""
+
+
+def _find_note(notes: bytes) -> bytes:
+    at = 0
+    while at + 12 <= len(notes):
+        name_size, size, kind = struct.unpack_from("<III", notes, at)
+        content = at + 12 + (name_size + 3 & ~3)
+        if kind == _NT_GNU_BUILD_ID and notes[at + 12 : at + 16] == b"GNU\0":
+            return notes[content : content + size]
+        at = content + (size + 3 & ~3)
+    return b""
+
+
+def make(path: bytes, stat: os.stat_result, *, open_path: str | bytes = b"") -> common_pb2.FileIdentity:
+    """The identity of an open file.
+
+    Args:
+        path: where it can be found again, without " (deleted)".
+        stat: of the open file itself.
+        open_path: what to open for its build id (map_files or fd link); `path` when empty.
+    """
+    return common_pb2.FileIdentity(
+        path=path,
+        dev=stat.st_dev,
+        ino=stat.st_ino,
+        mode=stat.st_mode,
+        size_bytes=stat.st_size,
+        mtime_ns=stat.st_mtime_ns,
+        build_id=build_id(open_path or path, stat),
+        deleted=stat.st_nlink == 0,
+    )
+
+
+def leads_to(path: bytes, stat: os.stat_result) -> bool:
+    """Whether `path` still names the file that `stat` is of."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How a file differs from what the image needs; empty `text`: not at all."""
+
+    text: str
+    missing: bool = False
+    size_bytes: int = 0
+
+
+def compare(wanted: common_pb2.FileIdentity) -> Difference:
+    """Look at the file that the image names.
+
+    The same inode with the same size and mtime is the same file; so is one with the same build id and size (a package
+    installed again, a copied root). Device numbers may change with a reboot: inode, size and mtime decide then.
+    """
+    try:
+        found = os.stat(wanted.path)
+    except OSError as error:
+        return Difference(f"cannot be found: {os.strerror(error.errno or 0)}", missing=True)
+    if found.st_size == wanted.size_bytes and found.st_mtime_ns == wanted.mtime_ns:
+        if found.st_ino == wanted.ino or not wanted.build_id:
+            return Difference("", size_bytes=found.st_size)
+    if wanted.build_id and found.st_size == wanted.size_bytes:
+        now = build_id(wanted.path, found)
+        if now == wanted.build_id:
+            return Difference("", size_bytes=found.st_size)
+        return Difference(f"is another build: build id {now.hex() or 'none'}, not {wanted.build_id.hex()}")
+    if found.st_size != wanted.size_bytes:
+        text = f"has {found.st_size} bytes, not {wanted.size_bytes}"
+    elif found.st_mtime_ns != wanted.mtime_ns:
+        text = "was written to since the point (its modification time differs)"
+    else:
+        text = f"is another file: inode {found.st_ino}, not {wanted.ino}"
+    return Difference(text, size_bytes=found.st_size)
+
+
+def require_same(wanted: common_pb2.FileIdentity, use: str) -> None:
+    """Raise unless the file is what the image needs.
+
+    Raises:
+        RestoreConflictError: names the file and what changed.
+    """
+    difference = compare(wanted)
+    if difference.text:
+        path = wanted.path.decode(errors="backslashreplace")
+        raise RestoreConflictError(
+            f"{use} {difference.text}", where=path, hint="put the file back as it was when the point was taken"
+        )
+
+
+def open_mapped(wanted: common_pb2.FileIdentity, *, writable: bool) -> int:
+    """Open a mapped file for the restore; the caller closes it.
+
+    Raises:
+        RestoreConflictError: it cannot be opened.
+    """
+    try:
+        return os.open(wanted.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    except OSError as error:
+        path = wanted.path.decode(errors="backslashreplace")
+        raise RestoreConflictError(
+            f"cannot be opened to be mapped: {os.strerror(error.errno or 0)}",
+            where=path,
+            hint="put the file back as it was when the point was taken",
+        ) from error
+
+
+def safe_close(fd: int) -> None:
+    """Close what is open, ignore what is not."""
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,282 @@
+"""The VMAs of a living address space, as the image wants them.
+
+Owns reading /proc/PID/smaps together with what the mapped files are (map_files), and `look`, which names
+every mapping that cannot be dumped. Reads /proc only; never stops or touches a task.
+
+Files: a mapping whose path still leads to the same inode is kept by identity. One whose file was deleted, or whose
+path leads elsewhere (replaced by an upgrade, another mount namespace), is stored with its content as a Shmem.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as stat_module
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from checkpoint.kernel import descriptors
+from checkpoint.model import vma as model
+from checkpoint.model.vma import Mapping
+from checkpoint.resources.memory import identity
+from images import mm_pb2
+from snapshotter.base.errors import Finding, TargetGoneError, UnsupportedError, wrap_os_error
+
+_ZERO_DEVICE = os.makedev(1, 5)
+_KCMP_VM = 1
+
+Range = tuple[int, int]
+Register = Callable[[str, os.stat_result, bytes], str]
+"""(path that opens the object, its stat, the link's text) -> image name of the Shmem."""
+
+
+@dataclass(slots=True)
+class AddressSpace:
+    """VMAs and files of one process at one instant."""
+
+    pid: int
+    vmas: list[mm_pb2.Vma] = field(default_factory=list)
+    files: list[object] = field(default_factory=list)
+    """FileIdentity, indexed by Vma.file."""
+    mappings: list[Mapping] = field(default_factory=list)
+    """The lines the VMAs came from, one each."""
+    watched: set[int] = field(default_factory=set)
+    """start of each VMA that userfaultfd's write protection watches (VmFlags uw)."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_mappings(pid: int) -> list[Mapping]:
+    """Parse /proc/PID/smaps.
+
+    Raises:
+        TargetGoneError: no such process, or it has no address space any more.
+    """
+    try:
+        with open(f"/proc/{pid}/smaps", "rb", buffering=0) as file:
+            parts = []
+            while part := file.read(1 << 20):
+                parts.append(part)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise TargetGoneError("has ended", where=f"task {pid}") from error
+    except OSError as error:
+        raise wrap_os_error(error, "cannot read smaps", where=f"task {pid}", hint="run as root") from error
+    return model.parse_smaps(b"".join(parts))
+
+
+def look(pid: int, report: list[Finding]) -> None:
+    """Name every mapping of a process that cannot be dumped, and an address space it shares with another."""
+    mappings = read_mappings(pid)
+    for mapping in mappings:
+        found = model.refusal(mapping) or _file_refusal(pid, mapping)
+        if found is not None:
+            report.append(Finding(pid, mapping.text, *found))
+    found_vdso = vdso_refusal(mappings)
+    if found_vdso is not None:
+        report.append(Finding(pid, "mapping [vdso]", found_vdso, "let the job keep the vdso where the kernel put it"))
+    other = shares_mm_with(pid)
+    if other:
+        report.append(
+            Finding(
+                pid,
+                "address space",
+                f"is shared with process {other} (vfork, or clone with CLONE_VM but not CLONE_THREAD)",
+                "take the point when the child has called execve or ended",
+            )
+        )
+
+
+def vdso_refusal(mappings: Iterable[Mapping]) -> str | None:
+    """What is wrong when vvar, vvar_vclock and vdso do not follow each other as the kernel lays them out."""
+    parts = [m for m in mappings if model.kernel_kind(m) in {model.VDSO, model.VVAR, model.VVAR_VCLOCK}]
+    for one, two in zip(parts, parts[1:], strict=False):
+        if one.end > two.start or two.start - one.end > 1 << 20:
+            return "vdso and vvar are not beside each other"
+    return None
+
+
+def shares_mm_with(pid: int) -> int:
+    """Another process (parent, child or sibling) that uses the same address space, or 0."""
+    for other in _relatives(pid):
+        try:
+            if other != pid and descriptors.kcmp(pid, other, _KCMP_VM, 0, 0) == 0:
+                return other
+        except OSError:  # ended meanwhile, a zombie, or not ours to look at: it cannot be part of this job
+            continue
+    return 0
+
+
+def _relatives(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            parent = int(file.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return []
+    found = [parent] if parent > 1 else []
+    for process in (pid, parent):
+        if process > 1:
+            found += _children(process)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{tid}/children", "rb") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass
+    return found
+
+
+def _file_refusal(pid: int, mapping: Mapping) -> tuple[str, str] | None:
+    if not _has_file(mapping):
+        return None
+    try:
+        stat = os.stat(map_files_path(pid, mapping))
+    except OSError:
+        return None
+    identity.build_id(map_files_path(pid, mapping), stat)
+    return _kind_refusal(mapping, stat)
+
+
+def _kind_refusal(mapping: Mapping, stat: os.stat_result) -> tuple[str, str] | None:
+    if stat_module.S_ISREG(stat.st_mode):
+        return None
+    if stat_module.S_ISCHR(stat.st_mode) and stat.st_rdev == _ZERO_DEVICE:
+        return None
+    if stat_module.S_ISCHR(stat.st_mode) or stat_module.S_ISBLK(stat.st_mode):
+        return "memory of a device", "close the device before the take"
+    return "is mapped from something that is not a file", "close it before the take"
+
+
+def _has_file(mapping: Mapping) -> bool:
+    if model.kernel_kind(mapping) is not None:
+        return False
+    return mapping.shared or not (not mapping.path or mapping.path.startswith(b"["))
+
+
+def map_files_path(pid: int, mapping: Mapping) -> str:
+    """The link that opens what is mapped there."""
+    return f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+
+
+def read_space(pid: int, register: Register | None = None, hidden: Iterable[Range] = ()) -> AddressSpace:
+    """Read the VMAs of a process.
+
+    Args:
+        register: takes shared memory objects; None leaves Vma.shmem empty (pre-copy, looking).
+        hidden: ranges that are not the job's (the parasite's own memory).
+
+    Raises:
+        TargetGoneError: the process has ended.
+        UnsupportedError: a mapping cannot be dumped; `findings` names each.
+    """
+    space = AddressSpace(pid)
+    findings: list[Finding] = []
+    files: dict[tuple[int, int, bytes], tuple[os.stat_result, bytes, bool]] = {}
+    index: dict[tuple[int, int, bytes], int] = {}
+    hidden = sorted(hidden)
+    for mapping in read_mappings(pid):
+        found = model.refusal(mapping)
+        for start, end in _without(mapping.start, mapping.end, hidden):
+            if model.kernel_kind(mapping) == model.VSYSCALL:
+                continue
+            vma = _plain(mapping, start, end)
+            if found is None and _has_file(mapping):
+                found = _with_file(space, vma, mapping, register, files, index)
+            space.vmas.append(vma)
+            space.mappings.append(mapping)
+            if "uw" in mapping.flags:
+                space.watched.add(start)
+        if found is not None:
+            findings.append(Finding(pid, mapping.text, *found))
+    if findings:
+        raise UnsupportedError(str(findings[0]), findings=tuple(findings))
+    return space
+
+
+def _without(start: int, end: int, hidden: Iterable[Range]) -> list[Range]:
+    """[start, end) less the hidden ranges: the parasite's memory may have merged with the job's."""
+    parts = []
+    for low, high in hidden:
+        if high <= start or low >= end:
+            continue
+        if low > start:
+            parts.append((start, low))
+        start = max(start, high)
+    if start < end:
+        parts.append((start, end))
+    return parts
+
+
+def _plain(mapping: Mapping, start: int, end: int) -> mm_pb2.Vma:
+    kind = model.kernel_kind(mapping)
+    vma = mm_pb2.Vma(
+        start=start,
+        end=end,
+        prot=mapping.prot,
+        flags=model.map_flags(mapping, anonymous=True),
+        kind=model.ANON_PRIVATE if kind is None else kind,
+        anon_name=model.anon_name(mapping.path),
+    )
+    if kind is None:
+        vma.madvise.extend(flag for flag in model.KEPT_FLAGS if flag in mapping.flags)
+    return vma
+
+
+def _with_file(
+    space: AddressSpace,
+    vma: mm_pb2.Vma,
+    mapping: Mapping,
+    register: Register | None,
+    files: dict[tuple[int, int, bytes], tuple[os.stat_result, bytes, bool]],
+    index: dict[tuple[int, int, bytes], int],
+) -> tuple[str, str] | None:
+    """Fill in what the mapping is backed by. Returns a refusal or None."""
+    link_path = map_files_path(space.pid, mapping)
+    key = (mapping.dev, mapping.ino, mapping.path)
+    if key not in files:
+        try:
+            stat, link = os.stat(link_path), os.readlink(os.fsencode(link_path))
+        except (FileNotFoundError, ProcessLookupError):
+            return "changed while it was looked at", "try again"
+        except PermissionError:
+            return "what is mapped cannot be looked at (map_files)", "run as root"
+        plain = link.removesuffix(model.DELETED)
+        files[key] = stat, link, identity.leads_to(plain, stat)
+    stat, link, found = files[key]
+    refused = _kind_refusal(mapping, stat)
+    if refused is not None:
+        return refused
+    vma.offset = mapping.offset + (vma.start - mapping.start)
+    vma.shared_dev, vma.shared_ino = stat.st_dev, stat.st_ino
+    if stat_module.S_ISCHR(stat.st_mode):
+        vma.kind = model.DEV_ZERO_PRIVATE
+        return None
+    vma.readable_fd = True
+    vma.writable_fd = mapping.shared and "mw" in mapping.flags
+    if found:
+        vma.kind = model.FILE_SHARED if mapping.shared else model.FILE_PRIVATE
+        vma.flags = model.map_flags(mapping, anonymous=False)
+        if key not in index:
+            index[key] = len(space.files)
+            space.files.append(identity.make(link, stat, open_path=link_path))
+        vma.file = index[key]
+        return None
+    is_zero = link == b"/dev/zero (deleted)"
+    if not mapping.shared:
+        vma.kind = model.SHMEM_PRIVATE
+    else:
+        vma.kind = model.ANON_SHARED if is_zero else model.SHMEM_FILE
+    vma.flags = model.map_flags(mapping, anonymous=is_zero and mapping.shared)
+    if not link.endswith(model.DELETED):
+        space.warnings.append(
+            f"task {space.pid}: {os.fsdecode(link)} is mapped, but that path leads to another file now; "
+            "the point keeps the content of the one that is mapped"
+        )
+    if register is not None:
+        try:
+            vma.shmem = register(link_path, stat, link)
+        except UnsupportedError as error:
+            return error.what, error.hint
+    return None
