@@ -1,0 +1,255 @@
+"""The command line against fakes: what is printed where, exit status, and what is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from snapshotter.base.errors import SnapshotterError
+from snapshotter.cli import main, options, output
+from snapshotter.manager.config import Config
+from snapshotter.manager.session import Session
+from store.types import Damage
+from tests.fakes import FakeEngine, FakeStore, finding
+from tests.jobs import ROOT
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    store, engine = FakeStore(), FakeEngine()
+    settings = Config(store=tmp_path / "store", store_from="test", lock_wait_s=0.0)
+    monkeypatch.setattr(
+        options,
+        "open_session",
+        lambda flag: Session(settings, open_store=store.opener, open_engine=lambda: engine),
+    )
+    store.engine = engine
+    return store
+
+
+@pytest.fixture
+def run(fake, capsys):
+    def call(*args):
+        status = main.run([str(arg) for arg in args])
+        got = capsys.readouterr()
+        return status, got.out, got.err
+
+    return call
+
+
+def error_of(text):
+    return json.loads(text)["error"]
+
+
+def test_take_json_has_the_documented_fields(run):
+    status, out, err = run("take", 7, "--json")
+    assert status == 0
+    point = json.loads(out)
+    assert set(point) >= {
+        "id", "parent", "job", "pid", "taken_at", "dump_uptime", "tracker", "nr_tasks", "frozen_us", "duration_us",
+        "pages_dirty", "pages_new", "bytes_logical", "bytes_stored", "warnings",
+    }  # fmt: skip
+    assert point["parent"] is None
+    assert point["warnings"] == ["a warning"]
+    assert not err
+    assert json.loads(run("--json", "take", 7)[1])["parent"] == point["id"]
+
+
+def test_take_text_and_quiet(run):
+    status, out, err = run("take", 7, "--job", "x")
+    assert status == 0
+    assert "x" in out
+    assert "snap: warning: a warning" in err
+    status, out, _ = run("take", 7, "--quiet")
+    assert len(out.strip()) == 32
+
+
+@pytest.mark.parametrize(("option", "after"), [((), "run"), (("--stop",), "stop"), (("--kill",), "kill")])
+def test_take_after(run, fake, option, after):
+    assert run("take", 7, *option)[0] == 0
+    assert fake.engine.dumps[-1][2] == after
+
+
+def test_list(run):
+    assert json.loads(run("list", "--json")[1]) == {"points": []}
+    assert "no points" in run("list")[1]
+    run("take", 7, "--job", "a")
+    run("take", 7, "--job", "b")
+    assert [point["job"] for point in json.loads(run("list", "--json")[1])["points"]] == ["a", "b"]
+    assert [point["job"] for point in json.loads(run("list", "--job", "b", "--json")[1])["points"]] == ["b"]
+    lines = run("list")[1].splitlines()
+    assert lines[0].startswith("ID")
+    assert len(lines) == 3
+
+
+def test_list_without_a_store(run, fake):
+    fake.exists = False
+    assert json.loads(run("list", "--json")[1]) == {"points": []}
+    status, out, _ = run("rollback", "latest", "--json")
+    assert (status, error_of(out)["code"]) == (10, "no_store")
+
+
+def test_rollback(run):
+    point = json.loads(run("take", 7, "--json")[1])
+    status, out, _ = run("rollback", point["id"][:6], "--json")
+    assert status == 0
+    assert set(json.loads(out)) >= {"id", "root_pid", "pids", "duration_us", "pages_written"}
+    assert "runs again" in run("rollback", "latest")[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "code"),
+    [
+        (("take", 8), 4, "target_gone"),
+        (("take",), 2, "usage"),
+        (("take", "x"), 2, "usage"),
+        (("take", 7, "--job", "a/b"), 2, "usage"),
+        (("take", 7, "--pidfile", "/x"), 2, "usage"),
+        (("take", "--pidfile", "/x"), 2, "usage"),
+        (("take", 7, "--keep-last", 3), 2, "usage"),
+        (("rollback", "ffff"), 13, "no_such_point"),
+        (("rollback",), 2, "usage"),
+        (("verify", "ffff"), 13, "no_such_point"),
+        (("show", "ffff"), 13, "no_such_point"),
+        (("forget",), 2, "usage"),
+        (("forget", "--keep-last", 0, "--job", "a"), 2, "usage"),
+        (("forget", "--keep-last", 1), 2, "usage"),
+        (("forget", "ffff"), 13, "no_such_point"),
+        (("check", 8), 4, "target_gone"),
+        (("nonsense",), 2, "usage"),
+        (("list", "--nonsense"), 2, "usage"),
+    ],
+)
+def test_errors(run, args, status, code):
+    got, out, err = run(*args, "--json")
+    assert (got, error_of(out)["code"]) == (status, code)
+    assert error_of(out)["message"]
+    assert not err
+    got, out, err = run(*args)
+    assert (got, out) == (status, "")
+    assert err.startswith("snap: ")
+
+
+def test_locked(run, fake):
+    fake.locked.add("a")
+    status, out, _ = run("take", 7, "--job", "a", "--json")
+    assert (status, error_of(out)["code"]) == (11, "locked")
+
+
+def test_cron_line(run, fake, tmp_path):
+    (tmp_path / "pid").write_text("7")
+    line = ("take", "--job", "a", "--pidfile", tmp_path / "pid", "--quiet")
+    status, out, _ = run(*line)
+    assert status == 0
+    assert len(out.split()) == 1
+    fake.locked.add("a")
+    status, out, err = run(*line)
+    assert (status, out) == (0, "")
+    assert "skipped" in err
+    assert json.loads(run(*line, "--json")[1])["skipped"] == "busy"
+    del fake.engine.alive[7]
+    status, out, err = run(*line)
+    assert (status, out) == (0, "")
+    assert "ended" in err
+
+
+def test_cron_line_with_retention(run, tmp_path):
+    (tmp_path / "pid").write_text("7")
+    for _ in range(5):
+        run("take", "--job", "a", "--pidfile", tmp_path / "pid", "--keep-last", 2)
+    assert len(json.loads(run("list", "--json")[1])["points"]) == 2
+
+
+def test_verify_names_the_hurt(run, fake):
+    run("take", 7)
+    assert run("verify")[0] == 0
+    hurt = json.loads(run("list", "--json")[1])["points"][0]["id"]
+    fake.damage = (Damage("pack 1", "frame 3 does not match its digest", (hurt,)),)
+    status, out, _ = run("verify", "--json")
+    assert status == 12
+    assert json.loads(out)["points_hurt"] == [hurt]
+    status, out, _ = run("verify")
+    assert status == 12
+    assert "pack 1: frame 3" in out
+    assert hurt[:8] in out
+
+
+def test_check(run, fake):
+    assert run("check", 7)[0] == 0
+    fake.engine.findings = (finding(),)
+    status, out, _ = run("check", 7, "--json")
+    assert status == 5
+    assert json.loads(out)["findings"][0]["what"] == "an io_uring"
+    assert "io_uring" in run("check", 7)[1]
+
+
+def test_forget_and_prune(run):
+    first = json.loads(run("take", 7, "--json")[1])["id"]
+    run("take", 7)
+    assert json.loads(run("forget", first[:5], "--dry-run", "--json")[1]) == {"forgotten": [first], "dry_run": True}
+    assert json.loads(run("forget", first[:5], "--json")[1])["forgotten"] == [first]
+    assert run("rollback", first)[0] == 13
+    assert json.loads(run("prune", "--json")[1])["bytes_freed"] == 4096
+    assert "4.0 KiB" in run("prune")[1]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_interrupt_is_130(run, fake, as_json, monkeypatch):
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    fake.engine.during_dump = interrupt
+    try:
+        status, out, err = run("take", 7, *(["--json"] if as_json else []))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert status == 130
+    assert "interrupted" in (out if as_json else err)
+
+
+def test_unforeseen_error_is_a_sentence(run, fake):
+    def fail():
+        raise ZeroDivisionError("x")
+
+    fake.engine.during_dump = fail
+    status, out, _ = run("take", 7, "--json")
+    assert status == 1
+    assert "internal error" in error_of(out)["message"]
+
+
+def test_error_text(capsys):
+    output.show_error(SnapshotterError("what", where="here", hint="do"), as_json=False)
+    assert capsys.readouterr().err == "snap: here: what\nhint: do\n"
+
+
+def test_every_command_has_help(run):
+    assert set(main.cli.list_commands(None)) == set(main.COMMANDS)
+    out = run("--help")[1]
+    for name in main.COMMANDS:
+        assert name in out
+        assert run(name, "--help")[0] == 0
+
+
+def imported_by(*args, cwd):
+    code = (
+        "import sys; from snapshotter.cli.main import run; status = run(sys.argv[1:]);"
+        "print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={"SNAP_STORE": str(cwd / "none"), "HOME": str(cwd), "PATH": "/usr/bin"},
+    )  # fmt: skip
+    return set(json.loads(done.stderr.strip().splitlines()[-1].replace("'", '"')))
+
+
+def test_help_and_list_are_light(tmp_path):
+    heavy = {"checkpoint", "numpy", "google", "alembic", "cffi"}
+    assert not imported_by("--help", cwd=tmp_path) & (heavy | {"sqlalchemy", "store"})
+    assert not imported_by("list", cwd=tmp_path) & heavy
