@@ -1,0 +1,179 @@
+"""Registers of a thread: general ones, xstate, rseq, robust list, and what an interrupted system call needs.
+
+Interrupted calls. A task that was stopped inside a call shows orig_rax >= 0 and rax = -512 (ERESTARTSYS),
+-513 (ERESTARTNOINTR), -514 (ERESTARTNOHAND) or -516 (ERESTART_RESTARTBLOCK). The live job is not affected: its
+registers go back as they were and the kernel restarts the call itself. A restored task has no restart block, so the
+call is issued again: rax = number, rip back by the two bytes of `syscall`. If a caught signal is pending and
+unblocked, the kernel's rule is applied instead (EINTR, except ERESTARTSYS with SA_RESTART).
+
+Relative timeouts (-516). What the kernel tells:
+- nanosleep, clock_nanosleep with a remainder pointer: the kernel wrote the remaining time there when the point was
+  taken, so the call is issued again with that as its request. Exact.
+- without one, and for poll and futex: the deadline is inside the kernel and nothing shows it. The call is issued
+  again with its whole timeout: it may end late, by at most the time it had waited, and never early.
+A call that was interrupted before shows number 219 (restart_syscall); its own number is found in the code before
+`syscall` (mov $nr,%eax), else by the shape of its arguments, which the kernel leaves in place.
+
+rseq. A critical section that was interrupted must be left through its abort address. Running the parasite would
+make the kernel forget that, so the dump itself moves rip there, as any preemption might have.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import ptrace
+from checkpoint.kernel.ptrace import Regs
+from checkpoint.resources import signals
+from images import task_pb2
+from snapshotter.base.errors import RestoreConflictError
+
+if TYPE_CHECKING:
+    from checkpoint.context import FrozenTask
+    from checkpoint.kernel.mem import ProcMem
+    from checkpoint.parasite import Batch
+
+_MASK = (1 << 64) - 1
+_EINTR = 4
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
+_RESTARTS = {ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK}
+NR_POLL, NR_NANOSLEEP, NR_FUTEX, NR_RESTART_SYSCALL, NR_CLOCK_NANOSLEEP = 7, 35, 202, 219, 230
+_RESTARTABLE = {NR_POLL, NR_NANOSLEEP, NR_FUTEX, NR_CLOCK_NANOSLEEP}
+_TIMER_ABSTIME = 1
+_FUTEX_FLAGS = 128 | 256  # FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME
+_SYSCALL = b"\x0f\x05"
+_MOV_EAX = 0xB8
+_MIN_POINTER = 65536
+_MAX_NFDS = 1 << 20
+_RSEQ_CS = struct.Struct("<IIQQQ")  # version, flags, start_ip, post_commit_offset, abort_ip
+_RSEQ_CS_OFFSET = 8
+_XSTATE_BV_OFFSET, _XCR0_OFFSET = 512, 464
+_XSTATE_LEGACY_BYTES = 576
+
+
+def signed(value: int) -> int:
+    """A register as the signed number it holds."""
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+# -- dump -------------------------------------------------------------------------------------------------------
+
+
+def leave_critical_section(task: FrozenTask, mem: ProcMem, pointer: int, size: int) -> None:
+    """If the task stands in an rseq critical section, move it to the abort address. Before any infection."""
+    if not pointer or size < _RSEQ_CS_OFFSET + 8:
+        return
+    (section,) = struct.unpack("<Q", mem.read(pointer + _RSEQ_CS_OFFSET, 8))
+    if not section:
+        return
+    try:
+        _, _, start, length, abort = _RSEQ_CS.unpack(mem.read(section, _RSEQ_CS.size))
+    except OSError:
+        return  # a stale pointer: the kernel would kill the task for it at its next preemption, not we
+    if start <= task.regs.rip < start + length:
+        task.regs.rip = abort
+        ptrace.setregs(task.tid, task.regs)
+
+
+def dump(task: FrozenTask, thread: task_pb2.Thread) -> None:
+    """General registers and xstate, exactly as the kernel gives them."""
+    thread.regs = bytes(task.regs)
+    thread.xstate = ptrace.get_xstate(task.tid)
+    thread.in_syscall = signed(task.regs.orig_rax) >= 0
+
+
+def xfeatures(xstate: bytes) -> int:
+    """XCR0 as the kernel noted it in the xstate header; 0 for a plain FXSAVE image."""
+    return struct.unpack_from("<Q", xstate, _XCR0_OFFSET)[0] if len(xstate) >= _XSTATE_LEGACY_BYTES else 0
+
+
+# -- restore ----------------------------------------------------------------------------------------------------
+
+
+def restore_user_pointers(batch: Batch, thread: task_pb2.Thread) -> None:
+    """Robust list, clear_child_tid, rseq: what the kernel reaches in the thread's memory (in place by now)."""
+    if thread.robust_list_len:
+        batch.call("set_robust_list", thread.robust_list_head, thread.robust_list_len)
+    batch.call("set_tid_address", thread.clear_child_tid)
+    if thread.rseq_pointer:
+        batch.call("rseq", thread.rseq_pointer, thread.rseq_size, 0, thread.rseq_signature)
+
+
+def final_regs(process: task_pb2.Process, thread: task_pb2.Thread, mem: ProcMem) -> Regs:
+    """The registers that the restored thread starts with."""
+    regs = Regs.from_bytes(thread.regs)
+    call, result = signed(regs.orig_rax), -signed(regs.rax)
+    regs.orig_rax = _MASK  # not in a system call: the kernel must not restart anything itself
+    if call < 0 or result not in _RESTARTS:
+        return regs
+    action = signals.interrupting_handler(process, thread)
+    if action is not None and result != ERESTARTNOINTR:
+        if result != ERESTARTSYS or not action.flags & signals.SA_RESTART:
+            regs.rax = -_EINTR & _MASK
+            return regs
+    if result == ERESTART_RESTARTBLOCK or call == NR_RESTART_SYSCALL:
+        if call == NR_RESTART_SYSCALL:
+            call = restarted_call(regs, _code_before(mem, regs.rip))
+        _use_remainder(regs, call)
+    regs.rax = call
+    regs.rip -= len(_SYSCALL)
+    return regs
+
+
+def restarted_call(regs: Regs, code: bytes) -> int:
+    """The number of the call that restart_syscall stands for; `code` are the bytes before the return address."""
+    if code.endswith(_SYSCALL) and len(code) >= 7 and code[-7] == _MOV_EAX:
+        (number,) = struct.unpack("<I", code[-6:-2])
+        if number in _RESTARTABLE:
+            return int(number)
+    if regs.rdi < _MIN_POINTER or signed(regs.rdi) < 0:
+        if regs.rdx >= _MIN_POINTER:
+            return NR_CLOCK_NANOSLEEP  # a clock id and a request
+        return NR_POLL  # no array, 0 entries
+    if regs.rsi & ~_FUTEX_FLAGS in {0, 9, 11} and regs.rsi < 512 and regs.r10 >= _MIN_POINTER and not regs.rdi & 3:
+        return NR_FUTEX  # FUTEX_WAIT, FUTEX_WAIT_BITSET with a timeout
+    if 0 < regs.rsi < _MAX_NFDS:
+        return NR_POLL
+    return NR_NANOSLEEP
+
+
+def _use_remainder(regs: Regs, call: int) -> None:
+    """Sleep only what was left, where the kernel wrote that down."""
+    if call == NR_NANOSLEEP and regs.rsi:
+        regs.rdi = regs.rsi
+    elif call == NR_CLOCK_NANOSLEEP and regs.r10 and not regs.rsi & _TIMER_ABSTIME:
+        regs.rdx = regs.r10
+
+
+def _code_before(mem: ProcMem, rip: int) -> bytes:
+    try:
+        return mem.read(rip - 16, 16)
+    except OSError:
+        return b""
+
+
+def fit_xstate(xstate: bytes, size_bytes: int, where: str) -> bytes:
+    """The blob in the size that this kernel and CPU use: the standard format has fixed offsets, a tail is unused.
+
+    Raises:
+        RestoreConflictError: the tail that does not fit is in use.
+    """
+    if len(xstate) <= size_bytes:
+        return xstate.ljust(size_bytes, b"\0")
+    if any(xstate[size_bytes:]):
+        raise RestoreConflictError(
+            f"its extended state has {len(xstate)} bytes, this CPU's {size_bytes}",
+            where=where,
+            hint="restore on a machine with the features of the one where the point was taken",
+        )
+    return xstate[:size_bytes]
+
+
+def restore(process: task_pb2.Process, thread: task_pb2.Thread, mem: ProcMem) -> Regs:
+    """Set the xstate and return the general registers, which are set when the stub is finished."""
+    if thread.xstate:
+        size = len(ptrace.get_xstate(thread.tid))
+        ptrace.set_xstate(thread.tid, fit_xstate(thread.xstate, size, f"task {thread.tid}"))
+    return final_regs(process, thread, mem)

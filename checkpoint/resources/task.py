@@ -1,0 +1,358 @@
+"""A process and its threads: puts the task resources together, one batch per task, and refuses what has no dump.
+
+Owns the Process and Thread messages. `dump_process` runs in the frozen window: every /proc file is read once and
+each task runs one batch of system calls. `restore_thread` and `restore_process` add the counterpart calls to the
+batches of a stub; their order is restore.py's, the reasons are in each resource.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import proc, ptrace, sys
+from checkpoint.resources import credentials, limits, prctl, registers, scheduling, signals, timers
+from images import common_pb2, task_pb2
+from snapshotter.base.errors import Finding, RestoreConflictError, wrap_os_error
+
+if TYPE_CHECKING:
+    from checkpoint.context import DumpContext, FrozenProcess, FrozenTask
+    from checkpoint.kernel.proc import Status
+    from checkpoint.parasite import Batch, Buffer, StubTask
+    from checkpoint.restore_context import RestoreContext
+
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "pid_for_children", "time", "time_for_children", "user", "uts")
+_PERSONALITY_QUERY = 0xFFFFFFFF
+_STATES = {"running": task_pb2.Process.RUNNING, "stopped": task_pb2.Process.STOPPED, "zombie": task_pb2.Process.ZOMBIE}
+_DELETED = " (deleted)"
+
+
+# -- look -------------------------------------------------------------------------------------------------------
+
+
+def look(pid: int, report: list[Finding]) -> None:
+    """What of the task state of one process stands in the way of a dump. Reads /proc only.
+
+    Zombies inside a job are fine; that the root is none is the caller's to check (`look_root`).
+    """
+    try:
+        status = proc.read_status(pid)
+        stat = proc.read_stat(pid)
+    except OSError as error:
+        raise wrap_os_error(error, "cannot look at the task", where=f"task {pid}") from error
+    if stat.flags & 0x00200000:  # PF_KTHREAD
+        report.append(Finding(pid, "task", "is a kernel thread", "only user space can be dumped"))
+        return
+    if stat.state in "ZX":
+        return
+    _look_personality(pid, report)
+    _look_namespaces(pid, report)
+    if os.readlink(f"/proc/{pid}/cwd").endswith(_DELETED):
+        report.append(Finding(pid, "cwd", "its working directory is deleted", "let it chdir elsewhere first"))
+    for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
+        try:
+            of_thread = status if tid == pid else proc.parse_status(_read(f"/proc/{pid}/task/{tid}/status"))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        _look_thread(pid, tid, of_thread, report)
+
+
+def look_root(pid: int, report: list[Finding]) -> None:
+    """What only matters for the root of a job."""
+    stat = proc.read_stat(pid)
+    if stat.state in "ZX":
+        report.append(Finding(pid, "task", "is a zombie", f"its parent, task {stat.ppid}, must reap it"))
+
+
+def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> None:
+    where = "task" if tid == pid else f"thread {tid}"
+    if status.tracer_pid not in {0, os.getpid()}:
+        tracer = _comm(status.tracer_pid)
+        report.append(
+            Finding(
+                pid,
+                where,
+                f"is traced by task {status.tracer_pid} ({tracer})",
+                "only one tracer can have it: let the debugger detach",
+            )
+        )
+    if status.seccomp:
+        report.append(
+            Finding(pid, where, "has seccomp filters", "not supported yet: start the job without its sandbox")
+        )
+    if tid == pid and status.state in "ZX" and status.threads > 1:
+        report.append(Finding(pid, where, "its first thread has exited while others run", "not supported yet"))
+
+
+def _look_personality(pid: int, report: list[Finding]) -> None:
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as executable:
+            head = executable.read(20)
+    except OSError:
+        return  # the memory resource names what is wrong with an executable
+    if head[:4] == b"\x7fELF" and (head[4] != 2 or head[18:20] != b"\x3e\x00"):
+        report.append(Finding(pid, "task", "is not an x86-64 program (32-bit)", "only 64-bit tasks can be dumped"))
+
+
+def _look_namespaces(pid: int, report: list[Finding]) -> None:
+    for name in _NAMESPACES:
+        try:
+            theirs, ours = os.readlink(f"/proc/{pid}/ns/{name}"), os.readlink(f"/proc/self/ns/{name}")
+        except FileNotFoundError:
+            continue
+        if theirs != ours:
+            report.append(
+                Finding(
+                    pid,
+                    f"namespace {theirs}",
+                    f"is in another {name} namespace than snap",
+                    "namespaces come next; run snap inside (nsenter) if the whole job shares it",
+                )
+            )
+
+
+# -- dump -------------------------------------------------------------------------------------------------------
+
+
+def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
+    """All task state of one frozen process, `mm` and `files` names left to their owners."""
+    stat, pid = process.stat, process.pid
+    message = task_pb2.Process(
+        pid=pid,
+        ppid=stat.ppid,
+        pgid=stat.pgrp,
+        sid=stat.session,
+        start_time_ticks=process.start_time_ticks,
+        state=_STATES[process.state],
+        stop_signal=process.stop_signal,
+        exit_signal=stat.exit_signal & 0xFF,
+    )
+    if process.is_zombie or process.leader is None:
+        message.exit_code = stat.exit_code & 0xFFFF
+        message.threads.add(tid=pid, start_time_ticks=process.start_time_ticks, comm=_comm_bytes(pid))
+        return message
+    mem = process.mem
+    assert mem is not None
+    statuses: dict[int, Status] = {}
+    for task in process.threads:
+        # Before any infection: see registers.leave_critical_section.
+        thread = message.threads.add(tid=task.tid, start_time_ticks=task.start_time_ticks, sigmask=task.sigmask)
+        pointer, size, signature, flags = ptrace.get_rseq(task.tid)
+        thread.rseq_pointer, thread.rseq_size = pointer, size if pointer else 0
+        thread.rseq_signature, thread.rseq_flags = signature, flags
+        registers.leave_critical_section(task, mem, pointer, size)
+        registers.dump(task, thread)
+        # The leader's is read anew too: process.status was read before the last task had stopped.
+        statuses[task.tid] = proc.parse_status(_read(f"/proc/{pid}/task/{task.tid}/status"))
+    for task, thread in zip(process.threads, message.threads, strict=True):
+        _dump_thread(process, task, thread, message, statuses[task.tid])
+    message.rlimits.extend(limits.dump(pid))
+    message.umask = statuses[pid].umask
+    message.cwd.CopyFrom(_directory(pid, "cwd"))
+    message.root.CopyFrom(_directory(pid, "root"))
+    message.oom_score_adj = int(_read(f"/proc/{pid}/oom_score_adj"))
+    message.coredump_filter = int(_read(f"/proc/{pid}/coredump_filter") or b"0", 16)
+    return message
+
+
+def _dump_thread(
+    process: FrozenProcess, task: FrozenTask, thread: task_pb2.Thread, message: task_pb2.Process, status: Status
+) -> None:
+    """One thread; with the leader's batch also what the process has once."""
+    leader = task is process.leader
+    remote = task.infect()
+    batch = remote.batch()
+    altstack = signals.ask_altstack(batch)
+    tid_address = batch.buffer(8)
+    batch.call("prctl", prctl.GET_TID_ADDRESS, tid_address, 0, 0, 0)
+    death_signal, tsc_mode = batch.buffer(4), batch.buffer(4)
+    batch.call("prctl", prctl.GET_PDEATHSIG, death_signal, 0, 0, 0)
+    batch.call("prctl", prctl.GET_TSC, tsc_mode, 0, 0, 0, check=False)
+    securebits = batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0)
+    slack = batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0)
+    personality = batch.call("personality", _PERSONALITY_QUERY)
+    if leader:
+        shared = _ask_process(batch, process, status)
+    results = remote.run(batch)
+    signals.answer_altstack(results, altstack, thread)
+    thread.clear_child_tid = _u64(results.bytes(tid_address))
+    thread.pdeath_signal = _u32(results.bytes(death_signal))
+    thread.tsc_mode = _u32(results.bytes(tsc_mode))
+    thread.personality = results[personality] & 0xFFFFFFFF
+    thread.credentials.CopyFrom(credentials.dump(status, results[securebits]))
+    thread.scheduling.CopyFrom(scheduling.dump(task.tid))
+    thread.scheduling.timer_slack_ns = max(results[slack], 0)
+    thread.seccomp_mode = status.seccomp
+    thread.comm = _comm_bytes(process.pid, task.tid)
+    thread.robust_list_head, thread.robust_list_len = sys.get_robust_list(task.tid)
+    if status.sig_pnd:
+        thread.pending.extend(signals.dump_pending(task.tid, shared=False))
+    if leader:
+        actions, asked_timers, subreaper, dumpable, thp = shared
+        message.actions.extend(signals.answer_actions(results, actions))
+        timers.answer(results, asked_timers, message)
+        message.child_subreaper = bool(_u32(results.bytes(subreaper)))
+        message.dumpable = results[dumpable]
+        message.thp_disabled = results[thp] > 0
+        if status.shd_pnd:
+            message.shared_pending.extend(signals.dump_pending(task.tid, shared=True))
+
+
+def _ask_process(batch: Batch, process: FrozenProcess, status: Status):  # noqa: ANN202 - private tuple of refs
+    actions = signals.ask_actions(batch, status.sig_cgt, status.sig_ign)
+    asked_timers = timers.ask(batch, timers.parse_timers(_read_optional(f"/proc/{process.pid}/timers")))
+    subreaper = batch.buffer(4)
+    batch.call("prctl", prctl.GET_CHILD_SUBREAPER, subreaper, 0, 0, 0)
+    dumpable = batch.call("prctl", prctl.GET_DUMPABLE, 0, 0, 0, 0)
+    thp = batch.call("prctl", prctl.GET_THP_DISABLE, 0, 0, 0, 0, check=False)
+    return actions, asked_timers, subreaper, dumpable, thp
+
+
+def _directory(pid: int, link: str) -> common_pb2.FileIdentity:
+    path = f"/proc/{pid}/{link}"
+    info = os.stat(path)
+    return common_pb2.FileIdentity(
+        path=os.fsencode(os.readlink(path)), dev=info.st_dev, ino=info.st_ino, mode=info.st_mode
+    )
+
+
+# -- restore ----------------------------------------------------------------------------------------------------
+
+
+def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
+    """Working directory and root must be there. Touches nothing."""
+    if process.state == task_pb2.Process.ZOMBIE:
+        return
+    for what, identity in (("working directory", process.cwd), ("root directory", process.root)):
+        path = os.fsdecode(identity.path)
+        try:
+            info = os.stat(path)
+        except OSError as error:
+            raise RestoreConflictError(
+                f"its {what} {path} cannot be opened: {error.strerror}",
+                where=f"task {process.pid}",
+                hint="make it again, then roll back",
+            ) from error
+        if not os.path.isdir(path):
+            raise RestoreConflictError(f"its {what} {path} is no directory any more", where=f"task {process.pid}")
+        if (info.st_dev, info.st_ino) != (identity.dev, identity.ino):
+            ctx.warn(f"task {process.pid}: its {what} {path} is another directory now than at the point")
+
+
+def restore_directories(ctx: RestoreContext, batch: Batch, process: task_pb2.Process) -> list[int]:
+    """Root, cwd, umask. Returns descriptors of ours to close once the batch ran."""
+    opened = []
+
+    def directory(identity: common_pb2.FileIdentity) -> int:
+        opened.append(os.open(identity.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        return opened[-1]
+
+    own_root = os.stat("/")
+    for identity, chroot in ((process.root, True), (process.cwd, False)):
+        if chroot and (identity.dev, identity.ino) == (own_root.st_dev, own_root.st_ino):
+            continue
+        remote = ctx.give(batch, directory(identity))
+        batch.call("fchdir", remote)
+        if chroot:
+            batch.call("chroot", b".\0")
+        batch.call("close", remote)
+    batch.call("umask", process.umask)
+    return opened
+
+
+def restore_thread_early(batch: Batch, thread: task_pb2.Thread) -> None:
+    """Before the credentials: what root may do and memory must be there for."""
+    batch.call("prctl", prctl.SET_NAME, thread.comm.ljust(16, b"\0")[:15] + b"\0", 0, 0, 0)
+    scheduling.restore(batch, thread.scheduling)
+    batch.call("personality", thread.personality)
+    if thread.tsc_mode > 1:
+        batch.call("prctl", prctl.SET_TSC, thread.tsc_mode, 0, 0, 0)
+    signals.restore_altstack(batch, thread)
+    registers.restore_user_pointers(batch, thread)
+
+
+def restore_process_early(batch: Batch, process: task_pb2.Process) -> None:
+    """Once per process, by its leader, all threads and children being there."""
+    batch.call("prctl", prctl.SET_CHILD_SUBREAPER, int(process.child_subreaper), 0, 0, 0)
+    batch.call("prctl", prctl.SET_THP_DISABLE, int(process.thp_disabled), 0, 0, 0, check=False)
+    signals.restore_actions(batch, process.actions)
+
+
+def restore_thread_late(
+    ctx: RestoreContext, batch: Batch, process: task_pb2.Process, thread: task_pb2.Thread
+) -> None:
+    """Credentials and what setting them would reset, then pending signals."""
+    for text in credentials.restore(batch, thread.credentials, credentials.own()):
+        ctx.warn(f"task {thread.tid}: {text}")
+    if thread.pdeath_signal:
+        batch.call("prctl", prctl.SET_PDEATHSIG, thread.pdeath_signal, 0, 0, 0)
+    signals.restore_pending(batch, process.pid, thread.tid, thread.pending, shared=False)
+
+
+def restore_process_late(batch: Batch, process: task_pb2.Process) -> None:
+    """By the leader, after its credentials: dumpable, shared pending signals, and the timers start."""
+    batch.call("prctl", prctl.SET_DUMPABLE, int(process.dumpable == 1), 0, 0, 0)
+    signals.restore_pending(batch, process.pid, process.pid, process.shared_pending, shared=True)
+    timers.restore_arm(batch, process)
+
+
+def restore_outside(ctx: RestoreContext, process: task_pb2.Process) -> None:
+    """What snap sets through /proc and system calls on the stub."""
+    pid = process.pid
+    for name, value in (("oom_score_adj", str(process.oom_score_adj)), ("coredump_filter", hex(process.coredump_filter))):
+        path = Path(f"/proc/{pid}/{name}")
+        try:
+            path.write_text(value)
+        except OSError as error:
+            if error.errno not in {errno.EACCES, errno.EPERM, errno.ENOENT}:
+                raise wrap_os_error(error, f"cannot set {name}", where=f"task {pid}") from error
+            if error.errno != errno.ENOENT:
+                ctx.warn(f"task {pid}: {name} {value} not set: it needs CAP_SYS_RESOURCE")
+    for thread in process.threads:
+        text = scheduling.restore_affinity(thread.tid, thread.scheduling)
+        if text:
+            ctx.warn(text)
+    for text in limits.restore(pid, process.rlimits):
+        ctx.warn(text)
+
+
+def create_timers(stub: StubTask, process: task_pb2.Process) -> None:
+    """POSIX timers, disarmed."""
+    timers.restore_create(stub, process.posix_timers)
+
+
+# -- small readers ----------------------------------------------------------------------------------------------
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
+
+
+def _read_optional(path: str) -> bytes:
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        return b""
+
+
+def _comm_bytes(pid: int, tid: int | None = None) -> bytes:
+    return _read(f"/proc/{pid}/task/{tid or pid}/comm").removesuffix(b"\n")
+
+
+def _comm(pid: int) -> str:
+    try:
+        return os.fsdecode(_comm_bytes(pid))
+    except OSError:
+        return "?"
+
+
+def _u32(data: bytes) -> int:
+    return int(struct.unpack_from("<I", data)[0])
+
+
+def _u64(data: bytes) -> int:
+    return int(struct.unpack_from("<Q", data)[0])

@@ -1,0 +1,140 @@
+"""Interval timers and POSIX timers.
+
+Dump: remaining times are read inside the frozen task, so all of a job's timers are read at the instant of the
+point. /proc/PID/timers tells ids, signals and clocks; the rest is timer_gettime's.
+
+Restore: ids are part of the job's memory, so they must come back exactly: PR_TIMER_CREATE_RESTORE_IDS where the
+kernel has it (6.15), else timers are made and deleted until the id comes up. Timers are armed last of all. What the
+kernel does not take back: the overrun count of a signal that is already pending.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from checkpoint.parasite import Batch, Buffer, RemoteTask, Results
+from checkpoint.resources import prctl
+from images import task_pb2
+from snapshotter.base.errors import UnsupportedError
+
+_ITIMERVAL = struct.Struct("<qqqq")  # it_interval sec, usec; it_value sec, usec
+_ITIMERSPEC = struct.Struct("<qqqq")  # the same with nanoseconds
+_SIGEVENT = struct.Struct("<Qiii44x")  # sigev_value, sigev_signo, sigev_notify, sigev_notify_thread_id
+_TIMER_ID = struct.Struct("<i")
+_SIGEV_THREAD_ID = 4
+_MAX_ID_SEARCH = 1 << 16
+ITIMERS = (0, 1, 2)
+SECOND_NS = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Asked:
+    """Buffers of one process's timers in a batch."""
+
+    itimers: list[Buffer]
+    posix: list[tuple[task_pb2.PosixTimer, Buffer]]
+
+
+def parse_timers(text: bytes) -> list[task_pb2.PosixTimer]:
+    """/proc/PID/timers; see proc_pid_timers(5)."""
+    timers: list[task_pb2.PosixTimer] = []
+    for line in text.decode("ascii").splitlines():
+        key, _, value = line.partition(":")
+        value = value.strip()
+        if key == "ID":
+            timers.append(task_pb2.PosixTimer(id=int(value)))
+        elif key == "signal":
+            signo, _, sigval = value.partition("/")
+            timers[-1].signo = int(signo)
+            timers[-1].sigval = int(sigval, 16)
+        elif key == "notify":
+            how, _, target = value.partition("/")
+            kind, _, number = target.partition(".")
+            timers[-1].notify = {"signal": 0, "none": 1, "thread": 2}.get(how, 0)
+            if kind == "tid":
+                timers[-1].notify |= _SIGEV_THREAD_ID
+                timers[-1].notify_tid = int(number)
+        elif key == "ClockID":
+            timers[-1].clock_id = int(value)
+    return timers
+
+
+def ask(batch: Batch, timers: Sequence[task_pb2.PosixTimer]) -> Asked:
+    """Add getitimer and timer_gettime calls."""
+    itimers = []
+    for which in ITIMERS:
+        buffer = batch.buffer(_ITIMERVAL.size)
+        batch.call("getitimer", which, buffer)
+        itimers.append(buffer)
+    posix = []
+    for timer in timers:
+        buffer = batch.buffer(_ITIMERSPEC.size)
+        batch.call("timer_gettime", timer.id, buffer)
+        posix.append((timer, buffer))
+    return Asked(itimers, posix)
+
+
+def answer(results: Results, asked: Asked, process: task_pb2.Process) -> None:
+    """Fill itimers (those that run) and posix_timers (all)."""
+    for which, buffer in zip(ITIMERS, asked.itimers, strict=True):
+        i_sec, i_usec, v_sec, v_usec = _ITIMERVAL.unpack(results.bytes(buffer)[: _ITIMERVAL.size])
+        if v_sec or v_usec or i_sec or i_usec:
+            process.itimers.add(which=which, interval_us=i_sec * 1000000 + i_usec, value_us=v_sec * 1000000 + v_usec)
+    for timer, buffer in asked.posix:
+        i_sec, i_nsec, v_sec, v_nsec = _ITIMERSPEC.unpack(results.bytes(buffer)[: _ITIMERSPEC.size])
+        timer.interval_ns = i_sec * SECOND_NS + i_nsec
+        timer.value_ns = v_sec * SECOND_NS + v_nsec
+        process.posix_timers.append(timer)
+
+
+def restore_create(stub: RemoteTask, timers: Sequence[task_pb2.PosixTimer]) -> None:
+    """Make every POSIX timer with its id, not armed yet. All threads must exist (SIGEV_THREAD_ID)."""
+    if not timers:
+        return
+    batch = stub.batch()
+    restore_ids = batch.call("prctl", prctl.TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0, check=False)
+    if stub.run(batch)[restore_ids] == 0:
+        batch = stub.batch()
+        for timer in timers:
+            batch.call("timer_create", timer.clock_id, _sigevent(timer), _TIMER_ID.pack(timer.id))
+        batch.call("prctl", prctl.TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0)
+        stub.run(batch)
+        return
+    for timer in sorted(timers, key=lambda timer: timer.id):
+        _create_by_search(stub, timer)
+
+
+def _create_by_search(stub: RemoteTask, timer: task_pb2.PosixTimer) -> None:
+    """Ids count up from 0 in each process: make and delete until the wanted one comes."""
+    for _ in range(_MAX_ID_SEARCH):
+        batch = stub.batch()
+        out = batch.buffer(_TIMER_ID.size)
+        batch.call("timer_create", timer.clock_id, _sigevent(timer), out)
+        got = _TIMER_ID.unpack(stub.run(batch).bytes(out)[: _TIMER_ID.size])[0]
+        if got == timer.id:
+            return
+        stub.call("timer_delete", got)
+        if got > timer.id:
+            break
+    raise UnsupportedError(
+        f"POSIX timer id {timer.id} cannot be made on this kernel",
+        where=f"task {stub.pid}",
+        hint="Linux 6.15 or later restores timer ids directly",
+    )
+
+
+def _sigevent(timer: task_pb2.PosixTimer) -> bytes:
+    return _SIGEVENT.pack(timer.sigval, timer.signo, timer.notify, timer.notify_tid)
+
+
+def restore_arm(batch: Batch, process: task_pb2.Process) -> None:
+    """Start all timers with the time that remained at the point."""
+    for timer in process.posix_timers:
+        if timer.value_ns or timer.interval_ns:
+            spec = _ITIMERSPEC.pack(*divmod(timer.interval_ns, SECOND_NS), *divmod(timer.value_ns, SECOND_NS))
+            batch.call("timer_settime", timer.id, 0, spec, 0)
+    for timer in process.itimers:
+        value = _ITIMERVAL.pack(*divmod(timer.interval_us, 1000000), *divmod(timer.value_us, 1000000))
+        batch.call("setitimer", timer.which, value, 0)
