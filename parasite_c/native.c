@@ -1,0 +1,285 @@
+// The loops that are too hot for Python: ptrace stops of a batch, runs of pages, PAGEMAP_SCAN, and
+// the birth of a restore stub (between fork and exec nothing but system calls may happen).
+// No state of its own; errors come back as negative errno.
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <linux/sched.h>
+#include <unistd.h>
+#include "protocol.h"
+
+#define PAGE 4096UL
+#define NR_RT_SIGRETURN 15
+
+#ifndef PTRACE_EVENT_STOP
+#define PTRACE_EVENT_STOP 128
+#endif
+
+struct snap_drive {
+    int outcome;
+    int status;
+    int new_tid;
+};
+
+enum { DRIVE_DONE = 0, DRIVE_GONE = 1, DRIVE_FAULT = 2, DRIVE_ERROR = 3 };
+
+// Let a stopped task run until it leaves system call `until` (the sentinel, or one call made through
+// a gadget). Counts on being called at a stop that is not a syscall entry.
+int snap_drive_until(int tid, uint64_t until, struct snap_drive *d)
+{
+    int in_call = 0, matched = 0, sig = 0, status;
+
+    d->new_tid = 0;
+    for (;;) {
+        if (ptrace(PTRACE_SYSCALL, tid, 0, (void *)(long)sig) < 0) {
+            if (errno != ESRCH)
+                return -errno;
+            // dying: wait below says how
+        }
+        do {
+            status = 0;
+        } while (waitpid(tid, &status, __WALL) < 0 && errno == EINTR);
+        d->status = status;
+        sig = 0;
+        if (!WIFSTOPPED(status)) {
+            d->outcome = DRIVE_GONE;
+            return 0;
+        }
+        int event = status >> 16, stop = WSTOPSIG(status);
+        if (event == 0 && (stop == (SIGTRAP | 0x80) || stop == SIGTRAP)) {
+            in_call = !in_call;
+            if (in_call) {
+                errno = 0;
+                long nr = ptrace(PTRACE_PEEKUSER, tid, offsetof(struct user_regs_struct, orig_rax), 0);
+                if ((uint64_t)nr == until) {
+                    matched = 1;
+                } else if (nr == NR_RT_SIGRETURN && until == SNAP_SENTINEL) {
+                    // SNAP_B_LEAVE: the way out is the announcement. Call it off; it was not to happen yet.
+                    if (ptrace(PTRACE_POKEUSER, tid, offsetof(struct user_regs_struct, orig_rax), -1L) < 0)
+                        return -errno;
+                    matched = 1;
+                }
+            } else if (matched) {
+                d->outcome = DRIVE_DONE;
+                return 0;
+            }
+        } else if (event == PTRACE_EVENT_STOP) {
+            // an interrupt, or a group-stop that the kernel puts back when we detach: go on
+        } else if (event) {
+            unsigned long message = 0;
+            if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &message) == 0)
+                d->new_tid = (int)message;
+        } else if (stop == SIGSEGV || stop == SIGBUS || stop == SIGILL || stop == SIGFPE || stop == SIGSYS) {
+            d->outcome = DRIVE_FAULT;
+            return 0;
+        } else {
+            sig = stop;                 // everything that can be blocked is: this is SIGSTOP
+        }
+    }
+}
+
+// -- pages of another process ---------------------------------------------------------------------
+
+struct snap_run_pages {
+    uint64_t first;
+    uint64_t nr_pages;
+};
+
+#define MAX_IOV 256
+
+// Read or write runs of pages, in order, from or to `buffer`. Pages that cannot be reached are zeroed
+// (when reading) and their numbers put into bad[]; returns their number, or -errno when the process
+// itself cannot be reached. mem_fd: /proc/PID/mem, which also passes protections. use_mem: go straight there
+// (right for pages that are shared copy-on-write, where pinning would copy them first).
+int64_t snap_move_runs(int pid, int mem_fd, const struct snap_run_pages *runs, size_t nr_runs, char *buffer,
+                       int writing, int use_mem, uint64_t *bad, size_t max_bad)
+{
+    struct iovec remote[MAX_IOV], local;
+    size_t nr_bad = 0, i = 0;
+    uint64_t skip = 0;                  // pages of runs[i] that are done
+
+    while (i < nr_runs) {
+        size_t n = 0, left;
+        uint64_t in_first = skip, pages = 0;
+        for (size_t j = i; j < nr_runs && n < MAX_IOV && pages < 4096; j++, n++) {
+            uint64_t from = j == i ? in_first : 0;
+            remote[n].iov_base = (void *)((runs[j].first + from) * PAGE);
+            remote[n].iov_len = (runs[j].nr_pages - from) * PAGE;
+            pages += runs[j].nr_pages - from;
+        }
+        local.iov_base = buffer;
+        local.iov_len = pages * PAGE;
+        ssize_t moved = -1;
+        if (!use_mem) {
+            moved = writing ? process_vm_writev(pid, &local, 1, remote, n, 0)
+                            : process_vm_readv(pid, &local, 1, remote, n, 0);
+            if (moved < 0 && errno == ESRCH)
+                return -ESRCH;
+        }
+        left = moved > 0 ? (size_t)moved / PAGE : 0;
+        buffer += left * PAGE;
+        while (left) {                  // step over what was moved
+            uint64_t here = runs[i].nr_pages - skip;
+            if (left < here) {
+                skip += left;
+                break;
+            }
+            left -= here;
+            skip = 0;
+            i++;
+        }
+        if (moved >= 0 && (uint64_t)moved == pages * PAGE)
+            continue;
+        // The next page stopped us (or we are to go through the file): the rest of this run through it.
+        while (i < nr_runs && skip < runs[i].nr_pages) {
+            uint64_t page = runs[i].first + skip;
+            size_t size = use_mem ? (runs[i].nr_pages - skip) * PAGE : PAGE;
+            ssize_t got = writing ? pwrite(mem_fd, buffer, size, (off_t)(page * PAGE))
+                                  : pread(mem_fd, buffer, size, (off_t)(page * PAGE));
+            if (got <= 0 && errno == EINTR)
+                continue;
+            uint64_t done = got > 0 ? (uint64_t)got / PAGE : 0;
+            if (done == 0) {
+                if (!writing)
+                    memset(buffer, 0, PAGE);
+                if (nr_bad < max_bad)
+                    bad[nr_bad] = page;
+                nr_bad++;
+                done = 1;
+            }
+            buffer += done * PAGE;
+            skip += done;
+            if (!use_mem)
+                break;                  // one page this way, then try the fast one again
+        }
+        if (i < nr_runs && skip == runs[i].nr_pages) {
+            skip = 0;
+            i++;
+        }
+    }
+    return (int64_t)nr_bad;
+}
+
+// -- PAGEMAP_SCAN (Linux 6.7; headers may be older than the kernel) ---------------------------------------
+
+struct snap_region {                    // struct page_region
+    uint64_t start, end, categories;
+};
+
+struct snap_pm_scan {                   // struct pm_scan_arg
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, category_inverted, category_mask,
+        category_anyof_mask, return_mask;
+};
+_Static_assert(sizeof(struct snap_pm_scan) == 96, "pm_scan_arg has 12 words");
+#define SNAP_PAGEMAP_SCAN _IOWR('f', 16, struct snap_pm_scan)
+
+// Scan [*start, end) until done or `out` is full; *start moves to where it stopped. Returns nr of regions.
+int64_t snap_pagemap_scan(int fd, uint64_t *start, uint64_t end, uint64_t flags, uint64_t inverted, uint64_t mask,
+                          uint64_t anyof, uint64_t return_mask, struct snap_region *out, size_t max_out)
+{
+    size_t n = 0;
+    while (*start < end && n < max_out) {
+        struct snap_pm_scan arg = {
+            .size = sizeof(arg), .flags = flags, .start = *start, .end = end,
+            .vec = (uint64_t)(uintptr_t)(out + n), .vec_len = max_out - n,
+            .category_inverted = inverted, .category_mask = mask, .category_anyof_mask = anyof,
+            .return_mask = return_mask,
+        };
+        int got = ioctl(fd, SNAP_PAGEMAP_SCAN, &arg);
+        if (got < 0) {
+            if (errno == EINTR)
+                continue;
+            return -errno;
+        }
+        n += (size_t)got;
+        if (arg.walk_end <= *start)
+            break;
+        *start = arg.walk_end;
+    }
+    return (int64_t)n;
+}
+
+// -- the first stub -------------------------------------------------------------------------------------
+
+static void birth(int exe_fd, int go_fd)
+{
+    static char name[] = "snap-stub";
+    static char *argv[] = {name, NULL}, *envp[] = {NULL};
+    struct { void *handler; unsigned long flags; void *restorer; uint64_t mask; } dfl = {0};
+    uint64_t none = 0;
+    char byte;
+
+    // Blocks until snap has seized us; when snap is dead it reads nothing and nothing is left of us.
+    while (1) {
+        ssize_t got = read(go_fd, &byte, 1);
+        if (got == 1)
+            break;
+        if (got == 0 || errno != EINTR)
+            _exit(1);
+    }
+    for (int s = 1; s <= 64; s++)
+        syscall(SYS_rt_sigaction, s, &dfl, NULL, 8);
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, 8);
+    syscall(SYS_close_range, 0, ~0U, 4 /* CLOSE_RANGE_CLOEXEC */);
+    syscall(SYS_execveat, exe_fd, "", argv, envp, AT_EMPTY_PATH);
+    _exit(127);
+}
+
+// Make process `pid` (0: any), reparented to the nearest subreaper or init. It waits for a byte on go_fd[0]
+// and then becomes the program exe_fd. Returns its pid or -errno.
+int snap_spawn_stub(int exe_fd, int pid, int go_read, int go_write)
+{
+    int answer[2], result = -EIO, status;
+    struct clone_args args = {.exit_signal = SIGCHLD};
+    int want[1] = {pid};
+
+    if (pid) {
+        args.set_tid = (uint64_t)(uintptr_t)want;
+        args.set_tid_size = 1;
+    }
+    if (pipe2(answer, O_CLOEXEC) < 0)
+        return -errno;
+    int middle = (int)syscall(SYS_fork);
+    if (middle < 0) {
+        result = -errno;
+        close(answer[0]);
+        close(answer[1]);
+        return result;
+    }
+    if (middle == 0) {
+        close(go_write);
+        int child = (int)syscall(SYS_clone3, &args, sizeof(args));
+        if (child == 0) {
+            close(answer[0]);
+            close(answer[1]);
+            birth(exe_fd, go_read);
+        }
+        int said = child < 0 ? -errno : child;
+        ssize_t ignored = write(answer[1], &said, sizeof(said));
+        (void)ignored;
+        _exit(0);
+    }
+    close(answer[1]);
+    ssize_t got;
+    do {
+        got = read(answer[0], &result, sizeof(result));
+    } while (got < 0 && errno == EINTR);
+    if (got != (ssize_t)sizeof(result))
+        result = -EIO;
+    close(answer[0]);
+    while (waitpid(middle, &status, __WALL) < 0 && errno == EINTR)
+        ;
+    return result;
+}

@@ -1,0 +1,9 @@
+// What the cffi module needs to see of native.c and frames.c to compile its wrappers.
+#include <stddef.h>
+#include <stdint.h>
+#include "protocol.h"
+
+struct snap_drive { int outcome; int status; int new_tid; };
+struct snap_run_pages { uint64_t first; uint64_t nr_pages; };
+struct snap_region { uint64_t start, end, categories; };
+struct snap_regs;

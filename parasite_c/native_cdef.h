@@ -1,0 +1,16 @@
+struct snap_regs;
+struct snap_drive { int outcome; int status; int new_tid; };
+struct snap_run_pages { uint64_t first; uint64_t nr_pages; };
+struct snap_region { uint64_t start; uint64_t end; uint64_t categories; };
+
+int snap_drive_until(int tid, uint64_t until, struct snap_drive *d);
+int64_t snap_move_runs(int pid, int mem_fd, const struct snap_run_pages *runs, size_t nr_runs, char *buffer,
+                       int writing, int use_mem, uint64_t *bad, size_t max_bad);
+int64_t snap_pagemap_scan(int fd, uint64_t *start, uint64_t end, uint64_t flags, uint64_t inverted, uint64_t mask,
+                          uint64_t anyof, uint64_t return_mask, struct snap_region *out, size_t max_out);
+int snap_spawn_stub(int exe_fd, int pid, int go_read, int go_write);
+
+size_t snap_xstate_used(const void *xstate, size_t size);
+size_t snap_frame_size(size_t xstate_used);
+size_t snap_put_frame(void *out, uint64_t address, const struct snap_regs *regs, uint64_t sigmask,
+                      uint64_t restorer, const void *xstate, size_t xstate_used);
