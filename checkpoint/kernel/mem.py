@@ -1,0 +1,111 @@
+"""Another process's memory: /proc/PID/mem for single pieces, runs of pages in C without the GIL.
+
+`/proc/PID/mem` passes page protections (it writes read-only pages of private mappings, copying them first);
+process_vm_readv is as fast and takes many runs in one call, but pins pages: for a forked child that still shares
+its pages copy-on-write, say `cow=True` and everything goes through the file (KERNEL_FACTS.md has the numbers).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from parasite_c._native import ffi, lib
+from snapshotter.base.errors import SnapshotterError, wrap_os_error
+from snapshotter.base.pages import PAGE_SIZE, Run
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+class ProcMem:
+    """Reads and writes memory of process `pid`. A context manager. The open descriptor stays with the address space
+    it was opened for: after an exec, or when the pid was reused, it reads nothing (OSError EIO or b"")."""
+
+    def __init__(self, pid: int, *, cow: bool = False) -> None:
+        self.pid = pid
+        self.cow = cow
+        try:
+            self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            gone = ProcessLookupError(errno.ESRCH, "ESRCH")
+            raise wrap_os_error(gone, "cannot open its memory", where=f"task {pid}") from error
+        except OSError as error:
+            raise wrap_os_error(error, "cannot open its memory", where=f"task {pid}") from error
+        self._finalizer = weakref.finalize(self, os.close, self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read(self, addr: int, n: int) -> bytes:
+        """n bytes at addr; OSError (EIO) when a page of them is not there."""
+        data = os.pread(self._fd, n, addr)
+        if len(data) == n:
+            return data
+        parts = [data]
+        done = len(data)
+        while done < n:
+            piece = os.pread(self._fd, n - done, addr + done)
+            if not piece:
+                raise OSError(errno.EIO, f"no memory at {addr + done:#x} of task {self.pid}")
+            parts.append(piece)
+            done += len(piece)
+        return b"".join(parts)
+
+    def write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of data at addr, read-only pages included."""
+        done = os.pwrite(self._fd, data, addr)
+        view = memoryview(data)
+        while done < len(view):
+            put = os.pwrite(self._fd, view[done:], addr + done)
+            if not put:
+                raise OSError(errno.EIO, f"no memory at {addr + done:#x} of task {self.pid}")
+            done += put
+
+    def read_runs(self, runs: Sequence[Run], buffer: memoryview | bytearray) -> list[int]:
+        """Fill `buffer` with the pages of `runs`, in order. Returns the page numbers that could not be read;
+        their place in the buffer is zeroed."""
+        return self._move(runs, buffer, writing=False)
+
+    def write_runs(self, runs: Sequence[Run], data: bytes | bytearray | memoryview) -> None:
+        """Write the pages of `runs`, in order, from `data`; an error names the first page that is not writable."""
+        bad = self._move(runs, data, writing=True)
+        if bad:
+            raise SnapshotterError(
+                f"{len(bad)} pages cannot be written, the first at {bad[0] * PAGE_SIZE:#x}", where=f"task {self.pid}"
+            )
+
+    def _move(self, runs: Sequence[Run], buffer: bytes | bytearray | memoryview, *, writing: bool) -> list[int]:
+        nr_pages = int(sum(int(run[1]) for run in runs))
+        view = memoryview(buffer)
+        if view.nbytes < nr_pages * PAGE_SIZE:
+            raise ValueError(f"buffer of {view.nbytes} bytes for {nr_pages} pages")
+        if not nr_pages:
+            return []
+        table = ffi.new("struct snap_run_pages[]", [(int(first), int(nr)) for first, nr in runs])
+        max_bad = min(nr_pages, 65536)
+        bad = ffi.new("uint64_t[]", max_bad)
+        data = ffi.from_buffer("char[]", view, require_writable=not writing)
+        result = lib.snap_move_runs(
+            self.pid, self._fd, table, len(runs), data, int(writing), int(self.cow), bad, max_bad
+        )
+        if result < 0:
+            error = OSError(-result, os.strerror(-result))
+            raise wrap_os_error(error, "cannot reach its memory", where=f"task {self.pid}") from error
+        if result > max_bad:
+            raise SnapshotterError(f"{result} pages cannot be read", where=f"task {self.pid}")
+        return list(bad[0:result])
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def __enter__(self) -> ProcMem:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
