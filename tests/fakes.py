@@ -64,7 +64,9 @@ class FakeStore:
 
     def verify(self, points=None):
         ids = tuple(point.id for point in (points if points is not None else self.saved.values()))
-        return VerifyReport(points=ids, nr_frames=1, nr_pages=1, nr_packs=1, bytes_read=4096, damage=self.damage)
+        return VerifyReport(
+            points=ids, nr_frames=1, nr_pages=1, nr_packs=1, bytes_read=4096, damage=self.damage
+        )
 
     def forget(self, points):
         for point in points:

@@ -1,4 +1,4 @@
-"""`snap check PID`: can this job be taken?"""
+"""`snap check PID`: whether a job can be taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`snap doctor`: is this machine fit?"""
+"""`snap doctor`: whether this machine is fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def command(app: App) -> int:
     with app.session() as session:
         report = doctor(session)
     features = [
-        (str(item["name"]), "yes" if item["ok"] else "no", str(item["note"] or "")) for item in report.features
+        (str(item["name"]), "yes" if item["ok"] else "no", str(item["note"] or ""))
+        for item in report.features
     ]
     notes = [
         f"{note.level:8} {note.subject}: {note.text}" + (f" ({note.hint})" if note.hint else "")

@@ -12,7 +12,9 @@ from snapshotter.cli.output import local, short
 
 @click.command("forget")
 @click.argument("points", metavar="[POINT|A..B]...", nargs=-1)
-@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Forget all but the job's N youngest.")
+@click.option(
+    "--keep-last", type=click.IntRange(min=1), metavar="N", help="Forget all but the job's N youngest."
+)
 @click.option("--job", metavar="NAME", help="The job of --keep-last.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say which points would go.")
 @common

@@ -105,7 +105,9 @@ def run(args: Sequence[str]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         name = str(error) or "SIGINT"
         return _fail(
-            InterruptedByUserError(f"interrupted by {name}", hint="nothing was half done: the job runs as before"),
+            InterruptedByUserError(
+                f"interrupted by {name}", hint="points taken before are untouched; run it again"
+            ),
             as_json,
         )
     except BrokenPipeError:

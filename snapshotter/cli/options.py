@@ -51,12 +51,16 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.pass_context
     @functools.wraps(command)
     def wrapper(
-        context: click.Context, /, *args: Any, flag_store: str | None, as_json: bool, quiet: bool, **kwargs: Any
+        context: click.Context,
+        /,
+        *args: Any,
+        flag_store: str | None,
+        as_json: bool,
+        quiet: bool,
+        **kwargs: Any,
     ) -> Any:
         above: dict[str, Any] = context.find_root().obj or {}
-        out = Output(
-            as_json=as_json or bool(above.get("as_json")), quiet=quiet or bool(above.get("quiet"))
-        )
+        out = Output(as_json=as_json or bool(above.get("as_json")), quiet=quiet or bool(above.get("quiet")))
         app = App(out, flag_store or above.get("flag_store"))
         return command(app, *args, **kwargs)
 

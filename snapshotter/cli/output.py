@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from snapshotter.base.errors import SnapshotterError, UnsupportedError
 
 if TYPE_CHECKING:
-    from snapshotter.manager.ports import PointLike
+    from store import Point
 
 
 def write(text: str) -> None:
@@ -40,7 +40,9 @@ class Output:
     as_json: bool = False
     quiet: bool = False
 
-    def result(self, data: Mapping[str, Any], text: str | Iterable[str], brief: str | Iterable[str] = ()) -> None:
+    def result(
+        self, data: Mapping[str, Any], text: str | Iterable[str], brief: str | Iterable[str] = ()
+    ) -> None:
         """Print `data` as JSON, or else `text` (lines); with --quiet only `brief`."""
         if self.as_json:
             write(to_json(data))
@@ -106,7 +108,7 @@ def local(moment: datetime) -> str:
     return f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
-def point_json(point: PointLike) -> dict[str, Any]:
+def point_json(point: Point) -> dict[str, Any]:
     """A point as `take`, `list` and `show` give it; sizes in bytes, times in microseconds."""
     return {
         "id": point.id,
@@ -140,8 +142,6 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[i
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     lines = []
     for row in [heads, *rows]:
-        cells = [
-            cell.rjust(widths[i]) if i in ends else cell.ljust(widths[i]) for i, cell in enumerate(row)
-        ]
+        cells = [cell.rjust(widths[i]) if i in ends else cell.ljust(widths[i]) for i, cell in enumerate(row)]
         lines.append("  ".join(cells).rstrip())
     return lines

@@ -70,13 +70,13 @@ def _memory_json(memory: dict[str, Any]) -> dict[str, Any]:
 
 def _text(details: Details) -> list[str]:
     point = details.point
+    pages = f"{plural(point.pages_dirty, 'page')} read, {point.pages_new} new, {format_bytes(point.bytes_stored)} stored"
     lines = [
         f"point    {point.id}",
         f"parent   {point.parent or 'none: first of its chain'}",
         f"job      {point.job}, pid {point.pid}, {plural(point.nr_tasks, 'task')}",
         f"taken    {local(point.taken_at)}, frozen {format_us(point.frozen_us)} of {format_us(point.duration_us)}",
-        f"memory   {format_bytes(point.bytes_logical)}; {plural(point.pages_dirty, 'page')} read, "
-        f"{point.pages_new} new, {format_bytes(point.bytes_stored)} stored",
+        f"memory   {format_bytes(point.bytes_logical)}; {pages}",
         f"tracker  {point.tracker}",
     ]
     if details.children:

@@ -15,8 +15,12 @@ from snapshotter.cli.output import point_json, short
 @click.command("take")
 @click.argument("pid", type=int, required=False)
 @click.option("--job", metavar="NAME", help="Name of the job (default: command's name and pid).")
-@click.option("--pidfile", type=click.Path(path_type=Path), help="Read the pid from a file; for cron, see below.")
-@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="With --pidfile: forget older points.")
+@click.option(
+    "--pidfile", type=click.Path(path_type=Path), help="Read the pid from a file; for cron, see below."
+)
+@click.option(
+    "--keep-last", type=click.IntRange(min=1), metavar="N", help="With --pidfile: forget older points."
+)
 @click.option("--stop", "after", flag_value="stop", help="Leave the job stopped (SIGSTOP).")
 @click.option("--kill", "after", flag_value="kill", help="Kill the job once the point is safe on disk.")
 @common
@@ -40,7 +44,9 @@ def command(
             if pid is not None:
                 raise UsageError("PID and --pidfile exclude each other")
             if job is None:
-                raise UsageError("--pidfile needs --job NAME", hint="the job keeps its name when its pid changes")
+                raise UsageError(
+                    "--pidfile needs --job NAME", hint="the job keeps its name when its pid changes"
+                )
             done = take_periodic(session, pidfile, job=job, after=after, max_points=keep_last)
             if isinstance(done, Skipped):
                 app.out.result({"skipped": done.reason, "job": done.job, "message": done.message}, ())
@@ -49,18 +55,21 @@ def command(
             point = done
         else:
             if keep_last is not None:
-                raise UsageError("--keep-last needs --pidfile", hint="or use: snap forget --keep-last N --job NAME")
+                raise UsageError(
+                    "--keep-last needs --pidfile", hint="or use: snap forget --keep-last N --job NAME"
+                )
             if pid is None:
                 raise UsageError("which process? give its PID or --pidfile", hint="snap take --help")
             point = take(session, pid, job=job, after=after)
     parent = f", after {short(point.parent)}" if point.parent else ""
+    frozen = f"{plural(point.nr_tasks, 'task')}, frozen {format_us(point.frozen_us)} of {format_us(point.duration_us)}"
+    stored = f"{format_bytes(point.bytes_stored)} stored for {format_bytes(point.bytes_logical)}"
     app.out.warnings(point.warnings)
     app.out.result(
         point_json(point),
         [
             f"{short(point.id)}  {point.job}{parent}",
-            f"{plural(point.nr_tasks, 'task')}, frozen {format_us(point.frozen_us)} of {format_us(point.duration_us)}, "
-            f"{format_bytes(point.bytes_stored)} stored for {format_bytes(point.bytes_logical)} ({point.tracker})",
+            f"{frozen}, {stored} ({point.tracker})",
         ],
         brief=point.id,
     )

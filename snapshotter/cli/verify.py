@@ -1,4 +1,4 @@
-"""`snap verify`: can the points be read back whole?"""
+"""`snap verify`: whether points can be read back whole."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def command(app: App, points: tuple[str, ...]) -> int:
         report = verify(session, points)
     lines = [f"{item.where}: {item.what}" for item in report.damage]
     hurt = report.points_hurt
-    summary = (
-        f"{plural(len(report.points), 'point')} checked, {format_bytes(report.bytes_read)} read, "
-        + (f"{plural(len(hurt), 'point')} hurt" if report.damage else "no damage")
+    summary = f"{plural(len(report.points), 'point')} checked, {format_bytes(report.bytes_read)} read, " + (
+        f"{plural(len(hurt), 'point')} hurt" if report.damage else "no damage"
     )
     named = [f"hurt: {' '.join(short(point) for point in hurt)}"] if hurt else []
     app.out.result(
@@ -39,7 +38,8 @@ def command(app: App, points: tuple[str, ...]) -> int:
             "nr_pages": report.nr_pages,
             "bytes_read": report.bytes_read,
             "damage": [
-                {"where": item.where, "what": item.what, "points": list(item.points)} for item in report.damage
+                {"where": item.where, "what": item.what, "points": list(item.points)}
+                for item in report.damage
             ],
         },
         [*lines, *named, summary],

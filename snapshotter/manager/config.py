@@ -105,7 +105,9 @@ def _read_file(path: Path) -> dict[str, str | float]:
     kinds: dict[str, tuple[type, ...]] = {"store": (str,), "lock_wait_s": (int, float)}
     for key, value in values.items():
         if key not in kinds:
-            raise UsageError(f"unknown setting {key!r}", where=str(path), hint=f"known are {', '.join(kinds)}")
+            raise UsageError(
+                f"unknown setting {key!r}", where=str(path), hint=f"known are {', '.join(kinds)}"
+            )
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
             raise UsageError(f"setting {key!r} has the wrong type", where=str(path))
     return values

@@ -73,7 +73,12 @@ def _permissions() -> list[Note]:
         scope = 0
     if scope >= 3 or (scope and missing):
         notes.append(
-            Note("yama", "problem", f"kernel.yama.ptrace_scope={scope} forbids tracing", "set it to 0 or run as root")
+            Note(
+                "yama",
+                "problem",
+                f"kernel.yama.ptrace_scope={scope} forbids tracing",
+                "set it to 0 or run as root",
+            )
         )
     return notes
 
@@ -97,7 +102,10 @@ def _tracker(features: tuple[Mapping[str, object], ...]) -> Note:
     if names.get("soft_dirty"):
         return Note("tracker", "ok", "soft_dirty")
     return Note(
-        "tracker", "warning", "compare: every take reads all memory", "Linux 6.7 or newer tracks written pages"
+        "tracker",
+        "warning",
+        "compare: every take reads all memory",
+        "Linux 6.7 or newer tracks written pages",
     )
 
 
@@ -111,7 +119,12 @@ def _needed(features: tuple[Mapping[str, object], ...]) -> list[Note]:
         "set_mm_map": "restoring /proc/PID/exe and cmdline",
     }
     return [
-        Note(name, "problem", f"this kernel or user cannot do it: no {use}", "see `snap doctor --json` for the errno")
+        Note(
+            name,
+            "problem",
+            f"this kernel or user cannot do it: no {use}",
+            "see `snap doctor --json` for the errno",
+        )
         for name, use in uses.items()
         if not names.get(name, True)
     ]
@@ -126,7 +139,12 @@ def _store(session: Session) -> tuple[dict[str, object], list[Note]]:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         notes.append(
-            Note("store", "warning", f"{path} has mode {mode:04o}: others may read the jobs' memory", f"chmod 700 {path}")
+            Note(
+                "store",
+                "warning",
+                f"{path} has mode {mode:04o}: others may read the jobs' memory",
+                f"chmod 700 {path}",
+            )
         )
     space = os.statvfs(path)
     facts["bytes_free"] = space.f_bavail * space.f_frsize

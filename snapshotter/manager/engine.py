@@ -53,8 +53,9 @@ class RealEngine:
         commit: Callable[[Dumped], None],
     ) -> None:
         """Dump the job below `pid` into `sink`; calls `commit` once everything was read."""
-        from checkpoint.context import DumpOptions, ParentPoint
         from checkpoint.dump import dump
+
+        from checkpoint.context import DumpOptions, ParentPoint
         from snapshotter import __version__
 
         known = None

@@ -56,9 +56,7 @@ class Head:
 
     def is_of(self, identity: Identity) -> bool:
         """Whether the living process is the one that this rollback made."""
-        return (
-            self.boot_id == identity.boot_id and self.tasks.get(identity.pid) == identity.start_time_ticks
-        )
+        return self.boot_id == identity.boot_id and self.tasks.get(identity.pid) == identity.start_time_ticks
 
 
 def _head_path(store: Path, job: str) -> Path:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from snapshotter.base.errors import NoStoreError, NoSuchPointError, SnapshotterError, UsageError
-from snapshotter.manager.ports import PointLike
 from snapshotter.manager.session import Session
+from store import Point
 
 
-def list_points(session: Session, job: str | None = None) -> list[PointLike]:
+def list_points(session: Session, job: str | None = None) -> list[Point]:
     """Every point, oldest first. A store that does not exist yet has none."""
     try:
         store = session.store()
@@ -22,13 +22,13 @@ def list_points(session: Session, job: str | None = None) -> list[PointLike]:
     return sorted(store.points(job), key=lambda point: point.taken_at)
 
 
-def resolve_many(session: Session, texts: Sequence[str]) -> list[PointLike]:
+def resolve_many(session: Session, texts: Sequence[str]) -> list[Point]:
     """Points by id, `latest`, `JOB~N` ... or ranges A..B (both ends, one job, by time), without doubles.
 
     Everything is resolved before anything is returned, so that one wrong name stops the command.
     """
     store = session.store()
-    found: dict[str, PointLike] = {}
+    found: dict[str, Point] = {}
     for text in texts:
         first, dots, last = text.partition("..")
         if not dots:
@@ -42,7 +42,7 @@ def resolve_many(session: Session, texts: Sequence[str]) -> list[PointLike]:
     return list(found.values())
 
 
-def _between(session: Session, first: PointLike, last: PointLike, text: str) -> list[PointLike]:
+def _between(session: Session, first: Point, last: Point, text: str) -> list[Point]:
     if first.job != last.job:
         raise UsageError(f"range {text!r} spans two jobs, {first.job} and {last.job}")
     points = list_points(session, first.job)
@@ -57,7 +57,7 @@ def _between(session: Session, first: PointLike, last: PointLike, text: str) -> 
 class Details:
     """A point and its images, decoded."""
 
-    point: PointLike
+    point: Point
     manifest: dict[str, Any]
     processes: list[dict[str, Any]]
     memory: dict[str, dict[str, Any]]

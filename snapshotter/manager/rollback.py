@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 from snapshotter.base.errors import SnapshotterError
 from snapshotter.manager import jobs
-from snapshotter.manager.ports import PointLike, Restored
+from snapshotter.manager.ports import Restored
 from snapshotter.manager.session import Session
+from store import Point
 
 
 @dataclass(frozen=True, slots=True)
 class RollbackReport:
     """What runs now."""
 
-    point: PointLike
+    point: Point
     restored: Restored
     warnings: tuple[str, ...]
 
@@ -40,7 +41,7 @@ def rollback(session: Session, text: str) -> RollbackReport:
     return RollbackReport(point, restored, tuple(warnings))
 
 
-def _record(session: Session, point: PointLike, restored: Restored) -> str:
+def _record(session: Session, point: Point, restored: Restored) -> str:
     """Write the head; the job runs already, so failing here costs the chain's link and only warns."""
     tasks: dict[int, int] = {}
     boot_id = ""

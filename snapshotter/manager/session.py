@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from snapshotter.base.errors import LockedError
 from snapshotter.manager.config import Config
@@ -87,7 +88,7 @@ class Session:
             store, self._store = self._store, None
             store.close()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -14,15 +14,16 @@ from pathlib import Path
 
 from snapshotter.base.errors import (
     LockedError,
-    NoSuchPointError,
     NoStoreError,
+    NoSuchPointError,
     SnapshotterError,
     TargetGoneError,
     UsageError,
 )
 from snapshotter.manager import jobs, pidfile
-from snapshotter.manager.ports import Dumped, Identity, ParentInfo, PointLike, Skipped, StoreLike
+from snapshotter.manager.ports import Dumped, Identity, ParentInfo, Skipped, StoreLike
 from snapshotter.manager.session import Session
+from store import Point
 
 AFTER = ("run", "stop", "kill")
 
@@ -31,15 +32,16 @@ AFTER = ("run", "stop", "kill")
 class Parent:
     """The point that the next one is chained to."""
 
-    point: PointLike
+    point: Point
     rolled_back: bool
     """The job was rolled back to it: the chain goes on, but every page is read."""
 
 
-def take(session: Session, pid: int, *, job: str | None = None, after: str = "run") -> PointLike:
+def take(session: Session, pid: int, *, job: str | None = None, after: str = "run") -> Point:
     """Take a point of the process tree below `pid`.
 
     Args:
+        session: Settings, store and engine.
         pid: The root of the job.
         job: Its name; by default from the command's name and the pid.
         after: "run" lets the job go on, "stop" leaves it stopped, "kill" ends it once the point is safe.
@@ -59,7 +61,7 @@ def take(session: Session, pid: int, *, job: str | None = None, after: str = "ru
 
 def take_periodic(
     session: Session, path: Path, *, job: str, after: str = "run", max_points: int | None = None
-) -> PointLike | Skipped:
+) -> Point | Skipped:
     """Take a point of the process that a pid file names, for cron: what is ordinary is not an error.
 
     Skips while an earlier take of the job still runs, and once the job has ended.
@@ -157,13 +159,13 @@ def _parent_info(store: StoreLike, parent: Parent | None) -> ParentInfo | None:
     )
 
 
-def _take_locked(session: Session, job: str, identity: Identity, after: str) -> PointLike:
+def _take_locked(session: Session, job: str, identity: Identity, after: str) -> Point:
     from snapshotter.manager.stores import point_meta
 
     store = session.store(create=True)
     parent = find_parent(store, session.store_path, job, identity)
     started = time.monotonic_ns()
-    committed: list[PointLike] = []
+    committed: list[Point] = []
     with store.writer(job, None if parent is None else parent.point) as writer:
 
         def commit(dumped: Dumped) -> None:

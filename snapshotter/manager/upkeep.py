@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from snapshotter.base.errors import UsageError
 from snapshotter.manager.listing import list_points, resolve_many
-from snapshotter.manager.ports import PointLike
 from snapshotter.manager.session import Session
+from store import Point
 
 if TYPE_CHECKING:
     from store import PruneReport, VerifyReport
 
 
-def forget(session: Session, texts: Sequence[str], *, dry_run: bool = False) -> list[PointLike]:
+def forget(session: Session, texts: Sequence[str], *, dry_run: bool = False) -> list[Point]:
     """Take points out of the catalog; `prune` frees what only they needed. Children stay whole.
 
     Raises NoSuchPointError before anything is removed if one of the names means no point.
@@ -25,7 +25,7 @@ def forget(session: Session, texts: Sequence[str], *, dry_run: bool = False) -> 
     return points
 
 
-def forget_all_but(session: Session, job: str, keep_last: int, *, dry_run: bool = False) -> list[PointLike]:
+def forget_all_but(session: Session, job: str, keep_last: int, *, dry_run: bool = False) -> list[Point]:
     """Forget all points of a job but the youngest `keep_last`."""
     if keep_last < 1:
         raise UsageError("at least one point must be kept", hint="name points to forget them all")

@@ -24,7 +24,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(
         options,
         "open_session",
-        lambda flag: Session(settings, open_store=store.opener, open_engine=lambda: engine),
+        lambda _flag: Session(settings, open_store=store.opener, open_engine=lambda: engine),
     )
     store.engine = engine
     return store
@@ -189,7 +189,10 @@ def test_check(run, fake):
 def test_forget_and_prune(run):
     first = json.loads(run("take", 7, "--json")[1])["id"]
     run("take", 7)
-    assert json.loads(run("forget", first[:5], "--dry-run", "--json")[1]) == {"forgotten": [first], "dry_run": True}
+    assert json.loads(run("forget", first[:5], "--dry-run", "--json")[1]) == {
+        "forgotten": [first],
+        "dry_run": True,
+    }
     assert json.loads(run("forget", first[:5], "--json")[1])["forgotten"] == [first]
     assert run("rollback", first)[0] == 13
     assert json.loads(run("prune", "--json")[1])["bytes_freed"] == 4096

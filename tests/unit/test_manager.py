@@ -6,7 +6,13 @@ import os
 
 import pytest
 
-from snapshotter.base.errors import LockedError, NoSuchPointError, SnapshotterError, TargetGoneError, UsageError
+from snapshotter.base.errors import (
+    LockedError,
+    NoSuchPointError,
+    SnapshotterError,
+    TargetGoneError,
+    UsageError,
+)
 from snapshotter.manager import config, jobs, listing, pidfile, upkeep
 from snapshotter.manager.ports import Identity, Skipped
 from snapshotter.manager.rollback import rollback
@@ -50,7 +56,7 @@ def test_reused_pid_starts_a_new_chain(session, engine):
 
 
 def test_chain_goes_on_from_the_point_rolled_back_to(session, engine, monkeypatch):
-    monkeypatch.setattr("time.clock_gettime_ns", lambda clock: engine.uptime_ns)
+    monkeypatch.setattr("time.clock_gettime_ns", lambda _clock: engine.uptime_ns)
     points = [take(session, 7, job="a") for _ in range(3)]
     rollback(session, points[1].id)
     fourth = take(session, 7, job="a")
@@ -96,12 +102,14 @@ def _saved(session, job):
 
 
 def test_engine_that_does_not_commit(session, engine):
-    engine.dump = lambda *args: None
+    engine.dump = lambda *_args: None
     with pytest.raises(SnapshotterError, match="without a point"):
         take(session, 7)
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "../x", "-x", "latest", "a b", "deadbeef", "x" * 65, "a~1", "a..b"])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "../x", "-x", "latest", "a b", "deadbeef", "x" * 65, "a~1", "a..b"]
+)
 def test_bad_job_names(name):
     with pytest.raises(UsageError):
         jobs.check_name(name)
@@ -113,7 +121,8 @@ def test_good_job_names(name):
 
 
 @pytest.mark.parametrize(
-    ("comm", "name"), [("python3", "python3-7"), ("(sd-pam)", "sd-pam-7"), ("../../x", "_.._x-7"), ("\N{SNOWMAN}", "job-7")]
+    ("comm", "name"),
+    [("python3", "python3-7"), ("(sd-pam)", "sd-pam-7"), ("../../x", "_.._x-7"), ("\N{SNOWMAN}", "job-7")],
 )
 def test_default_names_are_names(comm, name):
     made = jobs.default_name(Identity(7, 1, BOOT, comm, 0.0))
@@ -152,7 +161,7 @@ def test_periodic_job_that_ends_during_the_take(session, engine, tmp_path):
 
 
 def test_periodic_pid_of_a_stranger(session, engine, tmp_path, monkeypatch):
-    monkeypatch.setattr("time.clock_gettime_ns", lambda clock: engine.uptime_ns)
+    monkeypatch.setattr("time.clock_gettime_ns", lambda _clock: engine.uptime_ns)
     path = tmp_path / "pid"
     path.write_text("7")
     os.utime(path, (500, 500))
