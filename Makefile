@@ -25,7 +25,7 @@ $(VENV)/.built: $(VENV)/.deps setup.py $(SOURCES)
 	@touch $@
 
 demo: build ## a numpy simulation and a shell pipeline: taken every second, killed, rolled back
-	$(BIN)/python demo/demo.py
+	$(BIN)/python tests/demo/demo.py
 
 test: build ## all tests but those in other kernels; PYTEST_ARGS adds options
 	$(PYTEST) -rs $(PYTEST_ARGS) tests
