@@ -68,7 +68,7 @@ def _run(*command: str | Path) -> str:
 
 
 def build_blobs(directory: Path | str = HERE) -> None:
-    """Compile blob.bin and stub into `directory`. Raises BlobError when a check fails."""
+    """Compile blob.bin, stub and keeper.bin into `directory`. Raises BlobError when a check fails."""
     directory = Path(directory)
     cc = os.environ.get("CC", "gcc")
     scratch = directory / "blob.o"
@@ -95,6 +95,12 @@ def build_blobs(directory: Path | str = HERE) -> None:
         _run(
             cc, "-static", "-nostdlib", "-nostartfiles", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-s",
             HERE / "stub.S", "-o", directory / "stub",
+        )  # fmt: skip
+        _run(
+            cc, "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-static", "-nostdlib", "-nostartfiles",
+            "-ffreestanding", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none",
+            "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-s",
+            HERE / "keeper.c", "-o", directory / "keeper.bin",
         )  # fmt: skip
     finally:
         scratch.unlink(missing_ok=True)

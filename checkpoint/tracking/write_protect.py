@@ -1,0 +1,244 @@
+"""Tracking by asynchronous write-protection: userfaultfd with WP_ASYNC, read and reset by PAGEMAP_SCAN.
+
+A process's userfaultfd is made inside it by one remote call (it must be made by the owner of the memory), fetched
+with pidfd_getfd and closed there in the same stop, so that nothing of it is left to see in the job. All else is
+done from outside. The keeper holds it until the next take.
+
+Why the answers are right:
+
+- The kernel keeps the state per page: "written" is the absence of a mark that only a scan sets. A VMA that is new,
+  was moved, or is of another program since exec or fork is not registered, which PAGEMAP_SCAN tells (EPERM with
+  CHECK_WPASYNC). Such a VMA is written from end to end, and is registered, unmarked and scanned from then on. Pages
+  that a registered VMA grew by have no mark and are written.
+- Marks that are left in a VMA that was never ours (kernels before 6.13 keep them over mremap) would look clean and
+  stay so: they are cleared right after registering.
+- A VMA that another userfaultfd has (EBUSY: the program's own, or another snap) is never scanned, so that its
+  owner's marks stay, and counts as written at every take.
+- A scan takes only what is registered. A VMA that was replaced between the look and the scan while the job runs is
+  missed by that scan, but not by the one of the frozen window, where nothing changes.
+
+Not seen are writes by a device into a page that was pinned before the scan (O_DIRECT in flight). None is in
+flight when every task is stopped; so dump.py does not scan a running job that has O_DIRECT files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from checkpoint.context import FrozenProcess
+from checkpoint.kernel import proc
+from checkpoint.kernel import sys as ksys
+from checkpoint.parasite import Parasite, RemoteTask
+from checkpoint.tracking import keeper, uffd
+from checkpoint.tracking.base import EMPTY, Probe, Runs, Session, Tracker, new_nonce, pages_of
+from snapshotter.base import faults
+from snapshotter.base.errors import SnapshotterError, TargetGoneError
+
+_O_CLOEXEC, _O_NONBLOCK = os.O_CLOEXEC, os.O_NONBLOCK
+
+
+class WriteProtectSession(Session):
+    """One take. Holds descriptors of the job's userfaultfds, and the job's lock."""
+
+    def __init__(self, root_pid: int, tasks: Mapping[int, int], parent_nonce: str) -> None:
+        self.root_pid = root_pid
+        self.tasks = dict(tasks)
+        self.nonce = ""
+        self._lock = keeper.JobLock(root_pid)
+        self._kept: keeper.Kept | None = None
+        self._scanner = uffd.Scanner()
+        self._pagemaps: dict[int, int] = {}
+        self._refused: set[int] = set()
+        self._changed = False
+        self._valid: set[int] = set()
+        """Processes whose marks tell what was written since the last collect that counts."""
+        if not self._lock.acquire():
+            return  # another take is under way: this one reads everything and leaves its tracking alone
+        self._kept = keeper.find(root_pid, tasks[root_pid], WriteProtectTracker.name)
+        if self._kept is None:
+            self._kept = keeper.new(WriteProtectTracker.name)
+            self._changed = True
+        elif parent_nonce and self._kept.nonce == parent_nonce:
+            self._valid = {pid for pid in self._kept.uffds if self._kept.tasks.get(pid) == tasks.get(pid)}
+        for pid in [pid for pid in self._kept.uffds if self._kept.tasks.get(pid) != tasks.get(pid)]:
+            os.close(self._kept.uffds.pop(pid))
+        self.nonce = new_nonce()
+
+    def collect(
+        self, pid: int, vmas: Sequence[tuple[int, int]], *, frozen: FrozenProcess | None = None
+    ) -> Runs | None:
+        """See Session.collect."""
+        kept = self._kept
+        if kept is None or pid in self._refused:
+            return None
+        if kept.nonce:
+            kept.nonce = ""
+        try:
+            descriptor = kept.uffds.get(pid)
+            if descriptor is None:
+                descriptor = self._create(pid, frozen)
+            runs, alive = self._scan(pid, descriptor, vmas)
+            if not alive:
+                # The address space of this userfaultfd is gone: the process has made an exec.
+                os.close(kept.uffds.pop(pid))
+                self._valid.discard(pid)
+                runs, alive = self._scan(pid, self._create(pid, frozen), vmas)
+        except TargetGoneError:
+            raise
+        except (OSError, SnapshotterError):
+            # Not allowed in this process (seccomp, no descriptor free ...): it is read in full at every take.
+            self._refused.add(pid)
+            self._valid.discard(pid)
+            return None
+        if pid in self._valid:
+            return runs
+        self._valid.add(pid)
+        return None
+
+    def _create(self, pid: int, frozen: FrozenProcess | None) -> int:
+        """A userfaultfd of the process, made and closed inside it, open here."""
+        assert self._kept is not None
+        status = proc.read_status(pid)
+        if status.seccomp:
+            raise SnapshotterError("a seccomp filter could kill the task for userfaultfd", where=f"task {pid}")
+        if frozen is not None:
+            descriptor = _create_inside(pid, frozen.parasite)
+        else:
+            with Parasite(pid) as remote:
+                descriptor = _create_inside(pid, remote)
+        try:
+            uffd.enable(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._kept.uffds[pid] = descriptor
+        self.tasks.setdefault(pid, proc.read_stat(pid).start_time_ticks)
+        self._changed = True
+        return descriptor
+
+    def _scan(self, pid: int, descriptor: int, vmas: Sequence[tuple[int, int]]) -> tuple[Runs, bool]:
+        """Register what is new, then scan. False besides: the descriptor's address space has ended."""
+        pagemap = self._pagemap(pid)
+        whole: list[tuple[int, int]] = []
+        foreign = False
+        for start, end in vmas:
+            watched = self._scanner.is_watched(pagemap, start)
+            try:
+                uffd.register(descriptor, start, end)
+                if not watched:
+                    uffd.unprotect(descriptor, start, end)
+                    whole.append((start, end))
+            except OSError as error:
+                whole.append((start, end))
+                if error.errno in {errno.ENOMEM, errno.ESRCH} and not watched:
+                    return EMPTY, False
+                foreign = foreign or watched
+        if foreign:
+            taken = {pair[0] for pair in whole}
+            parts = [self._scanner.take(pagemap, *pair) for pair in vmas if pair[0] not in taken]
+            runs = np.concatenate(parts) if parts else EMPTY
+        else:
+            runs = self._scanner.take(pagemap)
+        return (np.concatenate((runs, pages_of(whole))) if whole else runs), True
+
+    def _pagemap(self, pid: int) -> int:
+        # Opened anew for each scan, not once: a pagemap descriptor stays with the address space it was opened on.
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        old = self._pagemaps.pop(pid, -1)
+        if old >= 0:
+            os.close(old)
+        self._pagemaps[pid] = fd
+        return fd
+
+    def confirm(self) -> None:
+        """Let a keeper hold what was made, and make the nonce valid."""
+        kept = self._kept
+        if kept is None:
+            return
+        if self._changed or set(kept.tasks) != set(self.tasks):
+            keeper.keep(kept, self.root_pid, self.tasks[self.root_pid], self.tasks)
+        kept.nonce = self.nonce
+
+    def forget(self, pids: Sequence[int]) -> None:
+        """Processes that have ended during the take."""
+        for pid in pids:
+            self.tasks.pop(pid, None)
+
+    def close(self) -> None:
+        """Close our descriptors and unlock the job."""
+        for fd in self._pagemaps.values():
+            os.close(fd)
+        self._pagemaps.clear()
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+        self._lock.release()
+
+
+def _create_inside(pid: int, remote: RemoteTask) -> int:
+    """userfaultfd() in the task, the descriptor fetched and closed there; nothing of it is left in the job."""
+    number = remote.call("userfaultfd", _O_CLOEXEC | _O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY)
+    faults.point("track.created")
+    try:
+        pidfd = os.pidfd_open(pid)
+        try:
+            return ksys.pidfd_getfd(pidfd, number)
+        finally:
+            os.close(pidfd)
+    finally:
+        with contextlib.suppress(TargetGoneError):
+            remote.call("close", number)
+
+
+class WriteProtectTracker(Tracker):
+    """userfaultfd WP_ASYNC + PAGEMAP_SCAN (Linux 6.7)."""
+
+    name: ClassVar[str] = "write_protect"
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """A round trip on eight pages of our own: exactly those written come back."""
+        return _probe()
+
+    def session(self, root_pid: int, tasks: Mapping[int, int], parent_nonce: str) -> WriteProtectSession:
+        """Begin a take."""
+        return WriteProtectSession(root_pid, tasks, parent_nonce)
+
+
+@functools.cache
+def _probe() -> Probe:
+    size = 8 * mmap.PAGESIZE
+    descriptor = pagemap = -1
+    try:
+        descriptor = ksys.userfaultfd(_O_CLOEXEC | _O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY)
+        uffd.enable(descriptor)
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            memory[:] = b"x" * size
+            table = np.frombuffer(memory, dtype=np.uint8)
+            start = table.ctypes.data
+            scanner = uffd.Scanner(16)
+            uffd.register(descriptor, start, start + size)
+            scanner.take(pagemap, start, start + size)
+            table_writable = memoryview(memory)
+            table_writable[mmap.PAGESIZE] = 1
+            table_writable[5 * mmap.PAGESIZE] = 1
+            found = (scanner.take(pagemap, start, start + size) - (start >> 12)).tolist()
+            del table, table_writable
+        if found != [[1, 2], [5, 6]]:
+            return Probe(WriteProtectTracker.name, ok=False, note=f"a round trip gave {found}")
+    except OSError as error:
+        return Probe(WriteProtectTracker.name, ok=False, note=f"{error.strerror} (needs Linux 6.7)")
+    finally:
+        for fd in (descriptor, pagemap):
+            if fd >= 0:
+                os.close(fd)
+    return Probe(WriteProtectTracker.name, ok=True)

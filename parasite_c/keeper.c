@@ -1,0 +1,150 @@
+/* The keeper: holds the descriptors that keep dirty-page tracking of a job alive between two takes.
+ *
+ * A userfaultfd's write protection lasts as long as any descriptor of it is open anywhere; the job must not be
+ * bothered with it and snap ends after each take. This process keeps them, and a memfd with the nonce (the name of
+ * the instant that the tracking tells from), and leaves when the last process of the job has ended. It reads nothing
+ * and answers nobody: snap takes its descriptors with pidfd_getfd.
+ *
+ *   keeper STATEFILE LEASHFD NONCEFD PIDFD[:UFFD] ...
+ *
+ * It forks, the parent writes the child's pid (decimal) to stdout and exits. The child then waits on LEASHFD, the
+ * read end of a pipe that snap holds: a byte 'k' means that the state file names this keeper; the end of the pipe
+ * without it means that snap died before, and the keeper leaves at once. STATEFILE is removed when the job ends.
+ *
+ * Freestanding: no libc, no heap, no signals beyond the default ones. */
+
+#include <linux/poll.h>
+#include <linux/prctl.h>
+
+#define SYS_READ 0
+#define SYS_WRITE 1
+#define SYS_CLOSE 3
+#define SYS_POLL 7
+#define SYS_FORK 57
+#define SYS_EXIT 60
+#define SYS_UNLINK 87
+#define SYS_PRCTL 157
+
+#define MAX_TASKS 16384
+#define STDOUT 1
+#define PTRACER_ANY (-1L)
+#define EINTR_RESULT (-4L)
+
+static struct pollfd polled[MAX_TASKS];
+static int uffds[MAX_TASKS];
+
+static long call3(long number, long one, long two, long three)
+{
+	register long result __asm__("rax") = number;
+
+	__asm__ volatile("syscall" : "+r"(result) : "D"(one), "S"(two), "d"(three) : "rcx", "r11", "memory");
+	return result;
+}
+
+static _Noreturn void leave(long status)
+{
+	for (;;)
+		call3(SYS_EXIT, status, 0, 0);
+}
+
+/* A decimal number; *text then points behind it. */
+static int number(const char **text)
+{
+	int value = 0;
+
+	while (**text >= '0' && **text <= '9')
+		value = value * 10 + (*(*text)++ - '0');
+	return value;
+}
+
+static void say_pid(long pid)
+{
+	char text[24];
+	int at = (int)sizeof(text);
+
+	text[--at] = '\n';
+	do {
+		text[--at] = (char)('0' + pid % 10);
+		pid /= 10;
+	} while (pid > 0);
+	call3(SYS_WRITE, STDOUT, (long)(text + at), (long)sizeof(text) - at);
+}
+
+static void wait_for_leash(int leash)
+{
+	char byte = 0;
+	long got;
+
+	do {
+		got = call3(SYS_READ, leash, (long)&byte, 1);
+	} while (got == EINTR_RESULT);
+	if (got != 1 || byte != 'k')
+		leave(1);
+	call3(SYS_CLOSE, leash, 0, 0);
+}
+
+static _Noreturn void keep(int count, const char *statefile)
+{
+	while (count > 0) {
+		if (call3(SYS_POLL, (long)polled, count, -1) <= 0)
+			continue;
+		for (int i = 0; i < count;) {
+			if (polled[i].revents == 0) {
+				i++;
+				continue;
+			}
+			call3(SYS_CLOSE, polled[i].fd, 0, 0);
+			if (uffds[i] >= 0)
+				call3(SYS_CLOSE, uffds[i], 0, 0);
+			count--;
+			polled[i] = polled[count];
+			uffds[i] = uffds[count];
+		}
+	}
+	call3(SYS_UNLINK, (long)statefile, 0, 0);
+	leave(0);
+}
+
+__attribute__((used)) _Noreturn void keeper_main(const long *stack)
+{
+	long argc = stack[0];
+	const char *const *argv = (const char *const *)(stack + 1);
+	int count = 0;
+	int leash;
+	long pid;
+	const char *text;
+
+	if (argc < 5 || argc - 4 > MAX_TASKS)
+		leave(2);
+	text = argv[2];
+	leash = number(&text);
+	for (long i = 4; i < argc; i++) {
+		text = argv[i];
+		polled[count].fd = number(&text);
+		polled[count].events = POLLIN;
+		uffds[count] = -1;
+		if (*text == ':') {
+			text++;
+			uffds[count] = number(&text);
+		}
+		count++;
+	}
+	pid = call3(SYS_FORK, 0, 0, 0);
+	if (pid != 0) {
+		if (pid > 0)
+			say_pid(pid);
+		leave(pid < 0);
+	}
+	call3(SYS_CLOSE, STDOUT, 0, 0);
+	call3(SYS_PRCTL, PR_SET_PTRACER, PTRACER_ANY, 0);
+	wait_for_leash(leash);
+	keep(count, argv[1]);
+}
+
+__asm__(".globl _start\n"
+	"_start:\n"
+	"	xor %ebp, %ebp\n"
+	"	mov %rsp, %rdi\n"
+	"	and $-16, %rsp\n"
+	"	call keeper_main\n"
+	"	hlt\n");
