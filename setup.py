@@ -16,7 +16,7 @@ from setuptools.command.build_py import build_py
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # the PEP 517 front end does not put the source on the path
 
-NATIVE = (ROOT / "parasite_c" / "build.py").exists()
+from parasite_c.build import build_blobs  # noqa: E402
 
 
 def generate_messages() -> None:
@@ -48,10 +48,7 @@ class Generate(Command):
     def run(self) -> None:
         """Overwrite what was generated before."""
         generate_messages()
-        if NATIVE:
-            from parasite_c.build import build_blobs
-
-            build_blobs()
+        build_blobs()
 
 
 class BuildPy(build_py):
@@ -67,5 +64,5 @@ class BuildPy(build_py):
 
 setup(
     cmdclass={"generate": Generate, "build_py": BuildPy},
-    cffi_modules=["parasite_c/build.py:ffibuilder"] if NATIVE else [],
+    cffi_modules=["parasite_c/build.py:ffibuilder"],
 )

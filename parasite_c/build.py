@@ -54,6 +54,7 @@ def _make_ffibuilder() -> FFI:
         include_dirs=[str(HERE)],
         extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-pthread"],
         extra_link_args=["-pthread"],
+        py_limited_api=False,  # one name for the module, whoever builds it
     )
     return builder
 

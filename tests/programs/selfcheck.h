@@ -40,6 +40,7 @@
 static volatile sig_atomic_t check_term;
 static atomic_int check_failures;
 static char check_text[4096];
+static char check_directory[4096];
 
 __attribute__((unused)) static void check_on_term(int sig)
 {
@@ -90,18 +91,20 @@ __attribute__((unused, format(printf, 2, 3))) static void check_fail(const char 
 
 __attribute__((unused)) static void check_put(const char *name, const char *text)
 {
-    char temporary[64];
-    snprintf(temporary, sizeof(temporary), ".%s.%d", name, (int)getpid());
+    char temporary[4200], target[4200];
+    snprintf(temporary, sizeof(temporary), "%s/.%s.%d", check_directory, name, (int)getpid());
+    snprintf(target, sizeof(target), "%s/%s", check_directory, name);
     int fd = MUST(open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
     MUST(write(fd, text, strlen(text)));
     MUST(close(fd));
-    MUST(rename(temporary, name));
+    MUST(rename(temporary, target));
 }
 
 __attribute__((unused)) static void check_init(int argc, char **argv)
 {
     if (argc < 2 || chdir(argv[1]) != 0)
         check_die("usage: %s DIRECTORY", argv[0]);
+    snprintf(check_directory, sizeof(check_directory), "%s", argv[1]);
     struct sigaction action = {.sa_handler = check_on_term};
     MUST(sigaction(SIGTERM, &action, NULL));
 }
