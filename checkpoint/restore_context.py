@@ -6,7 +6,7 @@ snap's reaches a stub (`give`). No phases, no order: those are restore.py's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -34,6 +34,9 @@ class RestoreOptions:
     """How long a killed job's zombies may wait for the parent that must reap them."""
     replace: bool = True
     """A living job with these pids and start times is killed; False: it is a conflict."""
+    known_tasks: Sequence[Mapping[int, int]] = ()
+    """Identities (pid -> start time in ticks, this boot) of the living job besides the point's own: those that an
+    earlier rollback (RestoreResult.tasks) or a later point gave it. They may be replaced too."""
     terminal: Literal["auto", "reopen", "null"] = "auto"
     extra: Mapping[str, Any] = field(default_factory=dict)
     """For resources: options of theirs by name."""

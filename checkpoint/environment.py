@@ -1,0 +1,318 @@
+"""Whether this machine can take a point back: CPU, pids, the old job. Looks, judges, and (last) kills the old job.
+
+Owns the survey of what holds the pids that are needed, the rule for "it is the old job" (same pid, same start time,
+same boot; or an identity that the caller vouches for: a restored task has a new start time), and its replacement.
+Everything raises RestoreConflictError before anything is touched; only `replace` touches, and only what the survey
+named, verified once more through a pidfd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import select
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoint.resources import registers
+from checkpoint.restore_context import RestoreContext
+from snapshotter.base.errors import RestoreConflictError
+
+# Flags of /proc/cpuinfo that name instructions a program may have chosen at its start.
+_INSTRUCTIONS = frozenset(
+    "sse sse2 pni ssse3 sse4_1 sse4_2 sse4a avx avx2 avx_vnni fma fma4 f16c xop tbm bmi1 bmi2 abm adx movbe popcnt aes "
+    "vaes pclmulqdq vpclmulqdq sha_ni gfni rdrand rdseed fsgsbase erms fsrm clwb clflushopt lahf_lm cx16 rdpid rdtscp "
+    "xsave xsaveopt xsavec rtm hle pku ospke waitpkg serialize movdiri movdir64b cldemote user_shstk mmx 3dnow".split()
+)
+_INSTRUCTION_PREFIXES = ("avx512", "amx")
+_XGETBV = bytes.fromhex("31c9 0f01d0 48c1e220 4809d0 c3")  # xor ecx,ecx; xgetbv; shl rdx,32; or rax,rdx; ret
+_POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process (or a thread's) that is there now."""
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+    state: str
+    start_time_ticks: int
+    comm: str
+
+    def __str__(self) -> str:
+        return f"task {self.pid} ({self.comm})"
+
+
+@dataclass(slots=True)
+class Survey:
+    """What is there now, as far as the restore cares."""
+
+    processes: dict[int, Holder]
+    own_sid: int
+    own_pgid: int
+    old: dict[int, Holder] = field(default_factory=dict)
+    """Processes of the old living job, the new children of its tasks included. To be killed."""
+
+
+def survey(ctx: RestoreContext) -> Survey:
+    """Read /proc once and find the old job.
+
+    Raises:
+        RestoreConflictError: a needed pid is held by something that is not the job.
+    """
+    found = Survey(_processes(), os.getsid(0), os.getpgid(0))
+    same_boot = ctx.manifest.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    known: dict[int, set[int]] = {}
+    for tasks in ctx.options.known_tasks:
+        for pid, ticks in tasks.items():
+            known.setdefault(pid, set()).add(ticks)
+    for pid, process in ctx.processes.items():
+        holder = found.processes.get(pid)
+        if holder is None:
+            continue
+        times = known.get(pid, set()) | ({process.start_time_ticks} if same_boot else set())
+        if holder.start_time_ticks in times:
+            found.old[pid] = holder
+    _add_descendants(found)
+    _check_ids(ctx, found)
+    return found
+
+
+def _add_descendants(found: Survey) -> None:
+    children: dict[int, list[int]] = {}
+    for holder in found.processes.values():
+        children.setdefault(holder.ppid, []).append(holder.pid)
+    queue = list(found.old)
+    for pid in queue:
+        for child in children.get(pid, []):
+            if child not in found.old:
+                found.old[child] = found.processes[child]
+                queue.append(child)
+
+
+def _check_ids(ctx: RestoreContext, found: Survey) -> None:
+    if found.old and not ctx.options.replace:
+        raise RestoreConflictError("the job is still running", where=str(next(iter(found.old.values()))))
+    if os.getpid() in found.old:
+        raise RestoreConflictError(
+            "snap runs inside the job that it should replace", hint="run it from outside of the job"
+        )
+    pid_max = int(Path("/proc/sys/kernel/pid_max").read_text())
+    ours = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(ctx.processes)
+    for wanted in sorted(ours):
+        if wanted >= pid_max:
+            raise RestoreConflictError(
+                f"pid {wanted} is beyond kernel.pid_max ({pid_max})", hint=f"sysctl kernel.pid_max={wanted + 1}"
+            )
+        holder = _holder_of(wanted)
+        if holder is not None and holder.pid not in found.old:
+            raise RestoreConflictError(
+                f"pid {wanted} is needed but held by {holder}, which is not the job",
+                hint="end it, or wait until it has ended, then roll back",
+            )
+    for holder in found.processes.values():
+        if holder.pid in found.old:
+            continue
+        for kind, number in (("session", holder.sid), ("process group", holder.pgid)):
+            if number in ours:
+                raise RestoreConflictError(
+                    f"pid {number} is needed but is still the {kind} of {holder}, which is not in the job's tree",
+                    hint="it was left behind by the job: end it, then roll back",
+                )
+
+
+def check_machine(ctx: RestoreContext) -> None:
+    """Machine and CPU have what the image uses.
+
+    Raises:
+        RestoreConflictError: they lack something; it is named.
+    """
+    manifest = ctx.manifest
+    machine = os.uname().machine
+    if manifest.machine and manifest.machine != machine:
+        raise RestoreConflictError(f"the point is of a {manifest.machine} machine, this is {machine}")
+    wanted = manifest.xfeatures
+    for process in ctx.processes.values():
+        for thread in process.threads:
+            wanted |= registers.xfeatures(thread.xstate)
+    missing = wanted & ~own_xfeatures()
+    if missing:
+        raise RestoreConflictError(
+            f"the point uses CPU state components {missing:#x} that this CPU (or its hypervisor) does not have",
+            hint="restore on a machine with the same or newer CPU",
+        )
+    lost = sorted(flag for flag in set(manifest.cpu_flags) - cpu_flags() if _is_instruction(flag))
+    if lost:
+        raise RestoreConflictError(
+            f"the job may use CPU instructions that are missing here: {' '.join(lost)}",
+            hint="restore on a machine with the same or newer CPU",
+        )
+
+
+def cpu_flags() -> set[str]:
+    """The flags line of /proc/cpuinfo."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("flags"):
+                return set(line.partition(":")[2].split())
+    return set()
+
+
+def own_xfeatures() -> int:
+    """XCR0 of this CPU, by the xgetbv instruction; x87 and SSE only where xsave is off."""
+    if "osxsave" not in cpu_flags() and "xsave" not in cpu_flags():
+        return 3
+    with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+        page.write(_XGETBV)
+        start = ctypes.c_char.from_buffer(page)
+        value = int(ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(start))())
+        del start
+    return value
+
+
+def _is_instruction(flag: str) -> bool:
+    return flag in _INSTRUCTIONS or flag.startswith(_INSTRUCTION_PREFIXES)
+
+
+# -- the old job ------------------------------------------------------------------------------------------------
+
+
+def replace(ctx: RestoreContext, found: Survey) -> None:
+    """Kill the old job and wait until its pids are free.
+
+    Raises:
+        RestoreConflictError: a zombie keeps a pid; whose task it is to reap it is named.
+    """
+    if found.old:
+        with contextlib.ExitStack() as stack:
+            pidfds = _stop_all(found, stack)
+            for pidfd in pidfds.values():
+                _signal(pidfd, signal.SIGKILL)
+            _await_exit(pidfds, time.monotonic() + ctx.options.reap_timeout_s)
+    wanted = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(ctx.processes)
+    _await_free(wanted | set(found.old), set(ctx.processes), time.monotonic() + ctx.options.reap_timeout_s)
+
+
+def _stop_all(found: Survey, stack: contextlib.ExitStack) -> dict[int, int]:
+    """Stop every process of the old job, newly forked ones too, so that none escapes the kill."""
+    pidfds: dict[int, int] = {}
+    while True:
+        fresh = [holder for holder in found.old.values() if holder.pid not in pidfds]
+        if not fresh:
+            return pidfds
+        for holder in fresh:
+            try:
+                pidfd = os.pidfd_open(holder.pid)
+            except ProcessLookupError:
+                pidfd = -1
+            pidfds[holder.pid] = pidfd
+            if pidfd < 0:
+                continue
+            stack.callback(os.close, pidfd)
+            now = _holder_of(holder.pid)
+            # The pidfd is open: if the start time is right now, it is that process for good.
+            if now is None or now.start_time_ticks != holder.start_time_ticks:
+                pidfds[holder.pid] = -1
+                continue
+            _signal(pidfd, signal.SIGSTOP)
+        found.processes = _processes()
+        _add_descendants(found)
+
+
+def _signal(pidfd: int, number: int) -> None:
+    if pidfd >= 0:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, number)
+
+
+def _await_exit(pidfds: dict[int, int], deadline: float) -> None:
+    for pid, pidfd in pidfds.items():
+        if pidfd < 0:
+            continue
+        timeout = max(0.0, deadline - time.monotonic())
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        if not poller.poll(int(timeout * 1000) + 1):
+            raise RestoreConflictError(
+                "it was killed but does not end (an uninterruptible wait?)",
+                where=f"task {pid}",
+                hint="see /proc/PID/stack; nothing was restored, run the rollback again once it is gone",
+            )
+
+
+def _await_free(wanted: Iterable[int], pids: set[int], deadline: float) -> None:
+    """Wait until no needed number is held by a dead task; reap those that are our own children."""
+    waiting = set(wanted)
+    while True:
+        for pid in list(waiting):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+            if not os.path.exists(f"/proc/{pid}"):
+                waiting.discard(pid)
+        if not waiting & pids and not waiting:
+            return
+        if time.monotonic() > deadline:
+            _still_held(min(waiting))
+        time.sleep(_POLL_S)
+
+
+def _still_held(pid: int) -> None:
+    holder = _holder_of(pid)
+    if holder is None:
+        return
+    if holder.state in "ZX":
+        parent = _holder_of(holder.ppid)
+        raise RestoreConflictError(
+            f"pid {pid} is still held by a zombie ({holder.comm}) that its parent has not reaped",
+            hint=f"{parent or f'task {holder.ppid}'} must wait for it (or end); then run the rollback again",
+        )
+    raise RestoreConflictError(f"pid {pid} is needed but held by {holder}", hint="nothing was restored")
+
+
+# -- /proc ------------------------------------------------------------------------------------------------------
+
+
+def _processes() -> dict[int, Holder]:
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            holder = _parse(int(name))
+            if holder is not None:
+                found[holder.pid] = holder
+    return found
+
+
+def _holder_of(tid: int) -> Holder | None:
+    """The process that `tid` is, or is a thread of."""
+    try:
+        with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as file:
+            tgid = next(int(line.split()[1]) for line in file if line.startswith("Tgid:"))
+    except (OSError, StopIteration):
+        return None
+    return _parse(tgid)
+
+
+def _parse(pid: int) -> Holder | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            data = file.read()
+    except OSError:
+        return None
+    head, _, tail = data.rpartition(b")")
+    fields = tail.split()
+    return Holder(
+        pid,
+        int(fields[1]),
+        int(fields[2]),
+        int(fields[3]),
+        fields[0].decode(),
+        int(fields[19]),
+        os.fsdecode(head.partition(b"(")[2]),
+    )

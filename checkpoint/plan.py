@@ -1,0 +1,130 @@
+"""The plan of a restore: decoded images, what is replaced, the tree's steps. Computed first, printable, pure data.
+
+Owns decoding and the consistency checks across images (what one image alone can say is images/validate.py's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from checkpoint.environment import Survey
+from checkpoint.model import tree
+from checkpoint.restore_context import RestoreContext, RestoreOptions
+from images import codec, manifest_pb2, task_pb2
+from snapshotter.base.errors import UnsupportedError, VerificationError
+from snapshotter.base.pages import PageSource
+
+_HINT = "the point is damaged; run `snap verify`"
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """What a restore will do."""
+
+    root_pid: int
+    tree: tree.TreePlan
+    nr_processes: int
+    nr_threads: int
+    replaces: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"restore task {self.root_pid}: {self.nr_processes} processes, {self.nr_threads} threads"]
+        lines += [f"kill {name}" for name in self.replaces]
+        lines += str(self.tree).splitlines()
+        return "\n".join(lines)
+
+
+def decode(
+    images: Callable[[str], bytes], names: Sequence[str], source: PageSource, options: RestoreOptions
+) -> RestoreContext:
+    """Parse and validate everything that does not need the machine.
+
+    Raises:
+        VerificationError: an image is damaged, missing or contradicts another.
+        UnsupportedError: it holds what this version cannot restore.
+    """
+    if "manifest" not in names:
+        raise VerificationError("has no manifest", where="the point", hint=_HINT)
+    manifest = codec.parse_as("manifest", images("manifest"), manifest_pb2.Manifest)
+    processes: dict[int, task_pb2.Process] = {}
+    for pid in manifest.pids:
+        name = f"process/{pid}"
+        if name not in names:
+            raise VerificationError("is missing", where=f"image {name!r}", hint=_HINT)
+        process = codec.parse_as(name, images(name), task_pb2.Process)
+        if process.pid != pid:
+            raise VerificationError(f"is of task {process.pid}", where=f"image {name!r}", hint=_HINT)
+        processes[pid] = process
+    ctx = RestoreContext(images, source, options, manifest, processes, tuple(names))
+    _check_tasks(ctx)
+    return ctx
+
+
+def _check_tasks(ctx: RestoreContext) -> None:
+    if ctx.manifest.root_pid not in ctx.processes:
+        raise VerificationError("lists no root process", where="image 'manifest'", hint=_HINT)
+    seen: set[int] = set()
+    spaces: dict[str, int] = {}
+    for pid, process in ctx.processes.items():
+        where = f"image 'process/{pid}'"
+        if not process.threads or process.threads[0].tid != pid:
+            raise VerificationError("does not begin with its first thread", where=where, hint=_HINT)
+        for thread in process.threads:
+            if thread.tid in seen:
+                raise VerificationError(f"thread {thread.tid} is there twice", where=where, hint=_HINT)
+            seen.add(thread.tid)
+        if process.state == task_pb2.Process.ZOMBIE:
+            continue
+        for name in filter(None, (process.mm, process.files)):
+            if name not in ctx.names:
+                raise VerificationError(f"refers to image {name!r}, which is missing", where=where, hint=_HINT)
+        if not process.mm:
+            raise VerificationError("has no address space", where=where, hint=_HINT)
+        if process.mm in spaces:
+            raise UnsupportedError(
+                f"shares its address space with task {spaces[process.mm]} (vfork or CLONE_VM)",
+                where=f"task {pid}",
+                hint="not supported yet",
+            )
+        spaces[process.mm] = pid
+
+
+def make_plan(ctx: RestoreContext, found: Survey) -> RestorePlan:
+    """Order the tree and decide sessions; adds the warnings to the context."""
+    root_pid = ctx.manifest.root_pid
+    processes = [
+        tree.TreeProcess(
+            process.pid,
+            process.ppid,
+            process.pgid,
+            process.sid,
+            process.state == task_pb2.Process.ZOMBIE,
+            process.exit_signal,
+            process.child_subreaper,
+        )
+        for process in ctx.processes.values()
+    ]
+    root = ctx.processes[root_pid]
+    # A session can only be inherited: the root can be in an outside one only if snap is in it.
+    keep_sid = root.sid == found.own_sid and root.sid not in ctx.processes
+    keep_pgid = keep_sid and any(
+        holder.pgid == root.pgid and holder.sid == root.sid and holder.pid not in found.old
+        for holder in found.processes.values()
+    )
+    processes, warnings = tree.map_outside(processes, root_pid, keep_sid=keep_sid, keep_pgid=keep_pgid)
+    try:
+        steps = tree.plan_tree(
+            processes, root_pid, root_sid=found.own_sid if keep_sid else 0, root_pgid=found.own_pgid if keep_sid else 0
+        )
+    except tree.TreeError as error:
+        raise VerificationError(f"the processes do not fit together: {error}", where="the point", hint=_HINT) from error
+    for text in (*warnings, *steps.warnings):
+        ctx.warn(text)
+    return RestorePlan(
+        root_pid,
+        steps,
+        len(ctx.processes),
+        sum(len(process.threads) for process in ctx.processes.values()),
+        tuple(str(holder) for holder in found.old.values()),
+    )
