@@ -1,7 +1,7 @@
 """Which pages of an address space have content: PAGEMAP_SCAN where the kernel has it, else /proc/PID/pagemap.
 
-Owns the two interfaces and their differences; answers are tables of page runs (checkpoint.model.pageplan.Runs).
-Documented in Documentation/admin-guide/mm/pagemap.rst. A swapped entry may be a mere marker (guard page, or
+Owns the two interfaces and their differences; answers are tables of page runs
+(checkpoint.model.pageplan.Runs). Documented in Documentation/admin-guide/mm/pagemap.rst. A swapped entry may be a mere marker (guard page, or
 what userfaultfd's write protection leaves in page tables that have no page): such entries are no content.
 """
 
@@ -29,7 +29,8 @@ GUARD = 1 << 8
 _PM_PRESENT, _PM_SWAP, _PM_FILE, _PM_GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
 _PM_FRAME = (1 << 55) - 1
 _SWAP_TYPE_MARKER = 31
-"""The last of the 32 swap types is SWP_PTE_MARKER (include/linux/swap.h), whatever the kernel's configuration."""
+"""The last of the 32 swap types is SWP_PTE_MARKER (include/linux/swap.h), whatever the kernel's
+configuration."""
 
 _NR_REGIONS = 16384
 _ENTRIES_AT_ONCE = 1 << 17
@@ -71,7 +72,8 @@ class PageMap:
             self._fd = -1
 
     def content(self, anonymous: Runs, over_files: Runs = EMPTY) -> Content:
-        """Content of the pages in both tables, which must lie in private VMAs: of anonymous memory and of files.
+        """Content of the pages in both tables, which must lie in private VMAs: of anonymous memory and of
+        files.
 
         They are told apart because looking at whether a page is the file's costs three times the scan.
         """
@@ -89,7 +91,9 @@ class PageMap:
         try:
             found = np.concatenate(
                 (
-                    self.scan(anonymous, inverted=PFNZERO, mask=PFNZERO, any_of=PRESENT | SWAPPED, wanted=wanted),
+                    self.scan(
+                        anonymous, inverted=PFNZERO, mask=PFNZERO, any_of=PRESENT | SWAPPED, wanted=wanted
+                    ),
                     self.scan(over_files, inverted=FILE, mask=FILE, any_of=PRESENT | SWAPPED, wanted=wanted),
                 )
             )
@@ -129,7 +133,8 @@ class PageMap:
         return np.concatenate(parts) if parts else np.empty(0, dtype=_REGION)
 
     def _read_content(self, ranges: Runs) -> Content:
-        """The same from the entries themselves. The zero page counts as content here: the sink drops zero pages."""
+        """The same from the entries themselves. The zero page counts as content here: the sink drops zero
+        pages."""
         present: list[Runs] = []
         guard: list[Runs] = []
         for first, end in ranges.tolist():
@@ -157,5 +162,3 @@ def _true_runs(mask: np.ndarray[tuple[int], np.dtype[np.bool_]], base: int) -> R
 
 def _join(parts: list[Runs]) -> Runs:
     return pageplan.normalise(np.concatenate(parts)) if parts else EMPTY
-
-

@@ -2,8 +2,9 @@
 
 Pure interval arithmetic on page numbers, in numpy: a table of runs is an int64 array of shape (n, 2) with
 half-open rows [first, end), sorted, disjoint and merged. Invariants, tested with Hypothesis against sets:
-`present` is exactly what the kernel showed inside private VMAs; a present page is left out of `to_read` only when
-the parent point dumped the same page of the same VMA and the tracker watched it and did not see it written.
+`present` is exactly what the kernel showed inside private VMAs; a present page is left out of `to_read` only
+when the parent point dumped the same page of the same VMA and the tracker watched it and did not see it
+written.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def of_vmas(vmas: Iterable[mm_pb2.Vma]) -> Runs:
 
 
 def trusted(vmas: Sequence[mm_pb2.Vma], parent: Sequence[mm_pb2.Vma]) -> Runs:
-    """Pages that lie in the same VMA as when the parent was dumped: not new, moved, grown or of another file."""
+    """Pages that lie in the same VMA as when the parent was dumped: not new, moved, grown or of another
+    file."""
     old = list(private_vmas(parent))
     rows: list[tuple[int, int]] = []
     index = 0

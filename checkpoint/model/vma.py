@@ -31,13 +31,19 @@ FILE_SHARED = mm_pb2.Vma.FILE_SHARED
 ANON_SHARED = mm_pb2.Vma.ANON_SHARED
 SHMEM_FILE = mm_pb2.Vma.SHMEM_FILE
 SHMEM_PRIVATE = mm_pb2.Vma.SHMEM_PRIVATE
-VDSO, VVAR, VVAR_VCLOCK, VSYSCALL = mm_pb2.Vma.VDSO, mm_pb2.Vma.VVAR, mm_pb2.Vma.VVAR_VCLOCK, mm_pb2.Vma.VSYSCALL
+VDSO, VVAR, VVAR_VCLOCK, VSYSCALL = (
+    mm_pb2.Vma.VDSO,
+    mm_pb2.Vma.VVAR,
+    mm_pb2.Vma.VVAR_VCLOCK,
+    mm_pb2.Vma.VSYSCALL,
+)
 DEV_ZERO_PRIVATE = mm_pb2.Vma.DEV_ZERO_PRIVATE
 
 PRIVATE_KINDS = frozenset({ANON_PRIVATE, FILE_PRIVATE, SHMEM_PRIVATE, DEV_ZERO_PRIVATE})
 """Kinds whose changed pages are in the mm's own page space."""
 OVER_FILE_KINDS = frozenset({FILE_PRIVATE, SHMEM_PRIVATE})
-"""Private kinds where an absent page is the file's, so that a zero page of the image must really be written."""
+"""Private kinds where an absent page is the file's, so that a zero page of the image must really be
+written."""
 SHMEM_KINDS = frozenset({ANON_SHARED, SHMEM_FILE, SHMEM_PRIVATE})
 KERNEL_KINDS = frozenset({VDSO, VVAR, VVAR_VCLOCK, VSYSCALL})
 
@@ -47,7 +53,10 @@ KEPT_FLAGS = ("lo", "lf", "dc", "hg", "nh", "dd", "wf", "mg", "sr", "rr", "nr", 
 _REFUSED_FLAGS = {
     "io": ("memory of a device (VM_IO)", "close the device or stop using it before the take"),
     "pf": ("a mapping of raw page frames (VM_PFNMAP)", "close the device or stop using it before the take"),
-    "mm": ("a mapping of device pages (VM_MIXEDMAP, as DAX makes)", "keep the file on a file system without DAX"),
+    "mm": (
+        "a mapping of device pages (VM_MIXEDMAP, as DAX makes)",
+        "keep the file on a file system without DAX",
+    ),
     "ht": ("huge pages of hugetlbfs", "use transparent huge pages (MADV_HUGEPAGE) instead"),
     "ss": ("a shadow stack", "start the job with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"),
     "um": ("a range that userfaultfd serves page by page", "let the job finish with userfaultfd first"),
@@ -157,7 +166,10 @@ def refusal(mapping: Mapping) -> tuple[str, str] | None:
     if mapping.path.startswith(b"anon_inode:[io_uring]"):
         return "a ring of io_uring", "turn io_uring off in the job (for node: UV_USE_IO_URING=0)"
     if mapping.path.startswith(b"/secretmem"):
-        return "secret memory (memfd_secret) that nobody but the job may read", "use ordinary memory with mlock"
+        return (
+            "secret memory (memfd_secret) that nobody but the job may read",
+            "use ordinary memory with mlock",
+        )
     if mapping.path.startswith((b"/anon_hugepage", b"/memfd:")) and "ht" in mapping.flags:
         return _REFUSED_FLAGS["ht"]
     for flag, found in _REFUSED_FLAGS.items():
@@ -174,7 +186,9 @@ def refusal(mapping: Mapping) -> tuple[str, str] | None:
 
 def kernel_kind(mapping: Mapping) -> Kind | None:
     """VDSO, VVAR, VVAR_VCLOCK or VSYSCALL when the kernel made it."""
-    return {b"[vdso]": VDSO, b"[vvar]": VVAR, b"[vvar_vclock]": VVAR_VCLOCK, b"[vsyscall]": VSYSCALL}.get(mapping.path)
+    return {b"[vdso]": VDSO, b"[vvar]": VVAR, b"[vvar_vclock]": VVAR_VCLOCK, b"[vsyscall]": VSYSCALL}.get(
+        mapping.path
+    )
 
 
 def anon_name(path: bytes) -> bytes:

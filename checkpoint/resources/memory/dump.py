@@ -1,7 +1,7 @@
 """Dumping one address space: its pages planned, its VMAs and the kernel's notes about it put into an Mm.
 
-Owns the order inside one process: `address_space` (smaps + map_files), `page_plan` (pagemap, tracker, parent),
-`dump_mm` (the image). The orchestrator reads the planned pages through `reader`.
+Owns the order inside one process: `address_space` (smaps + map_files), `page_plan` (pagemap, tracker,
+parent), `dump_mm` (the image). The orchestrator reads the planned pages through `reader`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def space_name(pid: int) -> str:
     return f"mm/{pid}"
 
 
-def address_space(ctx: DumpContext, pid: int, *, frozen: bool = True, hidden: Iterable[Range] = ()) -> AddressSpace:
+def address_space(
+    ctx: DumpContext, pid: int, *, frozen: bool = True, hidden: Iterable[Range] = ()
+) -> AddressSpace:
     """Read the VMAs of a process; in the frozen window shared objects are registered as well.
 
     Args:
@@ -98,9 +100,11 @@ def page_plan(
     """Which pages the address space must store, and which must be read.
 
     Args:
-        written: (first page, nr_pages) that the tracker saw written since the parent's dump; None: it cannot tell,
+        written: (first page, nr_pages) that the tracker saw written since the parent's dump; None: it cannot
+        tell,
             or the parent must not be used for this process.
-        need_watch: the tracker is userfaultfd: VMAs without its write protection (VmFlags uw) were not watched.
+        need_watch: the tracker is userfaultfd: VMAs without its write protection (VmFlags uw) were not
+        watched.
 
     Side effect: Vma.guard_pages of the space are filled in.
     """
@@ -149,11 +153,14 @@ def plan_pages(
     return space, page_plan(ctx, space, written, need_watch=need_watch)
 
 
-def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace, *, parasite_vma: Range | None = None) -> str:
+def dump_mm(
+    ctx: DumpContext, proc: FrozenProcess, space: AddressSpace, *, parasite_vma: Range | None = None
+) -> str:
     """Add the image of an address space; returns its name. The process is frozen.
 
     Args:
-        parasite_vma: where the parasite's memory is: a fresh mapping tells whether mlockall(MCL_FUTURE) is on.
+        parasite_vma: where the parasite's memory is: a fresh mapping tells whether mlockall(MCL_FUTURE) is
+        on.
     """
     image = mm_pb2.Mm(format_version=FORMAT_VERSION, vmas=space.vmas)
     image.files.extend(space.files)  # type: ignore[arg-type]
@@ -215,7 +222,8 @@ def vdso_build_id(mem: ProcMem, start: int, end: int) -> bytes:
 
 
 def _mlockall_flags(proc: FrozenProcess, parasite_vma: Range | None) -> int:
-    """MCL_FUTURE has no file in /proc: the kernel locks every new mapping, and the parasite's memory is one."""
+    """MCL_FUTURE has no file in /proc: the kernel locks every new mapping, and the parasite's memory is
+    one."""
     if parasite_vma is None:
         return 0
     from checkpoint.resources.memory.mappings import read_mappings
@@ -224,5 +232,3 @@ def _mlockall_flags(proc: FrozenProcess, parasite_vma: Range | None) -> int:
         if mapping.start <= parasite_vma[0] < mapping.end and "lo" in mapping.flags:
             return _MCL_FUTURE | (_MCL_ONFAULT if "lf" in mapping.flags else 0)
     return 0
-
-

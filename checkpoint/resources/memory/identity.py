@@ -124,8 +124,8 @@ class Difference:
 def compare(wanted: common_pb2.FileIdentity) -> Difference:
     """Look at the file that the image names.
 
-    The same inode with the same size and mtime is the same file; so is one with the same build id and size (a package
-    installed again, a copied root). Device numbers may change with a reboot: inode, size and mtime decide then.
+    The same inode with the same size and mtime is the same file; so is one with the same build id and size
+    (a package installed again, a copied root). Device numbers may change with a reboot: inode, size and mtime decide then.
     """
     try:
         found = os.stat(wanted.path)
@@ -158,7 +158,9 @@ def require_same(wanted: common_pb2.FileIdentity, use: str) -> None:
     if difference.text:
         path = wanted.path.decode(errors="backslashreplace")
         raise RestoreConflictError(
-            f"{use} {difference.text}", where=path, hint="put the file back as it was when the point was taken"
+            f"{use} {difference.text}",
+            where=path,
+            hint="put the file back as it was when the point was taken",
         )
 
 

@@ -3,8 +3,9 @@
 Owns reading /proc/PID/smaps together with what the mapped files are (map_files), and `look`, which names
 every mapping that cannot be dumped. Reads /proc only; never stops or touches a task.
 
-Files: a mapping whose path still leads to the same inode is kept by identity. One whose file was deleted, or whose
-path leads elsewhere (replaced by an upgrade, another mount namespace), is stored with its content as a Shmem.
+Files: a mapping whose path still leads to the same inode is kept by identity. One whose file was deleted, or
+whose path leads elsewhere (replaced by an upgrade, another mount namespace), is stored with its content as a
+Shmem.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def look(pid: int, report: list[Finding]) -> None:
             report.append(Finding(pid, mapping.text, *found))
     found_vdso = vdso_refusal(mappings)
     if found_vdso is not None:
-        report.append(Finding(pid, "mapping [vdso]", found_vdso, "let the job keep the vdso where the kernel put it"))
+        report.append(
+            Finding(pid, "mapping [vdso]", found_vdso, "let the job keep the vdso where the kernel put it")
+        )
     other = shares_mm_with(pid)
     if other:
         report.append(

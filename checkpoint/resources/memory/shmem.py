@@ -1,14 +1,15 @@
 """Memory objects that live apart from any address space: shared anonymous memory, memfds, deleted files.
 
 Owns the registry of one dump (each object once, by device and inode, however many mappings and descriptors
-lead to it), the reader of their pages, and making them again at a restore: once, in snap, so that every task of
-the job that shared an object gets the same one.
+lead to it), the reader of their pages, and making them again at a restore: once, in snap, so that every task
+of the job that shared an object gets the same one.
 
-Restore: shared anonymous memory is mapped by snap itself and opened through /proc/self/map_files, so that it looks
-the same in /proc/PID/maps afterwards; a memfd is a memfd of the same name; a deleted file is a nameless file
-in the same directory (O_TMPFILE), or a memfd where that cannot be.
+Restore: shared anonymous memory is mapped by snap itself and opened through /proc/self/map_files, so that it
+looks the same in /proc/PID/maps afterwards; a memfd is a memfd of the same name; a deleted file is a
+nameless file in the same directory (O_TMPFILE), or a memfd where that cannot be.
 
-Refused: hugetlb memfds and secret memory (vma.refusal names those that are mapped; for_fd those that are not).
+Refused: hugetlb memfds and secret memory (vma.refusal names those that are mapped; for_fd those that are
+not).
 """
 
 from __future__ import annotations
@@ -214,7 +215,8 @@ def close_all(ctx: DumpContext) -> None:
 
 
 def open_shared(ctx: RestoreContext, name: str) -> int:
-    """A read-write descriptor of snap's of the object, made and filled at the first call. Closed by `release`."""
+    """A read-write descriptor of snap's of the object, made and filled at the first call. Closed by
+    `release`."""
     made = ctx.state.setdefault(_KEY, {})
     assert isinstance(made, dict)
     if name not in made:
@@ -227,10 +229,28 @@ def open_shared(ctx: RestoreContext, name: str) -> int:
             if image.kind != mm_pb2.Shmem.ANON:
                 os.fchown(fd, image.uid, image.gid)
                 os.fchmod(fd, image.mode)
+            # F_SEAL_WRITE must stand before anything maps the object; nothing could be mapped writable under
+            # it.
+            _add_seals(ctx, name, late=False)
         except OSError as error:
             raise wrap_os_error(error, "cannot rebuild shared memory", where=name) from error
     found: int = made[name]
     return found
+
+
+def open_read_only(ctx: RestoreContext, name: str, *, drop_writable: bool = False) -> int:
+    """The same object as a description opened for reading, which the caller closes.
+
+    Args:
+        drop_writable: the object is to be somebody's executable: the kernel gives ETXTBSY while a descriptor
+        can write.
+    """
+    fd = open_shared(ctx, name)
+    read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    if drop_writable:
+        ctx.state[_KEY][name] = os.dup(read_only)
+        os.close(fd)
+    return read_only
 
 
 def _create(image: mm_pb2.Shmem) -> int:
@@ -243,11 +263,22 @@ def _create(image: mm_pb2.Shmem) -> int:
     if image.kind == mm_pb2.Shmem.DELETED_FILE:
         try:
             return os.open(
-                os.path.dirname(image.name) or b"/", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, image.mode & 0o7777
+                os.path.dirname(image.name) or b"/",
+                os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC,
+                image.mode & 0o7777,
             )
         except OSError as error:
-            if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EISDIR, errno.EROFS, errno.EACCES}:
-                raise wrap_os_error(error, "cannot rebuild a deleted file", where=os.fsdecode(image.name)) from error
+            if error.errno not in {
+                errno.ENOENT,
+                errno.ENOTDIR,
+                errno.EOPNOTSUPP,
+                errno.EISDIR,
+                errno.EROFS,
+                errno.EACCES,
+            }:
+                raise wrap_os_error(
+                    error, "cannot rebuild a deleted file", where=os.fsdecode(image.name)
+                ) from error
     name = os.path.basename(image.name) if image.kind == mm_pb2.Shmem.DELETED_FILE else image.name
     try:
         return os.memfd_create(os.fsdecode(name[:200]), _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
@@ -256,7 +287,8 @@ def _create(image: mm_pb2.Shmem) -> int:
 
 
 def _anonymous(size_bytes: int) -> int:
-    """Shared anonymous memory as a descriptor; -1 where map_files may not be opened (it takes CAP_SYS_ADMIN)."""
+    """Shared anonymous memory as a descriptor; -1 where map_files may not be opened (it takes
+    CAP_SYS_ADMIN)."""
     with mmap.mmap(-1, size_bytes, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE) as area:
         import ctypes
 
@@ -285,13 +317,9 @@ def _fill(ctx: RestoreContext, name: str, image: mm_pb2.Shmem, fd: int) -> None:
     ctx.pages_written += ctx.source.fill(name, write)
 
 
-def seal_early(ctx: RestoreContext, name: str) -> None:
-    """Seals that must stand before the object is mapped: a mapping made under F_SEAL_WRITE can never be written."""
-    _add_seals(ctx, name, late=False)
-
-
 def seal_late(ctx: RestoreContext) -> None:
-    """Seals that older writable mappings survive (F_SEAL_FUTURE_WRITE), and the seal on seals. After all mappings."""
+    """Seals that older writable mappings survive (F_SEAL_FUTURE_WRITE), and the seal on seals. After all
+    mappings."""
     for name in ctx.state.get(_KEY, {}):
         _add_seals(ctx, name, late=True)
 

@@ -1,0 +1,324 @@
+"""Putting an address space back: check what it needs, map it, fill it, give it its last attributes.
+
+Owns `check`, `arena_hole`, `restore_mm` and `finish`. The order inside one process matters:
+
+1. Everything of the stub but the arena is unmapped; the vdso comes first, since its address is only a hint
+   to the kernel.
+2. Every VMA is mapped at its place. MAP_FIXED_NOREPLACE: a collision is an error, never a silent overwrite.
+   VMAs that are not writable but have changed pages are made writable over those pages only, so that a large
+   reservation is not charged. Huge page advice comes before the pages.
+3. Pages are written from the source's threads. A zero page over a file is written too: the source leaves
+   zeros out.
+4. Final protection, advice, guard pages, locks, names; brk, auxv, executable; mseal and mlockall last.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from checkpoint.model import pageplan
+from checkpoint.model import vma as model
+from checkpoint.model.pageplan import Runs
+from checkpoint.resources.memory import identity, set_mm, shmem, vdso
+from checkpoint.restore_context import RestoreContext
+from images import mm_pb2, task_pb2
+from snapshotter.base.errors import RestoreConflictError, VerificationError, wrap_os_error
+from snapshotter.base.pages import PAGE_SIZE, Run
+
+if TYPE_CHECKING:
+    from checkpoint.parasite import Batch, StubTask
+
+_FILES = "memory.files"
+_ARENA_LOW = 1 << 32
+_GUARD_GAP = 2 << 20
+"""Kept free around every VMA: the kernel keeps 1 MiB below a stack free when it chooses addresses."""
+_ENTRIES_AT_ONCE = 512
+_ZEROS_AT_ONCE = 256
+
+_READ_WRITE = model.PROT_READ | model.PROT_WRITE
+_MADV_EARLY = {"hg": 14, "nh": 15}
+_MADV_LATE = {"dc": 10, "dd": 16, "wf": 18, "mg": 12, "sr": 2, "rr": 1}
+_MADV_GUARD_INSTALL = 102
+_MLOCK_ONFAULT = 1
+_PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
+
+
+def check(ctx: RestoreContext) -> None:
+    """Whether files, executables and the vdso are still what the job's memory relies on. Touches nothing.
+
+    Raises:
+        RestoreConflictError: names what changed.
+    """
+    seen: set[str] = set()
+    for process in ctx.processes.values():
+        if process.mm and process.mm not in seen:
+            seen.add(process.mm)
+            mm = ctx.mm(process)
+            _check_files(ctx, mm)
+            vdso.base_address(mm)
+    shmem.check(ctx)
+
+
+def _check_files(ctx: RestoreContext, mm: mm_pb2.Mm) -> None:
+    private = {vma.file for vma in mm.vmas if vma.kind == model.FILE_PRIVATE}
+    reach: dict[int, int] = {}
+    for vma in mm.vmas:
+        if vma.kind == model.FILE_SHARED:
+            reach[vma.file] = max(reach.get(vma.file, 0), vma.offset + vma.end - vma.start)
+    for index in sorted(private | set(reach)):
+        wanted = mm.files[index]
+        if index in private:
+            identity.require_same(wanted, "is mapped by the job and")
+            continue
+        difference = identity.compare(wanted)
+        path = wanted.path.decode(errors="backslashreplace")
+        if difference.missing:
+            raise RestoreConflictError(
+                f"is mapped by the job and {difference.text}", where=path, hint="put it back"
+            )
+        if difference.size_bytes < min(wanted.size_bytes, reach[index]) and difference.text:
+            raise RestoreConflictError(
+                f"is mapped by the job and {difference.text}: its mapping would reach behind the end of the file",
+                where=path,
+                hint="put the file back as it was when the point was taken",
+            )
+        if difference.text:
+            ctx.warn(f"{path} {difference.text}; the job maps it shared and gets it as it is now")
+    if not mm.exe_shmem:
+        identity.require_same(mm.exe, "is the job's executable and")
+
+
+def arena_hole(mms: Iterable[mm_pb2.Mm], size_bytes: int, avoid: Iterable[tuple[int, int]] = ()) -> int:
+    """An address where `size_bytes` are free in all address spaces, with room to their stacks.
+
+    Args:
+        avoid: further ranges that must stay free, such as the stub's own mappings.
+
+    Raises:
+        RestoreConflictError: there is none.
+    """
+    taken = [
+        [(vma.start - _GUARD_GAP, vma.end + _GUARD_GAP) for vma in mm.vmas if vma.kind != model.VSYSCALL]
+        for mm in mms
+    ]
+    taken.append([(start - _GUARD_GAP, end + _GUARD_GAP) for start, end in avoid])
+    for low in (_ARENA_LOW, 1 << 20):
+        for start, end in model.holes(taken, low, model.TASK_SIZE):
+            start = (start + PAGE_SIZE - 1) & -PAGE_SIZE
+            if end - start >= size_bytes:
+                return start
+    raise RestoreConflictError(
+        f"no {size_bytes} bytes of addresses are free in every address space of the job"
+    )
+
+
+def restore_mm(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -> None:
+    """Give a stub the memory of a process. Its descriptors are installed already; it has one thread yet."""
+    mm = ctx.mm(process)
+    try:
+        stub.unmap_all_but_arena()
+        vdso.map_vdso(stub, mm)
+        pages = pageplan.from_list(ctx.source.runs(process.mm))
+        _verify_pages(process.mm, mm, pages)
+        _map_all(ctx, stub, mm, pages)
+        ctx.pages_written += _fill(ctx, stub, process.mm, mm, pages)
+        _finish_vmas(stub, mm, pages)
+    except OSError as error:
+        raise wrap_os_error(error, "cannot rebuild its memory", where=f"process {process.pid}") from error
+    set_mm.set_mm(ctx, stub, mm)
+    _lock_down(stub, mm)
+
+
+def finish(ctx: RestoreContext) -> None:
+    """After the last process: the seals that had to wait, and snap's descriptors closed. Also after a
+    failure."""
+    try:
+        shmem.seal_late(ctx)
+    finally:
+        shmem.release(ctx)
+        for fd in ctx.state.pop(_FILES, {}).values():
+            identity.safe_close(fd)
+
+
+def _verify_pages(space: str, mm: mm_pb2.Mm, pages: Runs) -> None:
+    stray = pageplan.subtract(pages, pageplan.of_vmas(model.private_vmas(mm.vmas)))
+    if len(stray):
+        raise VerificationError(
+            f"has a page at {int(stray[0, 0]) * PAGE_SIZE:#x}, outside all VMAs", where=space
+        )
+
+
+class _Batches:
+    """Entries for one stub, run whenever enough are together."""
+
+    def __init__(self, stub: StubTask) -> None:
+        self._stub = stub
+        self._batch = stub.batch()
+        self._nr_entries = 0
+
+    def add(self, name: str, *args: object, ok: Sequence[int] = ()) -> None:
+        self._batch.call(name, *args, ok=ok)  # type: ignore[arg-type]
+        self._nr_entries += 1
+
+    @property
+    def batch(self) -> Batch:
+        return self._batch
+
+    def rest(self) -> None:
+        """A place where no entry refers to an earlier one: run if there are many."""
+        if self._nr_entries >= _ENTRIES_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._nr_entries:
+            self._stub.run(self._batch)
+            self._batch, self._nr_entries = self._stub.batch(), 0
+
+
+def _map_all(ctx: RestoreContext, stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
+    groups: dict[tuple[int, str, bool], list[mm_pb2.Vma]] = {}
+    for vma in mm.vmas:
+        if vma.kind in model.KERNEL_KINDS:
+            continue
+        writable = vma.writable_fd and not vma.flags & model.MAP_PRIVATE
+        if vma.kind in {model.FILE_PRIVATE, model.FILE_SHARED}:
+            key = (vma.file, "", writable)
+        elif vma.kind in model.SHMEM_KINDS:
+            key = (-1, vma.shmem, writable)
+        else:
+            key = (-1, "/dev/zero" if vma.kind == model.DEV_ZERO_PRIVATE else "", False)
+        groups.setdefault(key, []).append(vma)
+    batches = _Batches(stub)
+    for (file, name, writable), vmas in groups.items():
+        if file < 0 and not name:
+            for vma in vmas:
+                _map_one(batches, vma, -1, pages)
+                batches.rest()
+            continue
+        remote_fd = ctx.give(batches.batch, _local_fd(ctx, mm, file, name, writable=writable))
+        for vma in vmas:
+            _map_one(batches, vma, remote_fd, pages)
+        batches.add("close", remote_fd)
+        batches.rest()
+    batches.flush()
+
+
+def _local_fd(ctx: RestoreContext, mm: mm_pb2.Mm, file: int, name: str, *, writable: bool) -> int:
+    """Snap's descriptor of a mapped file or object, opened once per restore; `finish` closes it."""
+    opened = ctx.state.setdefault(_FILES, {})
+    path = mm.files[file].path if file >= 0 else name.encode()
+    key = (path, writable)
+    if key not in opened:
+        if file >= 0:
+            opened[key] = identity.open_mapped(mm.files[file], writable=writable)
+        elif name == "/dev/zero":
+            opened[key] = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        elif writable:
+            return shmem.open_shared(ctx, name)
+        else:
+            opened[key] = shmem.open_read_only(ctx, name)
+    found: int = opened[key]
+    return found
+
+
+def _map_one(batches: _Batches, vma: mm_pb2.Vma, fd: object, pages: Runs) -> None:
+    length = vma.end - vma.start
+    flags = vma.flags | model.MAP_FIXED_NOREPLACE
+    if fd != -1:
+        flags &= ~model.MAP_ANONYMOUS
+    batches.add("mmap", vma.start, length, vma.prot, flags, fd, vma.offset if fd != -1 else 0)
+    for flag, advice in _MADV_EARLY.items():
+        if flag in vma.madvise:
+            batches.add("madvise", vma.start, length, advice, ok=(errno.EINVAL,))
+    hull = _hull(vma, pages)
+    if hull is not None and vma.prot & _READ_WRITE != _READ_WRITE:
+        batches.add("mprotect", hull[0], hull[1] - hull[0], _READ_WRITE)
+
+
+def _hull(vma: mm_pb2.Vma, pages: Runs) -> tuple[int, int] | None:
+    """First to last byte of the VMA's pages in the image; None without any."""
+    if vma.kind not in model.PRIVATE_KINDS or not len(pages):
+        return None
+    first, end = vma.start // PAGE_SIZE, vma.end // PAGE_SIZE
+    low = int(np.searchsorted(pages[:, 1], first, side="right"))
+    high = int(np.searchsorted(pages[:, 0], end, side="left"))
+    if low >= high:
+        return None
+    return max(int(pages[low, 0]), first) * PAGE_SIZE, min(int(pages[high - 1, 1]), end) * PAGE_SIZE
+
+
+def _fill(ctx: RestoreContext, stub: StubTask, space: str, mm: mm_pb2.Mm, pages: Runs) -> int:
+    """Write the pages; returns how many."""
+    over_files = pageplan.intersect(
+        pages, pageplan.of_vmas(v for v in mm.vmas if v.kind in model.OVER_FILE_KINDS)
+    )
+    handed: list[Run] = []
+    lock = threading.Lock()
+    mem = stub.mem
+
+    def write(runs: Sequence[Run], data: memoryview) -> None:
+        mem.write_runs(runs, data)
+        with lock:
+            handed.extend(runs)
+
+    nr_pages = ctx.source.fill(space, write)
+    for first, nr_zero in pageplan.to_list(pageplan.subtract(over_files, pageplan.from_list(handed))):
+        for at in range(first, first + nr_zero, _ZEROS_AT_ONCE):
+            size = min(_ZEROS_AT_ONCE, first + nr_zero - at)
+            mem.write_runs([(at, size)], memoryview(bytes(size * PAGE_SIZE)))
+            nr_pages += size
+    return nr_pages
+
+
+def _finish_vmas(stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
+    batches = _Batches(stub)
+    for vma in mm.vmas:
+        if vma.kind in model.KERNEL_KINDS or "dp" in vma.madvise:
+            continue
+        length = vma.end - vma.start
+        if vma.prot & _READ_WRITE != _READ_WRITE and _hull(vma, pages) is not None:
+            batches.add("mprotect", vma.start, length, vma.prot)
+        for flag, advice in _MADV_LATE.items():
+            if flag in vma.madvise:
+                batches.add("madvise", vma.start, length, advice, ok=(errno.EINVAL,) if flag == "mg" else ())
+        for start, end in zip(vma.guard_pages[::2], vma.guard_pages[1::2], strict=True):
+            batches.add("madvise", start, end - start, _MADV_GUARD_INSTALL)
+        if vma.anon_name:
+            batches.add(
+                "prctl",
+                _PR_SET_VMA,
+                _PR_SET_VMA_ANON_NAME,
+                vma.start,
+                length,
+                vma.anon_name + b"\0",
+                ok=(errno.EINVAL,),
+            )
+        if "lf" in vma.madvise:
+            batches.add("mlock2", vma.start, length, _MLOCK_ONFAULT)
+        elif "lo" in vma.madvise:
+            # ENOMEM: locked, but a page of it (a guard page, PROT_NONE) cannot be brought in. It was so
+            # before, too.
+            batches.add("mlock", vma.start, length, ok=(errno.ENOMEM,))
+        batches.rest()
+    batches.flush()
+
+
+def _lock_down(stub: StubTask, mm: mm_pb2.Mm) -> None:
+    """What must come last: sealed VMAs cannot be changed, and mlockall would lock whatever is mapped after
+    it."""
+    batches = _Batches(stub)
+    for vma in mm.vmas:
+        if "sl" in vma.madvise:
+            batches.add("mseal", vma.start, vma.end - vma.start, 0)
+    if mm.mlockall_flags:
+        batches.add("mlockall", mm.mlockall_flags)
+    try:
+        batches.flush()
+    except OSError as error:
+        raise wrap_os_error(error, "cannot lock or seal its memory", where=f"process {stub.pid}") from error
