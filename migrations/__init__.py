@@ -1,1 +1,1 @@
-""
+"""The catalog's schema, revision by revision (Alembic). Run by store.catalog, never by hand."""

@@ -1,0 +1,147 @@
+"""The store's view of the C page helpers (parasite_c/pages.c): bytes and numpy arrays in, plain values out.
+
+Every call drops the GIL (cffi). Sizes are checked here, because C trusts them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from parasite_c._native import ffi, lib
+
+from snapshotter.base.pages import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    U64 = npt.NDArray[np.uint64]
+
+KEY_BYTES = 16
+Buffer = Any  # anything with the buffer protocol
+
+
+def checksum(key: bytes, data: Buffer) -> bytes:
+    """First 16 bytes of keyed BLAKE3."""
+    return digest(key, data)[:KEY_BYTES]
+
+
+def digest(key: bytes, data: Buffer) -> bytes:
+    """Keyed BLAKE3, 32 bytes."""
+    if len(key) != 32:
+        raise ValueError("a BLAKE3 key has 32 bytes")
+    view = ffi.from_buffer("uint8_t[]", data)
+    out = ffi.new("uint8_t[32]")
+    if lib.snap_blake3(key, view, len(view), out) < 0:
+        raise MemoryError
+    return bytes(ffi.buffer(out, 32))
+
+
+def hash_pages(key: bytes, pages: Buffer) -> bytes:
+    """16 bytes for each 4 KiB page, in order."""
+    view = ffi.from_buffer("uint8_t[]", pages)
+    nr_pages, rest = divmod(len(view), PAGE_SIZE)
+    if rest or len(key) != 32:
+        raise ValueError("whole pages and a key of 32 bytes are needed")
+    out = bytearray(nr_pages * KEY_BYTES)
+    lib.snap_hash_pages(key, view, nr_pages, ffi.from_buffer("uint8_t[]", out))
+    return bytes(out)
+
+
+def sort_table(keys: bytearray, locs: U64) -> None:
+    """Sort keys (16 bytes each) and their locations together, in place."""
+    if len(keys) != len(locs) * KEY_BYTES:
+        raise ValueError("keys and locations differ in number")
+    if lib.snap_table_sort(
+        ffi.from_buffer("uint8_t[]", keys), ffi.from_buffer("uint64_t[]", locs), len(locs)
+    ):
+        raise MemoryError
+
+
+def fanout(keys: Buffer, nr_keys: int, bits: int) -> bytes:
+    """First index of every prefix of `bits` bits, and the end: (1 << bits) + 1 little-endian u32."""
+    out = np.zeros((1 << bits) + 1, dtype="<u4")
+    lib.snap_table_fanout(
+        ffi.from_buffer("uint8_t[]", keys), nr_keys, bits, ffi.from_buffer("uint32_t[]", out)
+    )
+    return out.tobytes()
+
+
+def gather(target: Buffer, source: Buffer, slots: npt.NDArray[np.uint32]) -> None:
+    """target[i] = source[slots[i]], in pages. ValueError: a slot outside the source."""
+    to, frm = ffi.from_buffer("uint8_t[]", target), ffi.from_buffer("uint8_t[]", source)
+    if len(to) < len(slots) * PAGE_SIZE:
+        raise ValueError("target too small")
+    if lib.snap_gather(to, frm, len(frm) // PAGE_SIZE, ffi.from_buffer("uint32_t[]", slots), len(slots)):
+        raise ValueError("slot outside the frame")
+
+
+def start_writeback(fd: int, offset: int, size: int) -> None:
+    """Ask the kernel to start writing a range; an error here shows again, and counts, in fsync."""
+    lib.snap_sync_range(fd, offset, size)
+
+
+class Tables:
+    """An array of C key tables over buffers that it keeps alive."""
+
+    def __init__(self, tables: Sequence[tuple[Buffer, Buffer, Buffer, int, int]]) -> None:
+        """Each table: keys, locs, fanout (buffers of checked sizes), nr_keys, fanout_bits."""
+        self.count = len(tables)
+        self.array = ffi.new("snap_table[]", max(self.count, 1))
+        self._keep: list[Any] = []
+        for entry, (keys, locs, prefixes, nr_keys, bits) in zip(self.array, tables, strict=False):
+            views = [
+                ffi.from_buffer("uint8_t[]", keys),
+                ffi.from_buffer("uint64_t[]", locs),
+                ffi.from_buffer("uint32_t[]", prefixes),
+            ]
+            if len(views[0]) < nr_keys * KEY_BYTES or len(views[1]) < nr_keys or len(views[2]) < (1 << bits) + 1:
+                raise ValueError("key table shorter than its counts")
+            entry.keys, entry.locs, entry.fanout = views
+            entry.nr_keys, entry.fanout_bits = nr_keys, bits
+            self._keep += [keys, locs, prefixes, *views]
+
+    def lookup(self, key: bytes) -> int:
+        """Location of one key, 0 when no table has it."""
+        return int(lib.snap_lookup(self.array, self.count, key))
+
+    def check(self) -> bool:
+        """True when every table is sorted and its fanout agrees."""
+        return all(lib.snap_table_check(self.array + i) == 0 for i in range(self.count))
+
+
+class Stager:
+    """Zero test, keyed hash, dedup and compaction for the threads of one writer."""
+
+    def __init__(self, key: bytes, tables: Tables) -> None:
+        if len(key) != 32:
+            raise ValueError("a BLAKE3 key has 32 bytes")
+        self._key = key
+        self._tables = tables
+        self._pending = ffi.gc(lib.snap_pending_new(), lib.snap_pending_free)
+        if self._pending == ffi.NULL:
+            raise MemoryError
+
+    def stage(self, pages: memoryview, first_loc: int, locs: U64, new_keys: memoryview) -> tuple[int, int]:
+        """See snap_stage in pages.c. Returns (new pages, zero pages)."""
+        nr_pages = len(locs)
+        if len(pages) != nr_pages * PAGE_SIZE or len(new_keys) < nr_pages * KEY_BYTES:
+            raise ValueError("buffers do not fit the number of pages")
+        nr_zero = ffi.new("uint64_t *")
+        nr_new = lib.snap_stage(
+            self._key,
+            ffi.from_buffer("uint8_t[]", pages),
+            nr_pages,
+            self._tables.array,
+            self._tables.count,
+            self._pending,
+            first_loc,
+            ffi.from_buffer("uint64_t[]", locs),
+            ffi.from_buffer("uint8_t[]", new_keys),
+            nr_zero,
+        )
+        if nr_new < 0:
+            raise MemoryError
+        return int(nr_new), int(nr_zero[0])

@@ -1,0 +1,334 @@
+"""Packs: append-only files of frames, written once and never changed.
+
+Owns the pack format (FORMAT.md, "Pack"): header, frames, footer (frame table, key table), trailer. A
+frame holds pages or one blob (images, page maps). A pack gets its final name only when it is complete and
+on disk. Reading checks the footer once per open and every frame's keyed checksum on every read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from snapshotter.base.errors import StoreError, VerificationError
+from snapshotter.base.pages import PAGE_SIZE
+from store import native
+from store.files import TEMP_SUFFIX, fsync, open_new, pread_exact, pwrite_all, store_error, wrapped
+from store.keytable import KeyTable, encode_table, table_size
+
+PACK_BYTES = 64 << 20
+PACK_SUFFIX = ".pack"
+MAX_PACK_ID = (1 << 31) - 1
+MAX_FRAMES = 1 << 20
+MAX_FRAME_PAGES = 512
+MAX_BLOB_BYTES = 256 << 20
+VERSION = 1
+
+CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE = 0, 1, 2
+KIND_PAGES, KIND_IMAGES, KIND_MAPS = 0, 1, 2
+
+_HEADER = struct.Struct("<8sIIII16s8x")
+HEADER_BYTES = _HEADER.size + 16
+_TRAILER = struct.Struct("<8sIIQQQII")
+TRAILER_BYTES = _TRAILER.size + 16
+_FRAME = struct.Struct("<QIIBBHIII16s")
+FRAME_BYTES = _FRAME.size
+_MAP_ABOVE = 4 << 20  # smaller footers are read: a mapping costs a second descriptor
+_MAGIC, _FOOT = b"SNAPPACK", b"SNAPFOOT"
+
+FRAME_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("stored", "<u4"),
+        ("raw", "<u4"),
+        ("codec", "u1"),
+        ("kind", "u1"),
+        ("nr_pages", "<u2"),
+        ("base_pack", "<u4"),
+        ("base_frame", "<u4"),
+        ("flags", "<u4"),
+        ("checksum", "V16"),
+    ]
+)
+
+FrameRef = tuple[int, int]
+"""(pack id, frame number)"""
+
+
+def location(pack: int, frame: int, slot: int = 0) -> int:
+    """pack << 32 | frame << 12 | slot; 0 is the all-zero page."""
+    return pack << 32 | frame << 12 | slot
+
+
+def pack_name(pack: int) -> str:
+    """File name of a pack."""
+    return f"{pack:08x}{PACK_SUFFIX}"
+
+
+@dataclass(frozen=True, slots=True)
+class PackKeys:
+    """What a store's packs are checked with."""
+
+    store_id: bytes
+    frames: bytes
+    """Keys frame and footer checksums."""
+    pages: bytes
+    """Keys page digests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One row of the frame table."""
+
+    offset: int
+    stored: int
+    raw: int
+    codec: int
+    kind: int
+    nr_pages: int
+    base: FrameRef | None
+    checksum: bytes
+
+
+class PackWriter:
+    """One pack being written. Frames may be written by several threads; `seal` comes after all of them."""
+
+    def __init__(self, directory: Path, pack_id: int, keys: PackKeys) -> None:
+        self.id = pack_id
+        self.size = HEADER_BYTES
+        self.nr_pages = 0
+        self.writers = 0  # frames reserved but not written yet; the pack set's lock guards it
+        self.closing = False
+        self._keys = keys
+        self._frames: list[bytes | None] = []
+        self._page_keys: list[tuple[int, bytes]] = []
+        self._path = directory / pack_name(pack_id)
+        self._temp = directory / (pack_name(pack_id) + TEMP_SUFFIX)
+        with wrapped("cannot make a pack", self._temp):
+            self._fd = open_new(self._temp)
+        head = _HEADER.pack(_MAGIC, VERSION, 0, pack_id, 0, keys.store_id)
+        self._write(head + native.checksum(keys.frames, head), 0)
+
+    @property
+    def nr_frames(self) -> int:
+        """Frames reserved so far."""
+        return len(self._frames)
+
+    @property
+    def full(self) -> bool:
+        """Time for the next pack."""
+        return self.size >= PACK_BYTES or self.nr_frames >= MAX_FRAMES - 1
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        with wrapped("cannot write a pack", self._temp):
+            pwrite_all(self._fd, data, offset)
+
+    def reserve(self, stored: int) -> tuple[int, int]:
+        """Room for a frame: (frame number, offset). Under the pack set's lock."""
+        number, offset = len(self._frames), self.size
+        self._frames.append(None)
+        self.size += stored
+        self.writers += 1
+        return number, offset
+
+    def write_frame(
+        self, number: int, offset: int, data: bytes | memoryview, *, raw: int, codec: int, kind: int,
+        base: FrameRef | None, page_keys: bytes,
+    ) -> None:  # fmt: skip
+        """Writes a reserved frame; any thread, no lock needed."""
+        nr_pages = len(page_keys) // native.KEY_BYTES
+        base_pack, base_frame = base or (0, 0)
+        check = native.checksum(self._keys.frames, data)
+        self._write(data, offset)
+        native.start_writeback(self._fd, offset, len(data))
+        self._frames[number] = _FRAME.pack(
+            offset, len(data), raw, codec, kind, nr_pages, base_pack, base_frame, 0, check
+        )
+        if nr_pages:
+            self._page_keys.append((number, page_keys))
+
+    def seal(self) -> None:
+        """Footer, fsync, rename. The directory's fsync is the caller's, once for all its packs."""
+        locs = np.concatenate(
+            [np.zeros(0, dtype="<u8")]
+            + [
+                np.arange(len(keys) // native.KEY_BYTES, dtype="<u8") + np.uint64(location(self.id, number))
+                for number, keys in self._page_keys
+            ]
+        ).astype("<u8", copy=False)
+        table, bits = encode_table(bytearray().join(keys for _, keys in self._page_keys), locs)
+        self.nr_pages = len(locs)
+        if any(frame is None for frame in self._frames):
+            raise StoreError("a frame of the pack was never written", where=str(self._temp))
+        start = (self.size + 7) & ~7
+        frames = b"".join(frame for frame in self._frames if frame is not None)
+        table_offset = start + len(frames)
+        footer = frames + table
+        footer += _TRAILER.pack(_FOOT, len(self._frames), bits, len(locs), start, table_offset, self.id, 0)
+        footer += native.checksum(self._keys.frames, footer)
+        self._write(footer, start)
+        self.size = start + len(footer)
+        with wrapped("cannot make a pack durable", self._temp):
+            fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            self._temp.rename(self._path)
+
+    def discard(self) -> None:
+        """Removes the file, whatever state it is in. Never raises."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1
+        for path in (self._temp, self._path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+class PackFile:
+    """A complete pack, open for reading. Any thread."""
+
+    def __init__(self, directory: Path, pack_id: int, keys: PackKeys) -> None:
+        self.id = pack_id
+        self._keys = keys
+        self._path = directory / pack_name(pack_id)
+        try:
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise self.bad("the pack is missing") from None
+        except OSError as error:
+            raise store_error(error, "cannot open a pack", self._path) from error
+        try:
+            self._parse()
+        except EOFError:
+            raise self.bad("the pack is truncated") from None
+        except OSError as error:
+            raise store_error(error, "cannot read a pack", self._path) from error
+
+    def bad(self, what: str, frame: int | None = None) -> VerificationError:
+        """The error for damage in this pack."""
+        where = f"pack {self.id:08x}" + ("" if frame is None else f", frame {frame}")
+        return VerificationError(what, where=where, hint="`snap verify` names every point that it hurts")
+
+    def _parse(self) -> None:
+        self.size = os.fstat(self._fd).st_size
+        if self.size < HEADER_BYTES + TRAILER_BYTES:
+            raise EOFError
+        head = pread_exact(self._fd, HEADER_BYTES, 0)
+        magic, version, _flags, pack_id, _zero, store_id = _HEADER.unpack_from(head)
+        if magic != _MAGIC or native.checksum(self._keys.frames, head[:-16]) != head[-16:]:
+            raise self.bad("the pack's header is damaged")
+        if version != VERSION:
+            raise self.bad(f"pack version {version} is not known to this snap")
+        if pack_id != self.id or store_id != self._keys.store_id:
+            raise self.bad("the pack belongs to another name or store")
+        tail = pread_exact(self._fd, TRAILER_BYTES, self.size - TRAILER_BYTES)
+        magic, nr_frames, bits, nr_keys, start, table, pack_id, _zero = _TRAILER.unpack_from(tail)
+        if magic != _FOOT:
+            raise self.bad("the pack is truncated or its footer damaged")
+        if (
+            nr_frames > MAX_FRAMES
+            or bits > 20
+            or nr_keys > nr_frames * MAX_FRAME_PAGES
+            or start < HEADER_BYTES
+            or start + nr_frames * FRAME_BYTES != table
+            or table + table_size(nr_keys, bits) + TRAILER_BYTES != self.size
+        ):
+            raise self.bad("the pack's footer does not fit its size")
+        if self.size - start <= _MAP_ABOVE:
+            self._map = memoryview(pread_exact(self._fd, self.size - start, start))
+        else:
+            page = start & ~(mmap.ALLOCATIONGRANULARITY - 1)
+            mapped = mmap.mmap(self._fd, self.size - page, prot=mmap.PROT_READ, offset=page)
+            self._map = memoryview(mapped)[start - page :]
+        if native.checksum(self._keys.frames, self._map[:-16]) != self._map[-16:]:
+            raise self.bad("the pack's footer is damaged")
+        size = nr_frames * FRAME_BYTES
+        self.frames: np.ndarray[Any, Any] = np.frombuffer(self._map[:size], dtype=FRAME_DTYPE)
+        self.table = KeyTable.parse(self._map[size:-TRAILER_BYTES], nr_keys, bits)
+        self._data_end = start
+
+    def frame(self, number: int) -> Frame:
+        """A row of the frame table, with its bounds checked."""
+        if not 0 <= number < len(self.frames):
+            raise self.bad("there is no such frame", number)
+        row = _FRAME.unpack_from(self._map, number * FRAME_BYTES)
+        offset, stored, raw, codec, kind, nr_pages, base_pack, base_frame, _flags, check = row
+        if kind == KIND_PAGES:
+            fits = raw == nr_pages * PAGE_SIZE and 0 < nr_pages <= MAX_FRAME_PAGES
+        else:
+            fits = raw <= MAX_BLOB_BYTES and nr_pages == 0 and kind in {KIND_IMAGES, KIND_MAPS}
+        if not fits or codec > CODEC_ZSTD_BASE or offset < HEADER_BYTES or offset + stored > self._data_end:
+            raise self.bad("the frame table is out of bounds", number)
+        base = (base_pack, base_frame) if base_pack else None
+        return Frame(offset, stored, raw, codec, kind, nr_pages, base, check)
+
+    def read_stored(self, number: int) -> tuple[Frame, bytes]:
+        """A frame as it lies on disk, its checksum checked."""
+        frame = self.frame(number)
+        try:
+            data = pread_exact(self._fd, frame.stored, frame.offset)
+        except EOFError:
+            raise self.bad("the pack is truncated", number) from None
+        except OSError as error:
+            raise store_error(error, "cannot read a pack", self._path) from error
+        if native.checksum(self._keys.frames, data) != frame.checksum:
+            raise self.bad("the frame's checksum does not match its bytes", number)
+        return frame, data
+
+    def read(self, number: int, kind: int, dictionary: bytes | None = None) -> bytes:
+        """A frame's content, checked and decompressed; `dictionary` is the base's content if it has one."""
+        frame, data = self.read_stored(number)
+        if frame.kind != kind:
+            raise self.bad(f"a frame of kind {frame.kind} where one of kind {kind} is needed", number)
+        if frame.codec == CODEC_RAW:
+            if len(data) != frame.raw:
+                raise self.bad("a raw frame of another size than it says", number)
+            return data
+        try:
+            if zstandard.frame_content_size(data) != frame.raw:
+                raise self.bad("the compressed frame has another size than the table says", number)
+            return self._decompressor(dictionary).decompress(data)
+        except zstandard.ZstdError as error:
+            raise self.bad(f"the frame cannot be decompressed ({error})", number) from error
+
+    def _decompressor(self, dictionary: bytes | None) -> zstandard.ZstdDecompressor:
+        if dictionary is not None:
+            base = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+            return zstandard.ZstdDecompressor(dict_data=base)
+        found: zstandard.ZstdDecompressor | None = getattr(_THREAD, "decompressor", None)
+        if found is None:
+            found = _THREAD.decompressor = zstandard.ZstdDecompressor()
+        return found
+
+    def page_keys(self) -> dict[int, bytes]:
+        """frame number -> keys of its pages in slot order, out of the key table."""
+        locs = self.table.locations()
+        order = np.argsort(locs, kind="stable")
+        keys = self.table.key_bytes()[order]
+        frames = (locs[order] & np.uint64(0xFFFFFFFF)) >> np.uint64(12)
+        numbers, starts = np.unique(frames, return_index=True)
+        parts = np.split(keys, starts[1:]) if len(numbers) else []
+        return {int(number): part.tobytes() for number, part in zip(numbers, parts, strict=True)}
+
+    def close(self) -> None:
+        """The mapping goes when nothing uses it any more."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            self.close()
+
+
+_THREAD = threading.local()
