@@ -78,9 +78,9 @@ def test_no_such_pid(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("pid", [0, -1, 1 << 30])
+@pytest.mark.parametrize("pid", [0, 1 << 30])
 def test_no_pid_at_all(pid, tmp_path):
-    fails(2, "take", "--", pid, store=tmp_path / "s") if pid >= 0 else None
+    fails(2, "take", pid, store=tmp_path / "s")
 
 
 def test_kernel_thread(tmp_path):
@@ -114,12 +114,18 @@ def test_zombie(tmp_path):
     child.wait()
 
 
+TRACE = """
+syscall(101, 16, $ARGV[0] + 0, 0, 0) == 0 or die;  # PTRACE_ATTACH
+waitpid($ARGV[0], 0x40000000);
+syscall(101, 7, $ARGV[0] + 0, 0, 0);  # PTRACE_CONT
+$| = 1;
+print "ok\\n";
+sleep 60;
+"""
+
+
 def test_already_traced(counter, tmp_path):
-    tracer = subprocess.Popen(
-        ["perl", "-e", "syscall(101, 16, $ARGV[0], 0, 0); waitpid($ARGV[0], 0x40000000); "
-         "syscall(101, 7, $ARGV[0], 0, 0); print qq(ok\\n); $| = 1; print qq(\\n); sleep 60", str(counter.pid)],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
+    tracer = subprocess.Popen(["perl", "-e", TRACE, str(counter.pid)], stdout=subprocess.PIPE)
     try:
         assert tracer.stdout.readline() == b"ok\n"
         error = fails(5, "take", counter.pid, store=tmp_path / "s")
@@ -276,7 +282,7 @@ def test_full_disk(counter, tmp_path):
 def packs(store) -> list[pathlib.Path]:
     return sorted(
         (path for path in pathlib.Path(store).rglob("*") if path.suffix == ".pack"),
-        key=lambda p: p.stat().st_mtime,
+        key=os.path.getmtime,
     )
 
 
@@ -285,7 +291,7 @@ def damaged(counter, harm) -> None:
     counter.take()
     first = set(packs(counter.store))
     os.kill(counter.pid, signal.SIGUSR1)
-    wait_until(lambda: (counter.directory / "grown").exists(), "new memory")
+    wait_until((counter.directory / "grown").exists, "new memory")
     counter.take()
     new = [path for path in packs(counter.store) if path not in first]
     assert new, "the second point made no pack of its own"

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 # One thread of BLAS per thread of ours; must be set before numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -34,7 +35,7 @@ def main() -> None:
     spare = plate.copy()
     with ThreadPoolExecutor(STRIPES) as pool, open(sys.argv[1], "a", buffering=1) as log:
         for step in range(1, 1_000_000):
-            list(pool.map(lambda stripe: relax(plate, spare, stripe), range(STRIPES)))
+            list(pool.map(partial(relax, plate, spare), range(STRIPES)))
             plate, spare = spare, plate
             digest = hashlib.blake2b(plate.tobytes(), digest_size=8).hexdigest()
             log.write(f"step {step} {digest}\n")
