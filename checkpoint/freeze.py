@@ -303,6 +303,25 @@ class FrozenTree:
         faults.point("thaw.detached")
 
 
+@contextlib.contextmanager
+def stopped_process(pid: int, *, timeout_s: float = 5.0) -> Iterator[None]:
+    """All threads of one process stand still for the time of the context; its children go on."""
+    tree = _OneProcess(pid, timeout_s=timeout_s)
+    with tree:
+        yield
+
+
+class _OneProcess(FrozenTree):
+    """A frozen tree without branches."""
+
+    def _look(self) -> tuple[dict[int, list[int]], list[tuple[int, int]]]:
+        tids = task_ids(self.root_pid)
+        if not tids:
+            raise TargetGoneError("no such process", where=f"task {self.root_pid}")
+        fresh = [(self.root_pid, tid) for tid in tids if tid not in self._seized and not _is_dead(self.root_pid, tid)]
+        return {self.root_pid: tids}, fresh
+
+
 def task_ids(pid: int) -> list[int]:
     """The tids of a process, ascending; empty when it is gone."""
     try:

@@ -53,6 +53,10 @@ class Session(ABC):
     """The name of this take's instant; "" when the tracker can tell nothing."""
 
     @abstractmethod
+    def tracks(self, pid: int) -> bool:
+        """Whether a later collect() of this process tells what was written since the last one."""
+
+    @abstractmethod
     def collect(
         self, pid: int, vmas: Sequence[tuple[int, int]], *, frozen: FrozenProcess | None = None
     ) -> Runs | None:
@@ -66,6 +70,12 @@ class Session(ABC):
         Returns:
             Rows of pages, or None: not known, all pages count as written; from now on it is watched if it can be.
         """
+
+    def add(self, pid: int, start_time_ticks: int) -> None:
+        """A process of the job that was found only in the frozen window."""
+
+    def forget(self, pid: int) -> None:
+        """A process that has ended during the take."""
 
     @abstractmethod
     def confirm(self) -> None:

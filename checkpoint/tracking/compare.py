@@ -16,6 +16,10 @@ from checkpoint.tracking.base import Probe, Runs, Session, Tracker
 class CompareSession(Session):
     """Answers "unknown" to everything."""
 
+    def tracks(self, pid: int) -> bool:
+        """Never."""
+        return False
+
     def collect(
         self, pid: int, vmas: Sequence[tuple[int, int]], *, frozen: FrozenProcess | None = None
     ) -> Runs | None:

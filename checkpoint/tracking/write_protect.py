@@ -72,6 +72,10 @@ class WriteProtectSession(Session):
             os.close(self._kept.uffds.pop(pid))
         self.nonce = new_nonce()
 
+    def tracks(self, pid: int) -> bool:
+        """Those that a userfaultfd could be made in, at the first collect."""
+        return self._kept is not None and pid not in self._refused
+
     def collect(
         self, pid: int, vmas: Sequence[tuple[int, int]], *, frozen: FrozenProcess | None = None
     ) -> Runs | None:
@@ -120,7 +124,6 @@ class WriteProtectSession(Session):
             os.close(descriptor)
             raise
         self._kept.uffds[pid] = descriptor
-        self.tasks.setdefault(pid, proc.read_stat(pid).start_time_ticks)
         self._changed = True
         return descriptor
 
@@ -163,14 +166,17 @@ class WriteProtectSession(Session):
         kept = self._kept
         if kept is None:
             return
-        if self._changed or set(kept.tasks) != set(self.tasks):
+        if self._changed or kept.tasks != self.tasks:
             keeper.keep(kept, self.root_pid, self.tasks[self.root_pid], self.tasks)
         kept.nonce = self.nonce
 
-    def forget(self, pids: Sequence[int]) -> None:
-        """Processes that have ended during the take."""
-        for pid in pids:
-            self.tasks.pop(pid, None)
+    def add(self, pid: int, start_time_ticks: int) -> None:
+        """A process that was found only in the frozen window."""
+        self.tasks.setdefault(pid, start_time_ticks)
+
+    def forget(self, pid: int) -> None:
+        """A process that has ended during the take."""
+        self.tasks.pop(pid, None)
 
     def close(self) -> None:
         """Close our descriptors and unlock the job."""
