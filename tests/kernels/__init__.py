@@ -1,0 +1,1 @@
+"""Runs a command as root inside a stock Debian kernel, on this machine's own files: `python -m tests.kernels`."""
