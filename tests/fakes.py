@@ -146,12 +146,16 @@ class FakeEngine:
         self.identify(pid)
         return Checked(pid, 1, self.findings, (pid,))
 
-    def restore(self, reader):
+    def boot_id(self):
+        return BOOT
+
+    def restore(self, reader, known_tasks, *, dry_run, leave_stopped):
+        self.known_tasks = known_tasks
         pid = reader.point.pid
         # Far in the future of CLOCK_BOOTTIME here: nothing older than this restore compares as newer.
         self.alive[pid] = self.alive.get(pid, 100) + 1
         self.uptime_ns = max(self.uptime_ns, 10**12)
-        return Restored(pid, (pid,), 10, 2, ())
+        return Restored(pid, (pid,), 10, 2, (), {pid: self.alive[pid]})
 
     def features(self):
         return [{"name": "wp_async", "ok": True, "errno": 0, "note": ""}]

@@ -11,8 +11,12 @@ from snapshotter.cli.output import short
 
 @click.command("rollback")
 @click.argument("point", metavar="POINT")
+@click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; touch nothing.")
+@click.option(
+    "--stop", "leave_stopped", is_flag=True, help="Leave the restored job stopped (SIGCONT lets it go)."
+)
 @common
-def command(app: App, point: str) -> int:
+def command(app: App, point: str, dry_run: bool, leave_stopped: bool) -> int:
     """Bring the job back as it was at POINT, under the same pids, detached.
 
     If the job is still alive it is replaced, once everything that can be checked has been checked. A
@@ -21,9 +25,18 @@ def command(app: App, point: str) -> int:
     from snapshotter.manager.rollback import rollback
 
     with app.session() as session:
-        report = rollback(session, point)
+        report = rollback(session, point, dry_run=dry_run, leave_stopped=leave_stopped)
     restored = report.restored
     app.out.warnings(report.warnings)
+    if dry_run:
+        plan = {
+            "id": report.point.id,
+            "dry_run": True,
+            "root_pid": restored.root_pid,
+            "pids": list(restored.pids),
+        }
+        app.out.result(plan | {"plan": restored.plan, "warnings": list(report.warnings)}, restored.plan)
+        return 0
     app.out.result(
         {
             "id": report.point.id,

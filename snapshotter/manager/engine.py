@@ -40,9 +40,15 @@ class RealEngine:
             pid=pid,
             start_time_ticks=stat.start_time_ticks,
             boot_id=proc.boot_id(),
-            comm=stat.comm.decode(errors="replace") if isinstance(stat.comm, bytes) else stat.comm,
+            comm=stat.comm.decode(errors="replace"),
             started_at=time.time() - age_s,
         )
+
+    def boot_id(self) -> str:
+        """This boot of this machine."""
+        from checkpoint.kernel import proc
+
+        return proc.boot_id()
 
     def dump(
         self,
@@ -87,17 +93,28 @@ class RealEngine:
             pids=tuple(report.pids),
         )
 
-    def restore(self, reader: ReaderLike) -> Restored:
-        """Bring the point that `reader` reads back to life."""
+    def restore(
+        self,
+        reader: ReaderLike,
+        known_tasks: Sequence[Mapping[int, int]],
+        *,
+        dry_run: bool,
+        leave_stopped: bool,
+    ) -> Restored:
+        """Bring the point that `reader` reads back to life, replacing the job if one of `known_tasks` lives."""
         from checkpoint.restore import restore
+        from checkpoint.restore_context import RestoreOptions
 
-        result = restore(reader.image, reader.image_names(), reader)
+        options = RestoreOptions(dry_run=dry_run, leave_stopped=leave_stopped, known_tasks=tuple(known_tasks))
+        result = restore(reader.image, reader.image_names(), reader, options)
         return Restored(
             root_pid=result.root_pid,
             pids=tuple(result.pids),
             duration_us=result.duration_us,
             pages_written=result.pages_written,
             warnings=tuple(result.warnings),
+            tasks=result.tasks,
+            plan=result.plan,
         )
 
     def features(self) -> Sequence[Mapping[str, object]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -99,6 +99,9 @@ class Restored:
     duration_us: int
     pages_written: int
     warnings: Sequence[str] = ()
+    tasks: Mapping[int, int] = field(default_factory=dict)
+    """tid -> start time in ticks, of the tasks that run now."""
+    plan: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,7 @@ class EngineLike(Protocol):
     """The engine as the manager uses it."""
 
     def identify(self, pid: int) -> Identity: ...
+    def boot_id(self) -> str: ...
     def dump(
         self,
         pid: int,
@@ -124,7 +128,14 @@ class EngineLike(Protocol):
         commit: Callable[[Dumped], None],
     ) -> None: ...
     def check(self, pid: int) -> Checked: ...
-    def restore(self, reader: ReaderLike) -> Restored: ...
+    def restore(
+        self,
+        reader: ReaderLike,
+        known_tasks: Sequence[Mapping[int, int]],
+        *,
+        dry_run: bool,
+        leave_stopped: bool,
+    ) -> Restored: ...
     def features(self) -> Sequence[Mapping[str, object]]: ...
 
 

@@ -6,6 +6,7 @@ The lock of the job is held meanwhile, so that no take sees a job in the making.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from snapshotter.base.errors import SnapshotterError
@@ -24,8 +25,16 @@ class RollbackReport:
     warnings: tuple[str, ...]
 
 
-def rollback(session: Session, text: str) -> RollbackReport:
+def rollback(
+    session: Session, text: str, *, dry_run: bool = False, leave_stopped: bool = False
+) -> RollbackReport:
     """Bring back the job as it was at the point that `text` names; replaces it if it is alive.
+
+    Args:
+        session: Settings, store and engine.
+        text: Names the point, as `Store.resolve` takes it.
+        dry_run: Check everything and plan (`restored.plan`); touch nothing.
+        leave_stopped: Leave every process stopped, for a look at it; SIGCONT lets it go.
 
     Raises:
         NoSuchPointError, VerificationError, RestoreConflictError, PermissionDeniedError, LockedError.
@@ -33,31 +42,46 @@ def rollback(session: Session, text: str) -> RollbackReport:
     store = session.store()
     point = store.resolve(text)
     with session.locked(point.job, wait_s=session.config.lock_wait_s):
-        restored = session.engine.restore(store.reader(point))
+        restored = session.engine.restore(
+            store.reader(point),
+            known_identities(session, point),
+            dry_run=dry_run,
+            leave_stopped=leave_stopped,
+        )
         warnings = list(restored.warnings)
-        problem = _record(session, point, restored)
+        problem = "" if dry_run else _record(session, point, restored)
         if problem:
             warnings.append(problem)
     return RollbackReport(point, restored, tuple(warnings))
 
 
+def known_identities(session: Session, point: Point) -> list[Mapping[int, int]]:
+    """Start times under which the job may be alive just now besides the point's own: it was rolled back or went on.
+
+    Only what is of this boot and has the same root counts: start times of another boot prove nothing.
+    """
+    boot_id = session.engine.boot_id()
+    known = [
+        other.tasks
+        for other in session.store().points(point.job)
+        if other.boot_id == boot_id and other.pid == point.pid and other.id != point.id
+    ]
+    head = jobs.read_head(session.store_path, point.job)
+    if head is not None and head.boot_id == boot_id and point.pid in head.tasks:
+        known.append(head.tasks)
+    return known
+
+
 def _record(session: Session, point: Point, restored: Restored) -> str:
     """Write the head; the job runs already, so failing here costs the chain's link and only warns."""
-    tasks: dict[int, int] = {}
-    boot_id = ""
-    for pid in restored.pids:
-        try:
-            identity = session.engine.identify(pid)
-        except SnapshotterError:
-            # It was a zombie in the point, or has ended since.
-            continue
-        boot_id = identity.boot_id
-        tasks[pid] = identity.start_time_ticks
-    if restored.root_pid not in tasks:
-        return f"the job ended right after the rollback (process {restored.root_pid})"
-    uptime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    head = jobs.Head(
+        point=point.id,
+        boot_id=session.engine.boot_id(),
+        restored_uptime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        tasks=restored.tasks,
+    )
     try:
-        jobs.write_head(session.store_path, point.job, jobs.Head(point.id, boot_id, uptime_ns, tasks))
+        jobs.write_head(session.store_path, point.job, head)
     except SnapshotterError as error:
         return f"the next take starts a new chain: {error}"
     return ""

@@ -67,6 +67,8 @@ def test_chain_goes_on_from_the_point_rolled_back_to(session, engine, monkeypatc
     assert fifth.parent == fourth.id
     assert engine.dumps[-1][1] is not None
     rollback(session, fifth.id)
+    assert {7: 100} in engine.known_tasks
+    assert {7: 101} in engine.known_tasks
     rollback(session, points[0].id)
     assert take(session, 7, job="a").parent == points[0].id
 
