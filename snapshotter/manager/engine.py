@@ -45,7 +45,7 @@ class RealEngine:
         )
 
     def boot_id(self) -> str:
-        """This boot of this machine."""
+        """The id of the present boot of this machine."""
         from checkpoint.kernel import proc
 
         return proc.boot_id()
@@ -103,6 +103,7 @@ class RealEngine:
     ) -> Restored:
         """Bring the point that `reader` reads back to life, replacing the job if one of `known_tasks` lives."""
         from checkpoint.restore import restore
+
         from checkpoint.restore_context import RestoreOptions
 
         options = RestoreOptions(dry_run=dry_run, leave_stopped=leave_stopped, known_tasks=tuple(known_tasks))

@@ -61,7 +61,7 @@ def known_identities(session: Session, point: Point) -> list[Mapping[int, int]]:
     Only what is of this boot and has the same root counts: start times of another boot prove nothing.
     """
     boot_id = session.engine.boot_id()
-    known = [
+    known: list[Mapping[int, int]] = [
         other.tasks
         for other in session.store().points(point.job)
         if other.boot_id == boot_id and other.pid == point.pid and other.id != point.id
