@@ -25,9 +25,61 @@ from snapshotter.base.errors import RestoreConflictError
 
 # Flags of /proc/cpuinfo that name instructions a program may have chosen at its start.
 _INSTRUCTIONS = frozenset(
-    "sse sse2 pni ssse3 sse4_1 sse4_2 sse4a avx avx2 avx_vnni fma fma4 f16c xop tbm bmi1 bmi2 abm adx movbe popcnt aes "
-    "vaes pclmulqdq vpclmulqdq sha_ni gfni rdrand rdseed fsgsbase erms fsrm clwb clflushopt lahf_lm cx16 rdpid rdtscp "
-    "xsave xsaveopt xsavec rtm hle pku ospke waitpkg serialize movdiri movdir64b cldemote user_shstk mmx 3dnow".split()
+    [
+        "sse",
+        "sse2",
+        "pni",
+        "ssse3",
+        "sse4_1",
+        "sse4_2",
+        "sse4a",
+        "avx",
+        "avx2",
+        "avx_vnni",
+        "fma",
+        "fma4",
+        "f16c",
+        "xop",
+        "tbm",
+        "bmi1",
+        "bmi2",
+        "abm",
+        "adx",
+        "movbe",
+        "popcnt",
+        "aes",
+        "vaes",
+        "pclmulqdq",
+        "vpclmulqdq",
+        "sha_ni",
+        "gfni",
+        "rdrand",
+        "rdseed",
+        "fsgsbase",
+        "erms",
+        "fsrm",
+        "clwb",
+        "clflushopt",
+        "lahf_lm",
+        "cx16",
+        "rdpid",
+        "rdtscp",
+        "xsave",
+        "xsaveopt",
+        "xsavec",
+        "rtm",
+        "hle",
+        "pku",
+        "ospke",
+        "waitpkg",
+        "serialize",
+        "movdiri",
+        "movdir64b",
+        "cldemote",
+        "user_shstk",
+        "mmx",
+        "3dnow",
+    ]
 )
 _INSTRUCTION_PREFIXES = ("avx512", "amx")
 _XGETBV = bytes.fromhex("31c9 0f01d0 48c1e220 4809d0 c3")  # xor ecx,ecx; xgetbv; shl rdx,32; or rax,rdx; ret
@@ -105,11 +157,14 @@ def _check_ids(ctx: RestoreContext, found: Survey) -> None:
             "snap runs inside the job that it should replace", hint="run it from outside of the job"
         )
     pid_max = int(Path("/proc/sys/kernel/pid_max").read_text())
-    ours = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(ctx.processes)
+    ours = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
+        ctx.processes
+    )
     for wanted in sorted(ours):
         if wanted >= pid_max:
             raise RestoreConflictError(
-                f"pid {wanted} is beyond kernel.pid_max ({pid_max})", hint=f"sysctl kernel.pid_max={wanted + 1}"
+                f"pid {wanted} is beyond kernel.pid_max ({pid_max})",
+                hint=f"sysctl kernel.pid_max={wanted + 1}",
             )
         holder = _holder_of(wanted)
         if holder is not None and holder.pid not in found.old:
@@ -126,6 +181,28 @@ def _check_ids(ctx: RestoreContext, found: Survey) -> None:
                     f"pid {number} is needed but is still the {kind} of {holder}, which is not in the job's tree",
                     hint="it was left behind by the job: end it, then roll back",
                 )
+
+
+def check_free(pids: Iterable[int], found: Survey) -> None:
+    """Numbers that helpers need (dead leaders of sessions and groups) must be free or the old job's.
+
+    Raises:
+        RestoreConflictError: one is held.
+    """
+    for pid in pids:
+        holder = _holder_of(pid)
+        users = [
+            other
+            for other in found.processes.values()
+            if pid in {other.sid, other.pgid} and other.pid not in found.old
+        ]
+        if holder is not None and holder.pid not in found.old:
+            users.append(holder)
+        if users:
+            raise RestoreConflictError(
+                f"number {pid} is needed for a session or process group of the job but {users[0]} uses it",
+                hint="end it, then roll back",
+            )
 
 
 def check_machine(ctx: RestoreContext) -> None:
@@ -196,7 +273,9 @@ def replace(ctx: RestoreContext, found: Survey) -> None:
             for pidfd in pidfds.values():
                 _signal(pidfd, signal.SIGKILL)
             _await_exit(pidfds, time.monotonic() + ctx.options.reap_timeout_s)
-    wanted = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(ctx.processes)
+    wanted = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
+        ctx.processes
+    )
     _await_free(wanted | set(found.old), set(ctx.processes), time.monotonic() + ctx.options.reap_timeout_s)
 
 

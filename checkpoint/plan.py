@@ -78,7 +78,9 @@ def _check_tasks(ctx: RestoreContext) -> None:
             continue
         for name in filter(None, (process.mm, process.files)):
             if name not in ctx.names:
-                raise VerificationError(f"refers to image {name!r}, which is missing", where=where, hint=_HINT)
+                raise VerificationError(
+                    f"refers to image {name!r}, which is missing", where=where, hint=_HINT
+                )
         if not process.mm:
             raise VerificationError("has no address space", where=where, hint=_HINT)
         if process.mm in spaces:
@@ -115,10 +117,15 @@ def make_plan(ctx: RestoreContext, found: Survey) -> RestorePlan:
     processes, warnings = tree.map_outside(processes, root_pid, keep_sid=keep_sid, keep_pgid=keep_pgid)
     try:
         steps = tree.plan_tree(
-            processes, root_pid, root_sid=found.own_sid if keep_sid else 0, root_pgid=found.own_pgid if keep_sid else 0
+            processes,
+            root_pid,
+            root_sid=found.own_sid if keep_sid else 0,
+            root_pgid=found.own_pgid if keep_sid else 0,
         )
     except tree.TreeError as error:
-        raise VerificationError(f"the processes do not fit together: {error}", where="the point", hint=_HINT) from error
+        raise VerificationError(
+            f"the processes do not fit together: {error}", where="the point", hint=_HINT
+        ) from error
     for text in (*warnings, *steps.warnings):
         ctx.warn(text)
     return RestorePlan(

@@ -86,7 +86,9 @@ class MemoryPoint:
 
     def read(self, space: str, runs: Sequence[Run]) -> bytes:
         pages = self.spaces.get(space, {})
-        return b"".join(pages.get(page, _ZERO) for first, count in runs for page in range(first, first + count))
+        return b"".join(
+            pages.get(page, _ZERO) for first, count in runs for page in range(first, first + count)
+        )
 
     # -- images -----------------------------------------------------------------------------------------
 
@@ -114,8 +116,9 @@ class MemoryPoint:
 
 def take(pid: int, parent: MemoryPoint | None = None, *, after: str = "run") -> MemoryPoint:
     """Dump a job into memory."""
-    from checkpoint.context import DumpOptions
     from checkpoint.dump import dump
+
+    from checkpoint.context import DumpOptions
 
     point = MemoryPoint(parent)
     options = DumpOptions(after=after, producer="tests")  # type: ignore[arg-type]

@@ -165,7 +165,7 @@ class _Planner:
         return chain
 
     def needs(self, order: list[int], children: dict[int, list[int]]) -> dict[int, set[int]]:
-        """pid -> sessions it should be born in (empty: any), children before parents."""
+        """Pid -> sessions it should be born in (empty: any), children before parents."""
         below: dict[int, set[int]] = {}
         needs: dict[int, set[int]] = {}
         for pid in reversed(order):
@@ -181,7 +181,9 @@ class _Planner:
 
     # -- steps ------------------------------------------------------------------------------------------
 
-    def fork(self, maker: int, pid: int, exit_signal: int, *, sibling: bool = False, helper: bool = False) -> None:
+    def fork(
+        self, maker: int, pid: int, exit_signal: int, *, sibling: bool = False, helper: bool = False
+    ) -> None:
         source = self.sims[maker]
         parent = source.parent if sibling else maker
         self.steps.append(Fork(maker, pid, exit_signal, sibling, helper))
@@ -211,7 +213,9 @@ class _Planner:
         if siblings:
             self.fork(siblings[0], process.pid, process.exit_signal, sibling=True)
             return True
-        members = [pid for pid, sim in self.sims.items() if sim.alive and sim.sid == born and pid in self.processes]
+        members = [
+            pid for pid, sim in self.sims.items() if sim.alive and sim.sid == born and pid in self.processes
+        ]
         for member in members:
             chain = self.ancestors(member)
             if parent not in chain:
@@ -235,7 +239,9 @@ class _Planner:
         self.sims[helper].alive = False
 
 
-def plan_tree(processes: Iterable[TreeProcess], root_pid: int, *, root_sid: int = 0, root_pgid: int = 0) -> TreePlan:
+def plan_tree(
+    processes: Iterable[TreeProcess], root_pid: int, *, root_sid: int = 0, root_pgid: int = 0
+) -> TreePlan:
     """The steps that rebuild this tree.
 
     Args:
@@ -259,13 +265,17 @@ def plan_tree(processes: Iterable[TreeProcess], root_pid: int, *, root_sid: int 
         # Nobody can bring it into that session: it lives in its parent's, which is said.
         process = by_pid[pid]
         planner.fork(process.ppid, pid, process.exit_signal)
-        planner.warnings.append(f"task {pid}: session {born} cannot be rebuilt, it gets session {planner.sims[pid].sid}")
+        planner.warnings.append(
+            f"task {pid}: session {born} cannot be rebuilt, it gets session {planner.sims[pid].sid}"
+        )
         deferred += _make_all(planner, [pid], children, needs)
     _make_groups(planner)
     for helper in list(planner.helpers):
         planner.leave(helper)
     planner.steps += [Die(pid) for pid in reversed(order) if by_pid[pid].zombie]
-    helper_pids = {step.pid for step in planner.steps if isinstance(step, Fork) and step.helper and step.pid > 0}
+    helper_pids = {
+        step.pid for step in planner.steps if isinstance(step, Fork) and step.helper and step.pid > 0
+    }
     return TreePlan(tuple(planner.steps), tuple(sorted(helper_pids)), tuple(planner.warnings))
 
 
@@ -293,7 +303,9 @@ def map_outside(
         )
     elif root.pgid not in pids and not keep_pgid:
         pgids[root.pgid] = root_pid
-        warnings.append(f"process group {root.pgid} is not part of the job: task {root_pid} becomes leader of a new one")
+        warnings.append(
+            f"process group {root.pgid} is not part of the job: task {root_pid} becomes leader of a new one"
+        )
     mapped = [
         TreeProcess(
             process.pid,
@@ -387,7 +399,9 @@ def _make_groups(planner: _Planner) -> None:
     targets = {pid: process.pgid for pid, process in planner.processes.items()}
     wanted = {pgid for pid, pgid in targets.items() if planner.sims[pid].pgid != pgid}
     for pgid in sorted(wanted):
-        members = [pid for pid, target in targets.items() if target == pgid and planner.sims[pid].pgid != pgid]
+        members = [
+            pid for pid, target in targets.items() if target == pgid and planner.sims[pid].pgid != pgid
+        ]
         sid = planner.sims[members[0]].sid
         if pgid in planner.sims and planner.sims[pgid].alive:
             if planner.sims[pgid].pgid != pgid and planner.sims[pgid].sid == sid:
@@ -400,7 +414,10 @@ def _make_groups(planner: _Planner) -> None:
         pgid = targets[pid]
         if planner.sims[pid].pgid == pgid:
             continue
-        exists = any(sim.alive and sim.pgid == pgid and sim.sid == planner.sims[pid].sid for sim in planner.sims.values())
+        exists = any(
+            sim.alive and sim.pgid == pgid and sim.sid == planner.sims[pid].sid
+            for sim in planner.sims.values()
+        )
         if not exists or planner.sims[pid].sid == pid:
             planner.warnings.append(
                 f"task {pid}: process group {pgid} cannot be rebuilt, it stays in {planner.sims[pid].pgid}"

@@ -37,11 +37,11 @@ def dump(status: Status, securebits: int) -> task_pb2.Credentials:
         sgid=sgid,
         fsgid=fsgid,
         groups=status.groups,
-        cap_inheritable=status.cap_inh,
-        cap_permitted=status.cap_prm,
-        cap_effective=status.cap_eff,
-        cap_bounding=status.cap_bnd,
-        cap_ambient=status.cap_amb,
+        cap_inheritable=status.cap_inheritable,
+        cap_permitted=status.cap_permitted,
+        cap_effective=status.cap_effective,
+        cap_bounding=status.cap_bounding,
+        cap_ambient=status.cap_ambient,
         securebits=securebits,
         no_new_privs=bool(status.no_new_privs),
     )
@@ -61,7 +61,12 @@ def restore(batch: Batch, wanted: task_pb2.Credentials, current: task_pb2.Creden
         return []
     warnings = []
     batch.call(
-        "prctl", prctl.SET_SECUREBITS, current.securebits | _SECBIT_NO_SETUID_FIXUP | _SECBIT_KEEP_CAPS, 0, 0, 0
+        "prctl",
+        prctl.SET_SECUREBITS,
+        current.securebits | _SECBIT_NO_SETUID_FIXUP | _SECBIT_KEEP_CAPS,
+        0,
+        0,
+        0,
     )
     groups = list(wanted.groups)
     batch.call("setgroups", len(groups), struct.pack(f"<{len(groups)}I", *groups) if groups else 0)

@@ -109,10 +109,12 @@ def final_regs(process: task_pb2.Process, thread: task_pb2.Thread, mem: ProcMem)
     if call < 0 or result not in _RESTARTS:
         return regs
     action = signals.interrupting_handler(process, thread)
-    if action is not None and result != ERESTARTNOINTR:
-        if result != ERESTARTSYS or not action.flags & signals.SA_RESTART:
-            regs.rax = -_EINTR & _MASK
-            return regs
+    restarts = result == ERESTARTNOINTR or (
+        result == ERESTARTSYS and action is not None and action.flags & signals.SA_RESTART
+    )
+    if action is not None and not restarts:
+        regs.rax = -_EINTR & _MASK
+        return regs
     if result == ERESTART_RESTARTBLOCK or call == NR_RESTART_SYSCALL:
         if call == NR_RESTART_SYSCALL:
             call = restarted_call(regs, _code_before(mem, regs.rip))
@@ -132,7 +134,12 @@ def restarted_call(regs: Regs, code: bytes) -> int:
         if regs.rdx >= _MIN_POINTER:
             return NR_CLOCK_NANOSLEEP  # a clock id and a request
         return NR_POLL  # no array, 0 entries
-    if regs.rsi & ~_FUTEX_FLAGS in {0, 9, 11} and regs.rsi < 512 and regs.r10 >= _MIN_POINTER and not regs.rdi & 3:
+    if (
+        regs.rsi & ~_FUTEX_FLAGS in {0, 9, 11}
+        and regs.rsi < 512
+        and regs.r10 >= _MIN_POINTER
+        and not regs.rdi & 3
+    ):
         return NR_FUTEX  # FUTEX_WAIT, FUTEX_WAIT_BITSET with a timeout
     if 0 < regs.rsi < _MAX_NFDS:
         return NR_POLL

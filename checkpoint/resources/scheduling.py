@@ -31,7 +31,9 @@ def dump(tid: int) -> task_pb2.Scheduling:
     buffer = ctypes.create_string_buffer(_ATTR.size)
     if _libc.syscall(_NR_SCHED_GETATTR, tid, buffer, _ATTR.size, 0) < 0:
         number = ctypes.get_errno()
-        raise wrap_os_error(OSError(number, os.strerror(number)), "cannot read the scheduling", where=f"task {tid}")
+        raise wrap_os_error(
+            OSError(number, os.strerror(number)), "cannot read the scheduling", where=f"task {tid}"
+        )
     _, policy, flags, nice, priority, runtime, deadline, period = _ATTR.unpack(buffer.raw)
     cpus = sum(1 << cpu for cpu in os.sched_getaffinity(tid))
     return task_pb2.Scheduling(

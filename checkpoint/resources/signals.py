@@ -75,7 +75,9 @@ def restore_altstack(batch: Batch, thread: task_pb2.Thread) -> None:
     """Set the alternate stack. The task is not "on" it for the kernel yet: that follows from its rsp."""
     if thread.altstack_flags & _SS_DISABLE or not thread.altstack_size:
         return
-    flags = thread.altstack_flags & 0x80000000  # SS_AUTODISARM; SS_ONSTACK is the kernel's answer, not settable
+    flags = (
+        thread.altstack_flags & 0x80000000
+    )  # SS_AUTODISARM; SS_ONSTACK is the kernel's answer, not settable
     signed = flags - (1 << 32) if flags & 0x80000000 else flags
     batch.call("sigaltstack", _STACK.pack(thread.altstack_sp, signed, 0, thread.altstack_size), 0)
 

@@ -21,12 +21,27 @@ from snapshotter.base.errors import Finding, RestoreConflictError, wrap_os_error
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext, FrozenProcess, FrozenTask
     from checkpoint.kernel.proc import Status
-    from checkpoint.parasite import Batch, Buffer, StubTask
+    from checkpoint.parasite import Batch, StubTask
     from checkpoint.restore_context import RestoreContext
 
-_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "pid_for_children", "time", "time_for_children", "user", "uts")
+_NAMESPACES = (
+    "cgroup",
+    "ipc",
+    "mnt",
+    "net",
+    "pid",
+    "pid_for_children",
+    "time",
+    "time_for_children",
+    "user",
+    "uts",
+)
 _PERSONALITY_QUERY = 0xFFFFFFFF
-_STATES = {"running": task_pb2.Process.RUNNING, "stopped": task_pb2.Process.STOPPED, "zombie": task_pb2.Process.ZOMBIE}
+_STATES = {
+    "running": task_pb2.Process.RUNNING,
+    "stopped": task_pb2.Process.STOPPED,
+    "zombie": task_pb2.Process.ZOMBIE,
+}
 _DELETED = " (deleted)"
 
 
@@ -84,7 +99,9 @@ def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> N
             Finding(pid, where, "has seccomp filters", "not supported yet: start the job without its sandbox")
         )
     if tid == pid and status.state in "ZX" and status.threads > 1:
-        report.append(Finding(pid, where, "its first thread has exited while others run", "not supported yet"))
+        report.append(
+            Finding(pid, where, "its first thread has exited while others run", "not supported yet")
+        )
 
 
 def _look_personality(pid: int, report: list[Finding]) -> None:
@@ -94,7 +111,9 @@ def _look_personality(pid: int, report: list[Finding]) -> None:
     except OSError:
         return  # the memory resource names what is wrong with an executable
     if head[:4] == b"\x7fELF" and (head[4] != 2 or head[18:20] != b"\x3e\x00"):
-        report.append(Finding(pid, "task", "is not an x86-64 program (32-bit)", "only 64-bit tasks can be dumped"))
+        report.append(
+            Finding(pid, "task", "is not an x86-64 program (32-bit)", "only 64-bit tasks can be dumped")
+        )
 
 
 def _look_namespaces(pid: int, report: list[Finding]) -> None:
@@ -139,7 +158,9 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
     statuses: dict[int, Status] = {}
     for task in process.threads:
         # Before any infection: see registers.leave_critical_section.
-        thread = message.threads.add(tid=task.tid, start_time_ticks=task.start_time_ticks, sigmask=task.sigmask)
+        thread = message.threads.add(
+            tid=task.tid, start_time_ticks=task.start_time_ticks, sigmask=task.sigmask
+        )
         pointer, size, signature, flags = ptrace.get_rseq(task.tid)
         thread.rseq_pointer, thread.rseq_size = pointer, size if pointer else 0
         thread.rseq_signature, thread.rseq_flags = signature, flags
@@ -159,7 +180,11 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
 
 
 def _dump_thread(
-    process: FrozenProcess, task: FrozenTask, thread: task_pb2.Thread, message: task_pb2.Process, status: Status
+    process: FrozenProcess,
+    task: FrozenTask,
+    thread: task_pb2.Thread,
+    message: task_pb2.Process,
+    status: Status,
 ) -> None:
     """One thread; with the leader's batch also what the process has once."""
     leader = task is process.leader
@@ -188,7 +213,7 @@ def _dump_thread(
     thread.seccomp_mode = status.seccomp
     thread.comm = _comm_bytes(process.pid, task.tid)
     thread.robust_list_head, thread.robust_list_len = sys.get_robust_list(task.tid)
-    if status.sig_pnd:
+    if status.sig_pending:
         thread.pending.extend(signals.dump_pending(task.tid, shared=False))
     if leader:
         actions, asked_timers, subreaper, dumpable, thp = shared
@@ -197,12 +222,12 @@ def _dump_thread(
         message.child_subreaper = bool(_u32(results.bytes(subreaper)))
         message.dumpable = results[dumpable]
         message.thp_disabled = results[thp] > 0
-        if status.shd_pnd:
+        if status.shared_pending:
             message.shared_pending.extend(signals.dump_pending(task.tid, shared=True))
 
 
 def _ask_process(batch: Batch, process: FrozenProcess, status: Status):  # noqa: ANN202 - private tuple of refs
-    actions = signals.ask_actions(batch, status.sig_cgt, status.sig_ign)
+    actions = signals.ask_actions(batch, status.sig_caught, status.sig_ignored)
     asked_timers = timers.ask(batch, timers.parse_timers(_read_optional(f"/proc/{process.pid}/timers")))
     subreaper = batch.buffer(4)
     batch.call("prctl", prctl.GET_CHILD_SUBREAPER, subreaper, 0, 0, 0)
@@ -237,7 +262,9 @@ def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
                 hint="make it again, then roll back",
             ) from error
         if not os.path.isdir(path):
-            raise RestoreConflictError(f"its {what} {path} is no directory any more", where=f"task {process.pid}")
+            raise RestoreConflictError(
+                f"its {what} {path} is no directory any more", where=f"task {process.pid}"
+            )
         if (info.st_dev, info.st_ino) != (identity.dev, identity.ino):
             ctx.warn(f"task {process.pid}: its {what} {path} is another directory now than at the point")
 
@@ -302,7 +329,10 @@ def restore_process_late(batch: Batch, process: task_pb2.Process) -> None:
 def restore_outside(ctx: RestoreContext, process: task_pb2.Process) -> None:
     """What snap sets through /proc and system calls on the stub."""
     pid = process.pid
-    for name, value in (("oom_score_adj", str(process.oom_score_adj)), ("coredump_filter", hex(process.coredump_filter))):
+    for name, value in (
+        ("oom_score_adj", str(process.oom_score_adj)),
+        ("coredump_filter", hex(process.coredump_filter)),
+    ):
         path = Path(f"/proc/{pid}/{name}")
         try:
             path.write_text(value)

@@ -81,7 +81,9 @@ def answer(results: Results, asked: Asked, process: task_pb2.Process) -> None:
     for which, buffer in zip(ITIMERS, asked.itimers, strict=True):
         i_sec, i_usec, v_sec, v_usec = _ITIMERVAL.unpack(results.bytes(buffer)[: _ITIMERVAL.size])
         if v_sec or v_usec or i_sec or i_usec:
-            process.itimers.add(which=which, interval_us=i_sec * 1000000 + i_usec, value_us=v_sec * 1000000 + v_usec)
+            process.itimers.add(
+                which=which, interval_us=i_sec * 1000000 + i_usec, value_us=v_sec * 1000000 + v_usec
+            )
     for timer, buffer in asked.posix:
         i_sec, i_nsec, v_sec, v_nsec = _ITIMERSPEC.unpack(results.bytes(buffer)[: _ITIMERSPEC.size])
         timer.interval_ns = i_sec * SECOND_NS + i_nsec

@@ -1,0 +1,277 @@
+"""Building the tasks of a restore out of stubs, and letting them go together (or killing them all).
+
+Owns the execution of the tree plan, the stubs' arena and their way to snap's descriptors, threads, the order in which
+task state is set, and the release. Every task stays in snap's hands, signals blocked, until `release`; then each gets
+its registers and mask, stopped processes enter their group-stop, and all are detached, the root last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import ptrace
+from checkpoint.model import tree
+from checkpoint.parasite import StubTask, spawn_root_stub
+from checkpoint.plan import RestorePlan
+from checkpoint.resources import memory, prctl, registers, signals, task
+from checkpoint.restore_context import RestoreContext
+from images import task_pb2
+from snapshotter.base import faults
+from snapshotter.base.errors import SnapshotterError, TargetGoneError
+
+if TYPE_CHECKING:
+    from checkpoint.kernel.ptrace import Regs
+
+CLONE_PARENT = 0x8000
+_WALL = 0x40000000
+_O_CLOEXEC = 0o2000000
+_LEAST_SUPERVISOR_FD = 63
+_HELPER_TRIES = 100
+_SIG_DFL_ACTION = bytes(32)
+_EVERY_FD = 0xFFFFFFFF
+
+
+class Assembly:
+    """The stubs of one restore."""
+
+    def __init__(self, ctx: RestoreContext, planned: RestorePlan) -> None:
+        self.ctx = ctx
+        self.plan = planned
+        self.helpers: dict[int, StubTask] = {}
+        """By the plan's number, which is below 0 where any pid will do."""
+        self.released = False
+
+    def living(self) -> Iterator[tuple[StubTask, task_pb2.Process]]:
+        """Every process that is no zombie, parents first, with its leader."""
+        for pid, process in self.ctx.processes.items():
+            if process.state != task_pb2.Process.ZOMBIE:
+                yield self.ctx.stubs[pid], process
+
+    # -- tree ---------------------------------------------------------------------------------------------------
+
+    def make_tree(self) -> None:
+        """Carry out the tree plan."""
+        for step in self.plan.tree.steps:
+            match step:
+                case tree.SpawnRoot(pid):
+                    self._spawn_root(pid)
+                    faults.point("restore.root_stub")
+                case tree.Fork():
+                    self._fork(step)
+                case tree.SetSid(pid):
+                    self._stub(pid).call("setsid")
+                case tree.SetPgid(pid, pgid):
+                    self._stub(pid).call("setpgid", 0, pgid)
+                case tree.Subreaper(pid, on):
+                    self._stub(pid).call("prctl", prctl.SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
+                case tree.HelperExit(pid, reaper):
+                    self._dismiss(pid, reaper)
+                case tree.Die(pid):
+                    self._die(pid)
+
+    def _stub(self, pid: int) -> StubTask:
+        found = self.ctx.stubs.get(pid) or self.helpers.get(pid)
+        if found is None:
+            raise TargetGoneError("the stub is gone", where=f"task {pid}")
+        return found
+
+    def _spawn_root(self, pid: int) -> None:
+        stub = spawn_root_stub(pid)
+        self._adopt(pid, stub)
+        ptrace.set_sigmask(stub.tid, signals.ALL_BLOCKED)
+        mms = [self.ctx.mm(process) for process in self.ctx.processes.values() if process.mm]
+        nr_threads = max(len(process.threads) for process in self.ctx.processes.values())
+        size = StubTask.arena_size(nr_threads)
+        avoid = [(mapping.start, mapping.end) for mapping in memory.read_mappings(pid)]
+        address = memory.arena_hole(mms, size, avoid)
+        stub.map_arena(address, size)
+        self.ctx.arena = (address, address + size)
+        self._connect(stub)
+
+    def _connect(self, stub: StubTask) -> None:
+        """No descriptors but a pidfd of snap; no signal actions but SIG_DFL (exec keeps ignored ones)."""
+        used = [
+            entry.fd
+            for process in self.ctx.processes.values()
+            if process.state != task_pb2.Process.ZOMBIE
+            for entry in self.ctx.fd_table(process).entries
+        ]
+        number = max([_LEAST_SUPERVISOR_FD, *(fd + 1 for fd in used)])
+        soft, hard = resource.prlimit(stub.pid, resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft <= number:
+            resource.prlimit(stub.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        batch = stub.batch()
+        batch.call("close_range", 0, _EVERY_FD, 0)
+        pidfd = batch.call("pidfd_open", os.getpid(), 0)
+        batch.call("dup3", pidfd, number, _O_CLOEXEC)
+        batch.call("close", pidfd)
+        for signo in range(1, signals.NR_SIGNALS + 1):
+            if signo not in {signals.SIGKILL, signals.SIGSTOP}:
+                batch.call("rt_sigaction", signo, _SIG_DFL_ACTION, 0, 8)
+        stub.run(batch)
+        self.ctx.supervisor_fd = number
+
+    def _adopt(self, pid: int, stub: StubTask) -> None:
+        if pid in self.ctx.processes:
+            self.ctx.stubs[pid] = self.ctx.threads[pid] = stub
+        else:
+            self.helpers[pid] = stub
+
+    def _fork(self, step: tree.Fork) -> None:
+        maker = self._stub(step.maker)
+        flags = CLONE_PARENT if step.sibling else 0
+        # The kernel takes the sibling's signal from the maker: it must not be given.
+        exit_signal = 0 if step.sibling else step.exit_signal
+        if step.pid > 0:
+            self._adopt(step.pid, maker.fork_child(step.pid, exit_signal, flags))
+            return
+        wanted = {thread.tid for process in self.ctx.processes.values() for thread in process.threads}
+        wanted.update(self.plan.tree.helper_pids)
+        for _ in range(_HELPER_TRIES):
+            stub = maker.fork_child(0, exit_signal, flags)
+            if stub.pid not in wanted:
+                self.helpers[step.pid] = stub
+                return
+            self._kill(stub)
+            maker.call("wait4", stub.pid, 0, _WALL, 0)
+        raise SnapshotterError("no free pid for a helper", where=f"task {step.maker}")
+
+    def _dismiss(self, pid: int, reaper: int) -> None:
+        stub = self.helpers.pop(pid)
+        self._kill(stub)
+        self._stub(reaper).call("wait4", stub.pid, 0, _WALL, 0)
+
+    def _die(self, pid: int) -> None:
+        """Become a zombie with the right name and wait status."""
+        stub, process = self._stub(pid), self.ctx.processes[pid]
+        stub.call("prctl", prctl.SET_NAME, process.threads[0].comm[:15].ljust(16, b"\0"), 0, 0, 0)
+        signo = process.exit_code & 0x7F
+        if signo == 0:
+            with contextlib.suppress(TargetGoneError):
+                stub.call("exit_group", process.exit_code >> 8 & 0xFF)
+        elif signo == signal.SIGKILL:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+            ptrace.set_sigmask(pid, 0)
+            os.kill(pid, signo)
+            ptrace.cont(pid)
+            if ptrace.wait(pid).stopped:
+                ptrace.cont(pid, signo)
+        self._reap_as_tracer(pid)
+        del self.ctx.stubs[pid], self.ctx.threads[pid]
+
+    # -- threads ------------------------------------------------------------------------------------------------
+
+    def make_threads(self) -> None:
+        """All threads but the leaders, with their tids."""
+        for stub, process in self.living():
+            for thread in process.threads[1:]:
+                self.ctx.threads[thread.tid] = stub.clone_thread(thread.tid)
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def restore_state(self) -> None:
+        """Everything but registers, masks and stops."""
+        for stub, process in self.living():
+            batch = stub.batch()
+            opened = task.restore_directories(self.ctx, batch, process)
+            task.restore_process_early(batch, process)
+            try:
+                stub.run(batch)
+            finally:
+                for fd in opened:
+                    os.close(fd)
+            task.create_timers(stub, process)
+            batch = stub.batch()
+            batch.call("close", self.ctx.supervisor_fd)
+            stub.run(batch)
+        for _, process in self.living():
+            for thread in process.threads:
+                stub = self.ctx.threads[thread.tid]
+                batch = stub.batch()
+                task.restore_thread_early(batch, thread)
+                task.restore_thread_late(self.ctx, batch, process, thread)
+                stub.run(batch)
+            task.restore_outside(self.ctx, process)
+        # Timers start as late as can be, all processes' together.
+        for stub, process in self.living():
+            batch = stub.batch()
+            task.restore_process_late(batch, process)
+            stub.run(batch)
+
+    # -- release ------------------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Registers and masks, group-stops, then detach everything, leaves of the tree first."""
+        final: list[tuple[StubTask, task_pb2.Thread, Regs]] = []
+        for stub, process in self.living():
+            for thread in process.threads:
+                regs = registers.restore(process, thread, stub.mem)
+                final.append((self.ctx.threads[thread.tid], thread, regs))
+        self.ctx.state["tasks"] = {
+            thread.tid: _start_time(process.pid, thread.tid)
+            for _, process in self.living()
+            for thread in process.threads
+        }
+        for stub, _, regs in reversed(final):
+            stub.finish(regs)
+        for stub, process in self.living():
+            if process.state == task_pb2.Process.STOPPED or self.ctx.options.leave_stopped:
+                self._stop(stub, process.stop_signal or signal.SIGSTOP)
+        for stub, thread, _ in final:
+            ptrace.set_sigmask(stub.tid, thread.sigmask)
+        self.released = True
+        for stub, _, _ in reversed(final):
+            with contextlib.suppress(TargetGoneError):
+                ptrace.detach(stub.tid)
+            faults.point("restore.detached")
+
+    def _stop(self, stub: StubTask, signo: int) -> None:
+        """Bring the leader into a group-stop, everything blocked; the other threads follow when detached."""
+        os.kill(stub.pid, signal.SIGSTOP)
+        ptrace.cont(stub.tid)
+        status = ptrace.wait(stub.tid)
+        while status.stopped and not status.group_stop:
+            passed = status.stop_signal if status.stop_signal == signal.SIGSTOP and not status.event else 0
+            ptrace.cont(stub.tid, passed)
+            status = ptrace.wait(stub.tid)
+        if not status.stopped:
+            raise TargetGoneError("ended while it was being stopped", where=f"task {stub.pid}")
+
+    # -- failure ------------------------------------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        """Kill every stub; leaves no trace."""
+        if self.released:
+            return
+        stubs = {stub.tid: stub for stub in (*self.helpers.values(), *self.ctx.stubs.values())}
+        for pid in stubs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for tid in (*self.ctx.threads, *stubs):
+            self._reap_as_tracer(tid)
+
+    def _kill(self, stub: StubTask) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stub.pid, signal.SIGKILL)
+        self._reap_as_tracer(stub.pid)
+
+    @staticmethod
+    def _reap_as_tracer(tid: int) -> None:
+        """Take the exit as the tracer, so that the parent can."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                _, status = os.waitpid(tid, _WALL)
+                if os.WIFEXITED(status) or os.WIFSIGNALED(status):
+                    return
+
+
+def _start_time(pid: int, tid: int) -> int:
+    with open(f"/proc/{pid}/task/{tid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])

@@ -1,0 +1,156 @@
+"""Restore: a point's images and pages become the running job again, under its pids. Orchestrates, phase by phase.
+
+    decode -> survey, plan, check (nothing touched) -> replace the old job -> tree of stubs -> descriptors
+    -> memory -> threads -> state -> registers, all tasks let go together
+
+Invariants: until `environment.replace` nothing on the machine changes. From the first stub on, a failure kills
+every stub (they also die with snap: PTRACE_O_EXITKILL) and raises; no stub runs an instruction of the job before
+all of them are complete. What one kind of state needs is its resource's; building and releasing tasks is assembly.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from checkpoint import environment
+from checkpoint.assembly import Assembly
+from checkpoint.plan import RestorePlan, decode, make_plan
+from checkpoint.resources import files, memory, task
+from checkpoint.restore_context import RestoreContext, RestoreOptions, RestoreResult
+from snapshotter.base import faults
+from snapshotter.base.errors import SnapshotterError, wrap_os_error
+from snapshotter.base.pages import PageSource
+
+__all__ = ["RestoreOptions", "RestoreResult", "plan", "restore"]
+
+
+def plan(
+    images: Callable[[str], bytes],
+    names: Sequence[str],
+    source: PageSource,
+    options: RestoreOptions | None = None,
+) -> RestorePlan:
+    """What `restore` would do, all checks made. Touches nothing.
+
+    Raises:
+        RestoreConflictError: something on this machine stands in the way.
+        VerificationError, UnsupportedError: the point itself does.
+    """
+    _, _, planned = _prepare(images, names, source, options or RestoreOptions())
+    return planned
+
+
+def restore(
+    images: Callable[[str], bytes],
+    names: Sequence[str],
+    source: PageSource,
+    options: RestoreOptions | None = None,
+) -> RestoreResult:
+    """Bring a point back to life.
+
+    Args:
+        images: a serialised image by name.
+        names: every image the point has.
+        source: its pages.
+        options: defaults are right for replacing the job or starting it anew.
+
+    Raises:
+        RestoreConflictError: something on this machine stands in the way; nothing was touched, unless the error
+            says that the old job was killed and a zombie keeps a pid.
+        VerificationError, UnsupportedError, PermissionDeniedError: as they say; no trace is left.
+    """
+    options = options or RestoreOptions()
+    started = time.monotonic_ns()
+    phases: dict[str, int] = {}
+    with _timed(phases, "plan"):
+        ctx, found, planned = _prepare(images, names, source, options)
+    result = RestoreResult(planned.root_pid, list(ctx.processes), plan=str(planned), phases_us=phases)
+    result.warnings = ctx.warnings
+    faults.point("restore.planned")
+    if options.dry_run:
+        return result
+    with _timed(phases, "replace"):
+        environment.replace(ctx, found)
+    faults.point("restore.killed")
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        _build(ctx, planned, phases)
+    finally:
+        if collecting:
+            gc.enable()
+    result.tasks = ctx.state.pop("tasks", {})
+    result.pages_written = ctx.pages_written
+    result.duration_us = (time.monotonic_ns() - started) // 1000
+    return result
+
+
+def _prepare(
+    images: Callable[[str], bytes], names: Sequence[str], source: PageSource, options: RestoreOptions
+) -> tuple[RestoreContext, environment.Survey, RestorePlan]:
+    ctx = decode(images, names, source, options)
+    environment.check_machine(ctx)
+    found = environment.survey(ctx)
+    planned = make_plan(ctx, found)
+    environment.check_free(planned.tree.helper_pids, found)
+    for process in ctx.processes.values():
+        task.check(ctx, process)
+    memory.check(ctx)
+    files.check(ctx)
+    return ctx, found, planned
+
+
+def _build(ctx: RestoreContext, planned: RestorePlan, phases: dict[str, int]) -> None:
+    assembly = Assembly(ctx, planned)
+    try:
+        with _timed(phases, "tree"):
+            assembly.make_tree()
+        faults.point("restore.tree")
+        with _timed(phases, "files"):
+            files.open_all(ctx)
+            for stub, process in assembly.living():
+                files.install(ctx, stub, process)
+        faults.point("restore.files")
+        with _timed(phases, "memory"):
+            for stub, process in assembly.living():
+                memory.restore_mm(ctx, stub, process)
+                faults.point("restore.memory")
+        with _timed(phases, "threads"):
+            assembly.make_threads()
+        faults.point("restore.threads")
+        with _timed(phases, "state"):
+            for stub, process in assembly.living():
+                files.late(ctx, stub, process)
+            memory.finish(ctx)
+            assembly.restore_state()
+        faults.point("restore.state")
+        with _timed(phases, "release"):
+            assembly.release()
+    except SnapshotterError:
+        assembly.abandon()
+        raise
+    except OSError as error:
+        assembly.abandon()
+        raise wrap_os_error(
+            error, f"cannot restore: {error}", where=f"task {planned.root_pid}", hint="no trace of it is left"
+        ) from error
+    except BaseException:
+        assembly.abandon()
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            files.close_all(ctx)
+        with contextlib.suppress(Exception):
+            memory.finish(ctx)
+
+
+@contextlib.contextmanager
+def _timed(phases: dict[str, int], name: str) -> Iterator[None]:
+    start = time.monotonic_ns()
+    try:
+        yield
+    finally:
+        phases[name] = (time.monotonic_ns() - start) // 1000
