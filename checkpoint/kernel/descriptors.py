@@ -19,6 +19,7 @@ from typing import TypeVar
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
+SYS_EPOLL_CTL = 233
 SYS_TEE = 276
 SYS_TIMERFD_CREATE = 283
 SYS_TIMERFD_SETTIME = 286
@@ -101,6 +102,12 @@ def timerfd_set_ticks(fd: int, ticks: int) -> None:
 
 def signalfd(mask: int, flags: int) -> int:
     return _syscall(SYS_SIGNALFD4, -1, ctypes.create_string_buffer(struct.pack("=Q", mask), 8), 8, flags)
+
+
+def epoll_add(epoll_fd: int, fd: int, events: int, data: int) -> None:
+    """EPOLL_CTL_ADD with all 64 bits of user data (select.epoll keeps the descriptor number there)."""
+    event = struct.pack("=IQ", events, data)  # struct epoll_event is packed on x86-64
+    _syscall(SYS_EPOLL_CTL, epoll_fd, 1, fd, ctypes.create_string_buffer(event, 12))
 
 
 def get_owner(fd: int) -> tuple[int, int]:

@@ -115,7 +115,9 @@ def parse_fdinfo(data: bytes) -> FdInfo:
             fd, events, token, pos, ino, sdev = found.groups()
             dev = _kernel_dev_to_stat(int(sdev or b"0", 16))
             epoll.append(
-                EpollTarget(int(fd), int(events, 16), int(token, 16), int(pos or 0), int(ino or b"0", 16), dev)
+                EpollTarget(
+                    int(fd), int(events, 16), int(token, 16), int(pos or 0), int(ino or b"0", 16), dev
+                )
             )
         elif line.startswith(b"lock:") and (found := _LOCK.match(line)):
             kind, mode, access, pid, start, end = found.groups()

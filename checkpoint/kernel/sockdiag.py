@@ -67,9 +67,7 @@ def parse_unix_message(body: bytes) -> UnixSocketInfo:
             rqueue, wqueue = struct.unpack("=II", value[:8])
         elif attribute == _ATTR_SHUTDOWN:
             shutdown = value[0]
-    return UnixSocketInfo(
-        ino, kind, state, name, vfs_ino, vfs_dev, peer, pending, rqueue, wqueue, shutdown
-    )
+    return UnixSocketInfo(ino, kind, state, name, vfs_ino, vfs_dev, peer, pending, rqueue, wqueue, shutdown)
 
 
 def unix_sockets() -> dict[int, UnixSocketInfo]:

@@ -1,0 +1,113 @@
+"""File descriptors: what the job has open, dumped and made again.
+
+One module per kind of descriptor (regular, directory, device, terminal, pipe, eventfd, timerfd, signalfd,
+epoll, unixsock, inet, pidfd), each with its refusals, dump and restore side by side; kinds.py is their
+table. Dump: dumping.py (and outside.py, which finds what ties a job to other processes). Restore:
+opening.py makes every description once in snap, install.py hands them to the stubs.
+
+This module is all that the engine's orchestrators call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from checkpoint.resources.files import install as _install
+from checkpoint.resources.files import kinds, outside
+from checkpoint.resources.files.dumping import FilesDump, shared_tables
+from checkpoint.resources.files.install import highest_fd
+from checkpoint.resources.files.kind import descriptors, see
+from checkpoint.resources.files.opening import Opening
+from images import files_pb2
+from snapshotter.base.errors import Finding, wrap_os_error
+
+if TYPE_CHECKING:
+    from checkpoint.context import DumpContext
+    from checkpoint.parasite import StubTask
+    from checkpoint.restore_context import RestoreContext
+    from images import task_pb2
+
+__all__ = [
+    "check",
+    "close_all",
+    "dump_files",
+    "highest_fd",
+    "install",
+    "late",
+    "look",
+    "look_job",
+    "open_all",
+]
+
+_STATE = "files"
+
+
+def look(pid: int, report: list[Finding]) -> None:
+    """Adds to `report` each descriptor of a process that cannot be dumped. The process may be running."""
+    try:
+        for fd in descriptors(pid):
+            seen = see(pid, fd)
+            if seen is None:
+                continue
+            try:
+                finding = kinds.refusal(seen)
+            except FileNotFoundError:
+                continue  # closed meanwhile
+            if finding is not None:
+                report.append(finding)
+        report.extend(shared_tables(pid))
+    except (FileNotFoundError, ProcessLookupError):
+        return  # the process ended: look at the tree says so
+    except PermissionError as error:
+        raise wrap_os_error(
+            error, "cannot read its descriptors", where=f"task {pid}", hint="run as root, or as its user"
+        ) from error
+
+
+def look_job(pids: Sequence[int], report: list[Finding]) -> None:
+    """What only the whole job shows: pipes and sockets to processes outside, shared descriptor tables."""
+    outside.look_job([pid for pid in pids if os.path.isdir(f"/proc/{pid}")], report)
+
+
+def dump_files(ctx: DumpContext) -> None:
+    """Dumps the descriptors of the whole frozen job: ctx.images["files"] and one "fdtable/<pid>" per process."""
+    with FilesDump(ctx) as job:
+        job.run()
+        outside.lone_ends(job)
+
+
+def _opening(ctx: RestoreContext) -> Opening:
+    opening = ctx.state.get(_STATE)
+    if opening is None:
+        opening = ctx.state[_STATE] = Opening(ctx, ctx.image("files", files_pb2.Files))
+    assert isinstance(opening, Opening)
+    return opening
+
+
+def check(ctx: RestoreContext) -> None:
+    """Before anything is touched: are the files, devices and terminals still there? Raises RestoreConflictError."""
+    _opening(ctx).check()
+
+
+def open_all(ctx: RestoreContext) -> None:
+    """Makes every description, once, in snap. The processes of the job must exist already (pidfds)."""
+    _opening(ctx).open_all()
+
+
+def install(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -> None:
+    """Gives a stub the descriptor table of its process; closes what else it has but the supervisor's."""
+    _install.install(ctx, _opening(ctx), stub, process)
+
+
+def late(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -> None:
+    """Once all threads exist: owners of SIGIO, POSIX locks, the controlling terminal."""
+    _install.late(ctx, _opening(ctx), stub, process)
+
+
+def close_all(ctx: RestoreContext) -> None:
+    """Closes the descriptions in snap, when every stub has its own. Safe to call twice."""
+    opening = ctx.state.pop(_STATE, None)
+    if isinstance(opening, Opening):
+        opening.close()

@@ -1,0 +1,239 @@
+"""Dumps the descriptor tables of a frozen job: every file description once, every table once.
+
+Owns the run: which descriptors lead to the same description (kcmp), the order of passes, duplicates
+for inspection. What one kind of description holds is its own module's.
+
+Passes: 1. every table is read and every new description dumped; 2. `finish` of each description
+(pipe contents, socket queues, epoll targets). A descriptor found in a socket's queue is described in
+the same way, under snap's own pid, and stays open here until the end.
+
+Told apart: descriptions are bucketed by everything /proc shows of them (device, inode, flags, offset,
+link), and within a bucket kept sorted in kcmp's order, so that n descriptors cost n log n comparisons
+at worst (many eventfds share one inode) and none at all in the common case.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import descriptors as sys
+from checkpoint.kernel import sockdiag
+from checkpoint.kernel.fdinfo import O_DIRECT, EpollTarget, LockLine
+from checkpoint.resources.files import kinds
+from checkpoint.resources.files.kind import Seen, descriptors, see
+from images import files_pb2, task_pb2
+from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError, wrap_os_error
+
+if TYPE_CHECKING:
+    from checkpoint.context import DumpContext
+
+_DESCRIPTION_LOCKS = frozenset({"FLOCK", "OFDLCK"})
+
+
+class FilesDump:
+    """One dump of the descriptors of a job. A context manager: leaving it closes everything it fetched."""
+
+    def __init__(self, ctx: DumpContext) -> None:
+        self.ctx = ctx
+        self.image = files_pb2.Files(format_version=1)
+        self.pipes: dict[int, files_pb2.PipeBuffer] = {}
+        self.tables: dict[int, dict[int, int]] = {}
+        """pid -> descriptor -> description id."""
+        self.examples: dict[int, Seen] = {}
+        """description id -> one descriptor that leads to it."""
+        self.by_inode: dict[tuple[int, int], list[int]] = {}
+        """(dev, ino) -> descriptions of it."""
+        self._buckets: dict[tuple[object, ...], list[int]] = {}
+        self._unfinished: list[int] = []
+        self._pidfds: dict[int, int] = {}
+        self._owned: list[int] = []
+        self._sockets: dict[int, sockdiag.UnixSocketInfo] | None = None
+
+    def __enter__(self) -> FilesDump:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in [*self._pidfds.values(), *self._owned]:
+            os.close(fd)
+        self._pidfds.clear()
+        self._owned.clear()
+
+    @contextmanager
+    def borrow(self, seen: Seen) -> Iterator[int]:
+        """A duplicate in snap of a descriptor of the job: the same description. Runs no code in the job."""
+        if seen.pid == os.getpid():
+            yield seen.fd
+            return
+        try:
+            if seen.pid not in self._pidfds:
+                self._pidfds[seen.pid] = os.pidfd_open(seen.pid)
+            fd = sys.pidfd_getfd(self._pidfds[seen.pid], seen.fd)
+        except OSError as error:
+            raise wrap_os_error(
+                error, "cannot fetch a descriptor", where=f"task {seen.pid}, {seen.where}"
+            ) from error
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def keep(self, fd: int) -> Seen:
+        """Takes over a descriptor of snap's own (from a socket's queue); it is closed when the dump ends."""
+        self._owned.append(fd)
+        seen = see(os.getpid(), fd)
+        assert seen is not None  # it is ours and open
+        return seen
+
+    @property
+    def sockets(self) -> dict[int, sockdiag.UnixSocketInfo]:
+        """Every unix socket of the network namespace, fetched once."""
+        if self._sockets is None:
+            self._sockets = sockdiag.unix_sockets()
+        return self._sockets
+
+    def pipe_id(self, seen: Seen) -> int:
+        """The number of the PipeBuffer of a pipe or FIFO."""
+        key = (seen.stat.st_dev << 64) | seen.stat.st_ino
+        number = self._pipe_numbers.setdefault(key, len(self._pipe_numbers) + 1)
+        if number not in self.pipes:
+            self.pipes[number] = files_pb2.PipeBuffer(id=number)
+        return number
+
+    @property
+    def _pipe_numbers(self) -> dict[int, int]:
+        numbers: dict[int, int] = self.ctx.resources.setdefault("files.pipes", {})
+        return numbers
+
+    def pipe_in_packets(self, pipe: int) -> bool:
+        """Does any write end of the pipe have O_DIRECT, packet mode?"""
+        return any(
+            d.pipe.id == pipe and d.pipe.write_end and d.flags & O_DIRECT
+            for d in self.image.descriptions
+            if d.HasField("pipe")
+        )
+
+    def find_epoll_target(self, epoll: Seen, target: EpollTarget, nth: int) -> int | None:
+        """The description that an epoll entry watches."""
+        likely = self.tables.get(epoll.pid, {}).get(target.fd)
+        others = self.by_inode.get((target.dev, target.ino), [])
+        for number in dict.fromkeys([*([] if likely is None else [likely]), *others]):
+            seen = self.examples[number]
+            if sys.is_epoll_target(seen.pid, seen.fd, epoll.pid, epoll.fd, target.fd, nth):
+                return number
+        return None
+
+    def describe(self, seen: Seen) -> int:
+        """The id of the description behind a descriptor; dumps it when it is new."""
+        link = seen.link if seen.stat.st_ino else b""
+        info = seen.info
+        key = (seen.stat.st_dev, seen.stat.st_ino, info.flags, info.pos, info.mnt_id, link)
+        bucket = self._buckets.setdefault(key, [])
+        low, high = 0, len(bucket)
+        while low < high:
+            middle = (low + high) // 2
+            other = self.examples[bucket[middle]]
+            order = sys.kcmp(seen.pid, other.pid, sys.KCMP_FILE, seen.fd, other.fd)
+            if order == 0:
+                return bucket[middle]
+            if order == 3:
+                raise SnapshotterError("the kernel gives descriptions no order (kcmp)", where=seen.where)
+            low, high = (low, middle) if order == 1 else (middle + 1, high)
+        number = self._dump(seen)
+        bucket.insert(low, number)
+        return number
+
+    def _dump(self, seen: Seen) -> int:
+        finding = kinds.refusal(seen)
+        kind = kinds.kind_of(seen)
+        if finding is not None or kind is None:
+            finding = finding or kinds.unknown(seen)
+            raise UnsupportedError(
+                finding.what, where=f"task {seen.pid}, {seen.where}", hint=finding.hint, findings=(finding,)
+            )
+        description = self.image.descriptions.add(
+            id=len(self.image.descriptions) + 1, flags=seen.info.flags, offset=max(seen.info.pos, 0)
+        )
+        self.examples[description.id] = seen
+        self.by_inode.setdefault((seen.stat.st_dev, seen.stat.st_ino), []).append(description.id)
+        kind.dump(self, seen, description)
+        for lock in seen.info.locks:
+            if lock.kind in _DESCRIPTION_LOCKS:
+                description.locks.append(_lock(lock))
+        if seen.info.flags & os.O_ASYNC or kind.field in {"unix", "inet", "pipe", "terminal"}:
+            self._owner(seen, description)
+        self._unfinished.append(description.id)
+        return description.id
+
+    def _owner(self, seen: Seen, description: files_pb2.Description) -> None:
+        """Who gets SIGIO (F_SETOWN, F_SETSIG)."""
+        import fcntl
+
+        with self.borrow(seen) as fd:
+            kind, pid = sys.get_owner(fd)
+            signal = fcntl.fcntl(fd, sys.F_GETSIG)
+        if pid or signal:
+            description.owner.pid = pid
+            description.owner.type = kind
+            description.owner.signal = signal
+
+    def run(self) -> None:
+        """Dumps every table of the job into ctx.images."""
+        for process in self.ctx.living():
+            self._table(process.pid)
+        while self._unfinished:
+            number = self._unfinished.pop(0)
+            description = self.image.descriptions[number - 1]
+            field = description.WhichOneof("kind")
+            assert field is not None  # dump() filled it
+            kinds.BY_FIELD[field].finish(self, self.examples[number], description)
+        self.image.pipes.extend(self.pipes.values())
+        self.ctx.images["files"] = self.image
+
+    def _table(self, pid: int) -> None:
+        table = files_pb2.FdTable(format_version=1)
+        numbers = self.tables.setdefault(pid, {})
+        for fd in descriptors(pid):
+            seen = see(pid, fd)
+            if seen is None:  # cannot be: the job is frozen
+                raise SnapshotterError(
+                    "a descriptor of a frozen task vanished", where=f"task {pid}, descriptor {fd}"
+                )
+            numbers[fd] = self.describe(seen)
+            entry = table.entries.add(fd=fd, description=numbers[fd], cloexec=seen.info.cloexec)
+            entry.locks.extend(_lock(lock) for lock in seen.info.locks if lock.kind == "POSIX")
+        self.ctx.images[f"fdtable/{pid}"] = table
+        process = self.ctx.images.get(f"process/{pid}")
+        if isinstance(process, task_pb2.Process):
+            process.files = f"fdtable/{pid}"
+
+
+def _lock(line: LockLine) -> files_pb2.FileLock:
+    return files_pb2.FileLock(
+        kind=line.kind, write=line.write, start=line.start, end=line.end or 0, to_end=line.end is None
+    )
+
+
+def shared_tables(pid: int) -> list[Finding]:
+    """Threads of a process that have a descriptor table of their own (unshare(CLONE_FILES))."""
+    findings = []
+    for name in os.listdir(f"/proc/{pid}/task"):
+        tid = int(name)
+        if tid == pid:
+            continue
+        try:
+            same = sys.kcmp(pid, tid, sys.KCMP_FILES, 0, 0) == 0
+        except OSError:
+            continue  # it ended, or may not be looked at: the dump will say so
+        if not same:
+            findings.append(
+                Finding(
+                    pid,
+                    f"thread {tid}",
+                    "has a descriptor table of its own (unshare(CLONE_FILES))",
+                    "this cannot be dumped; let the thread share its process's descriptors",
+                )
+            )
+    return findings

@@ -1,0 +1,163 @@
+"""Internet sockets without a remote end: TCP that listens or was never connected, and UDP.
+
+State: addresses, options, backlog. A datagram that waits in a UDP socket at the dump is dropped, as
+the network may drop any, and a warning says so. Established TCP connections are refused: their other
+end lives on and would not follow a rollback.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import descriptors
+from checkpoint.resources.files import kind, sockets
+from images import files_pb2
+from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
+
+if TYPE_CHECKING:
+    from checkpoint.resources.files.dumping import FilesDump
+    from checkpoint.resources.files.kind import Seen
+    from checkpoint.resources.files.opening import Opening
+
+TCP_LISTEN, TCP_CLOSE = 10, 7
+_PROTOCOLS = frozenset({"TCP", "TCPv6", "UDP", "UDPv6"})
+_TCP_INFO = 11
+_IP, _IPV6, _TCP = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP
+_BEFORE_BIND = {
+    (socket.SOL_SOCKET, socket.SO_REUSEADDR),
+    (socket.SOL_SOCKET, socket.SO_REUSEPORT),
+    (_IPV6, socket.IPV6_V6ONLY),
+    (_IP, 15),
+    (_IP, 19),
+}
+"""IP_FREEBIND and IP_TRANSPARENT are the last two."""
+_OPTIONS = (
+    *sockets.GENERIC_OPTIONS,
+    (_IPV6, socket.IPV6_V6ONLY),
+    (_IP, socket.IP_TOS),
+    (_IP, socket.IP_TTL),
+    (_IP, 8),  # IP_PKTINFO
+    (_IP, 15),
+    (_IP, 19),
+    (_IPV6, socket.IPV6_UNICAST_HOPS),
+    (_IPV6, socket.IPV6_RECVPKTINFO),
+    (_IPV6, socket.IPV6_TCLASS),
+    (_TCP, socket.TCP_NODELAY),
+    (_TCP, socket.TCP_KEEPIDLE),
+    (_TCP, socket.TCP_KEEPINTVL),
+    (_TCP, socket.TCP_KEEPCNT),
+    (_TCP, socket.TCP_DEFER_ACCEPT),
+    (_TCP, socket.TCP_USER_TIMEOUT),
+    (_TCP, 23),  # TCP_FASTOPEN
+)
+
+
+class InetKind(kind.Kind):
+    field = "inet"
+
+    def claims(self, seen: Seen) -> bool:
+        return seen.link.startswith(b"socket:") and sockets.protocol_name(seen.pid, seen.fd) in _PROTOCOLS
+
+    def refusal(self, seen: Seen) -> Finding | None:
+        if not sockets.protocol_name(seen.pid, seen.fd).startswith("TCP"):
+            return None
+        remote = _connection(seen.pid, seen.stat.st_ino)
+        if remote is None:
+            return None
+        return Finding(
+            seen.pid,
+            seen.where,
+            f"is a TCP connection ({remote}), which cannot be dumped",
+            "let the program close it, or take the point while it is not connected",
+        )
+
+    def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
+        image = description.inet
+        image.ino = seen.stat.st_ino
+        with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
+            image.family, image.type, image.protocol = sock.family, sock.type, sock.proto
+            image.state = TCP_CLOSE
+            image.source = _address(sock.getsockname())
+            if sock.type == socket.SOCK_STREAM:
+                info = sock.getsockopt(_TCP, _TCP_INFO, 256)
+                image.state = info[0]
+                if image.state not in {TCP_LISTEN, TCP_CLOSE}:
+                    raise UnsupportedError("is a TCP connection, which cannot be dumped", where=seen.where)
+                waiting, image.backlog = struct.unpack_from("=II", info, 24)
+                if image.state == TCP_LISTEN and waiting:
+                    job.ctx.warn(
+                        f"{waiting} connections wait at {sock.getsockname()}; they are lost by a rollback"
+                    )
+            else:
+                try:
+                    image.destination = _address(sock.getpeername())
+                except OSError:
+                    pass  # not connected
+                if descriptors.nr_readable(fd):
+                    job.ctx.warn(
+                        f"datagrams that wait in the UDP socket at {sock.getsockname()} are not saved"
+                    )
+            with socket.socket(sock.family, sock.type, sock.proto) as fresh:
+                for level, name, value in sockets.changed_options(sock, fresh, _OPTIONS):
+                    image.options.add(level=level, name=name, value=value)
+
+    def open(self, opening: Opening, description: files_pb2.Description) -> int:
+        image = description.inet
+        with socket.socket(image.family, image.type, image.protocol) as sock:
+            early = [o for o in image.options if (o.level, o.name) in _BEFORE_BIND]
+            sockets.apply_options(sock, early)
+            address = _parsed(image.source)
+            try:
+                if address[1]:
+                    if image.type == socket.SOCK_STREAM:
+                        # The old job's connections may linger in TIME_WAIT.
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    sock.bind(address)
+                if image.state == TCP_LISTEN:
+                    sock.listen(image.backlog)
+                if image.destination:
+                    sock.connect(_parsed(image.destination))
+            except OSError as error:
+                raise RestoreConflictError(
+                    f"cannot bind the job's socket: {error.strerror}",
+                    where=f"{address[0]} port {address[1]}",
+                    hint="end what uses this address",
+                ) from error
+            reuse = any((o.level, o.name) == (socket.SOL_SOCKET, socket.SO_REUSEADDR) for o in early)
+            if image.type == socket.SOCK_STREAM and not reuse:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            sockets.apply_options(sock, (o for o in image.options if (o.level, o.name) not in _BEFORE_BIND))
+            return os.dup(sock.fileno())
+
+
+def _connection(pid: int, ino: int) -> str | None:
+    """ "local - remote (state)" in the kernel's hexadecimal, if a TCP socket is connected."""
+    for name in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/{pid}/net/{name}", encoding="ascii") as file:
+                lines = file.read().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            words = line.split()
+            if int(words[9]) == ino and int(words[3], 16) not in {TCP_LISTEN, TCP_CLOSE}:
+                return f"local port {int(words[1].split(':')[1], 16)}, remote port {int(words[2].split(':')[1], 16)}"
+    return None
+
+
+def _address(address: tuple[object, ...]) -> bytes:
+    """Host, port, and for IPv6 flow and scope, as text: "host port [flow scope]"."""
+    return " ".join(str(part) for part in address).encode()
+
+
+def _parsed(text: bytes) -> tuple[str, int] | tuple[str, int, int, int]:
+    words = text.decode().split()
+    if len(words) == 4:
+        return words[0], int(words[1]), int(words[2]), int(words[3])
+    return words[0], int(words[1])
+
+
+KIND = InetKind()

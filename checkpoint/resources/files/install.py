@@ -1,0 +1,145 @@
+"""Puts the opened descriptions under their numbers in a restore stub, and what needs the stub itself.
+
+No temporary numbers are needed: the stub's table holds nothing but what restore.py keeps in it (the
+supervisor's pidfd, above every number of the job). Entries are installed in ascending order, and the
+kernel gives each arriving descriptor the lowest free number, which is never above its final one: either
+it has arrived, or one dup3 moves it up, and no number that is in use is ever touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import descriptors as sys
+from checkpoint.resources.files.opening import Opening, flock_struct
+from images import files_pb2, task_pb2
+from snapshotter.base.errors import SnapshotterError, wrap_os_error
+
+if TYPE_CHECKING:
+    from checkpoint.parasite import StubTask
+    from checkpoint.restore_context import RestoreContext
+
+_NR_MAX = 0xFFFFFFFF
+_F_SETFD, _F_SETLK = 2, 6
+_TIOCSCTTY, _TIOCSPGRP = 0x540E, 0x5410
+
+
+def highest_fd(ctx: RestoreContext) -> int:
+    """The highest descriptor number of the whole job: the supervisor's pidfd must be above it."""
+    return max(
+        (entry.fd for process in ctx.processes.values() for entry in ctx.fd_table(process).entries), default=2
+    )
+
+
+def install(ctx: RestoreContext, opening: Opening, stub: StubTask, process: task_pb2.Process) -> None:
+    """Makes the descriptor table of one process."""
+    if not process.files or process.files in opening.installed:
+        return
+    table = sorted(ctx.fd_table(process).entries, key=lambda entry: entry.fd)
+    supervisor = ctx.supervisor_fd
+    if table and supervisor <= table[-1].fd:
+        raise SnapshotterError(
+            f"the supervisor's descriptor {supervisor} is in the way of the job's {table[-1].fd}",
+            where="install",
+        )
+    _raise_limit(process.pid, supervisor + 1)
+    batch = stub.batch()
+    if supervisor:
+        batch.call("close_range", 0, supervisor - 1, 0)
+    batch.call("close_range", supervisor + 1, _NR_MAX, 0)
+    taken: set[int] = set()
+    first: dict[int, int] = {}
+    lowest = 0
+    for entry in table:
+        flags = os.O_CLOEXEC if entry.cloexec else 0
+        if entry.description in first:
+            batch.call("dup3", first[entry.description], entry.fd, flags)
+        else:
+            arrived = ctx.give(batch, opening.fds[entry.description])
+            while lowest in taken:
+                lowest += 1
+            if lowest == entry.fd:
+                if not entry.cloexec:
+                    batch.call("fcntl", entry.fd, _F_SETFD, 0)
+            else:
+                batch.call("dup3", arrived, entry.fd, flags)
+                batch.call("close", arrived)
+            first[entry.description] = entry.fd
+        taken.add(entry.fd)
+    stub.run(batch)
+    opening.installed.add(process.files)
+
+
+def _raise_limit(pid: int, count: int) -> None:
+    """RLIMIT_NOFILE of the stub must allow the numbers; the job's own limits are set later."""
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft <= count:
+        wanted = count + 64
+        try:
+            top = hard if hard == resource.RLIM_INFINITY else max(hard, wanted)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (wanted, top))
+        except (OSError, ValueError) as error:
+            raise SnapshotterError(
+                f"cannot allow {wanted} descriptors (RLIMIT_NOFILE)",
+                where=f"task {pid}",
+                hint="raise ulimit -n",
+            ) from error
+
+
+def late(ctx: RestoreContext, opening: Opening, stub: StubTask, process: task_pb2.Process) -> None:
+    """What needs all pids: owners of SIGIO, POSIX locks, the controlling terminal."""
+    table = ctx.fd_table(process)
+    for entry in table.entries:
+        description = opening.descriptions[entry.description]
+        if description.HasField("owner") or description.flags & os.O_ASYNC:
+            _owner(ctx, opening, description)
+        for lock in entry.locks:
+            try:
+                stub.call("fcntl", entry.fd, _F_SETLK, flock_struct(lock))
+            except OSError as error:
+                raise wrap_os_error(
+                    error,
+                    "cannot lock it again as the job had",
+                    where=os.fsdecode(description.regular.identity.path),
+                    hint="end the process that has locked it",
+                ) from error
+    if process.sid == process.pid:
+        _controlling_terminal(ctx, opening, stub, process, table)
+
+
+def _owner(ctx: RestoreContext, opening: Opening, description: files_pb2.Description) -> None:
+    if description.id in opening.owned:
+        return
+    opening.owned.add(description.id)
+    fd = opening.fds[description.id]
+    try:
+        if description.owner.pid:
+            sys.set_owner(fd, description.owner.type, description.owner.pid)
+        if description.owner.signal:
+            fcntl.fcntl(fd, sys.F_SETSIG, description.owner.signal)
+    except OSError as error:
+        ctx.warn(f"the owner of a descriptor (process {description.owner.pid}) is gone: {error.strerror}")
+    if description.flags & os.O_ASYNC:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _controlling_terminal(
+    ctx: RestoreContext, opening: Opening, stub: StubTask, process: task_pb2.Process, table: files_pb2.FdTable
+) -> None:
+    """A session leader of the job takes its terminal back, unless somebody else's session has it now."""
+    for entry in table.entries:
+        description = opening.descriptions[entry.description]
+        if not description.HasField("terminal") or description.terminal.session != process.sid:
+            continue
+        name = os.fsdecode(description.terminal.identity.path)
+        try:
+            stub.call("ioctl", entry.fd, _TIOCSCTTY, 0)
+            if description.terminal.foreground_pgrp > 0:
+                group = description.terminal.foreground_pgrp.to_bytes(4, "little")
+                stub.call("ioctl", entry.fd, _TIOCSPGRP, group)
+        except OSError as error:
+            ctx.warn(f"{name} is not the job's controlling terminal any more: {error.strerror}")
+        return

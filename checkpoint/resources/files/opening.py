@@ -1,0 +1,182 @@
+"""Makes every file description of the job again, once, in snap.
+
+Owns the run and its passes: open (objects, contents of pipes), flags, fill (queues, interest lists),
+settle (shutdown, locks), and the descriptors in between. They reach the job through install.py. All of
+them are close-on-exec here, and all of them are closed by close().
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import struct
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import descriptors as sys
+from checkpoint.kernel import sockdiag
+from checkpoint.kernel.fdinfo import O_DIRECT, O_PATH
+from checkpoint.resources.files import kinds, unixsock
+from images import files_pb2
+from snapshotter.base.errors import RestoreConflictError, SnapshotterError, wrap_os_error
+
+if TYPE_CHECKING:
+    from checkpoint.restore_context import RestoreContext
+
+_SETTABLE = os.O_APPEND | os.O_NONBLOCK | O_DIRECT | os.O_NOATIME
+"""What F_SETFL changes; O_ASYNC waits for the owner (late)."""
+
+
+class Opening:
+    """The descriptions of one restore."""
+
+    def __init__(self, ctx: RestoreContext, image: files_pb2.Files) -> None:
+        self.ctx = ctx
+        self.image = image
+        self.descriptions = {description.id: description for description in image.descriptions}
+        self.fds: dict[int, int] = {}
+        """description id -> descriptor in snap."""
+        self.pipes = {buffer.id: buffer for buffer in image.pipes}
+        self.pipe_ends: dict[int, tuple[int, int]] = {}
+        self.pipe_ends_used: set[tuple[int, bool]] = set()
+        self.far_ends: dict[int, int] = {}
+        """description id -> the end of its connection that the job no longer has."""
+        sockets = [d for d in image.descriptions if d.HasField("unix")]
+        self.unix_by_ino = {d.unix.ino: d for d in sockets}
+        self.unix_listeners = {d.unix.address: d.id for d in sockets if d.unix.state == sockdiag.STATE_LISTEN}
+        self.owned: set[int] = set()
+        """Descriptions whose owner (SIGIO) was set already."""
+        self.installed: set[str] = set()
+
+    @property
+    def terminal(self) -> str:
+        """options.terminal: what to do when a terminal is gone."""
+        return self.ctx.options.terminal
+
+    @property
+    def highest_local(self) -> int:
+        return max([*self.fds.values(), *self.far_ends.values(), 2])
+
+    def warn(self, text: str) -> None:
+        self.ctx.warn(text)
+
+    def check(self) -> None:
+        """Can everything be opened? Touches nothing. Raises with all conflicts in one error."""
+        conflicts: list[RestoreConflictError] = []
+        for description in self.image.descriptions:
+            try:
+                kinds.BY_FIELD[_field(description)].check(self, description)
+            except RestoreConflictError as error:
+                conflicts.append(error)
+        if len(conflicts) == 1:
+            raise conflicts[0]
+        if conflicts:
+            hints = dict.fromkeys(error.hint for error in conflicts if error.hint)
+            raise RestoreConflictError(
+                "; ".join(dict.fromkeys(f"{error.where}: {error.what}" for error in conflicts)),
+                hint="; ".join(hints),
+            )
+
+    def open_all(self) -> None:
+        """Opens everything; closes it all again if anything fails."""
+        _allow_descriptors(2 * len(self.descriptions) + 256)
+        try:
+            for number in self.descriptions:
+                self.open(number)
+            for number, description in self.descriptions.items():
+                _set_flags(description, self.fds[number])
+            for number, description in self.descriptions.items():
+                kinds.BY_FIELD[_field(description)].fill(self, description, self.fds[number])
+            for number, description in self.descriptions.items():
+                if description.HasField("unix"):
+                    unixsock.KIND.settle(self, description, self.fds[number])
+                for lock in description.locks:
+                    _lock(description, lock, self.fds[number])
+            self._close_extra()
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self, number: int) -> int:
+        """The descriptor in snap of a description, made at the first call."""
+        fd = self.fds.get(number)
+        if fd is None:
+            description = self.descriptions.get(number)
+            if description is None:
+                raise SnapshotterError(f"file description {number} is not in the image", where="files")
+            try:
+                fd = kinds.BY_FIELD[_field(description)].open(self, description)
+            except OSError as error:
+                raise wrap_os_error(
+                    error, f"cannot make file description {number} ({_field(description)}) again"
+                ) from error
+            self.fds[number] = fd
+        return fd
+
+    def _close_extra(self) -> None:
+        for ends in self.pipe_ends.values():
+            for fd in ends:
+                os.close(fd)
+        self.pipe_ends.clear()
+        for fd in self.far_ends.values():
+            os.close(fd)
+        self.far_ends.clear()
+
+    def close(self) -> None:
+        """Closes what is open here. Descriptions live on where they were installed."""
+        self._close_extra()
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds.clear()
+
+
+def _field(description: files_pb2.Description) -> str:
+    field = description.WhichOneof("kind")
+    if field not in kinds.BY_FIELD:
+        raise SnapshotterError(
+            f"file description {description.id} is of a kind that this version does not know",
+            hint="use the snap version that took the point",
+        )
+    return field
+
+
+def _allow_descriptors(count: int) -> None:
+    """Raises our own soft limit where it is too low for this job."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def _set_flags(description: files_pb2.Description, fd: int) -> None:
+    if description.flags & O_PATH:
+        return
+    now = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if (now ^ description.flags) & _SETTABLE:
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, (now & ~_SETTABLE) | (description.flags & _SETTABLE))
+        except OSError as error:
+            raise wrap_os_error(error, f"cannot set the flags {description.flags:#o} again") from error
+
+
+def _lock(description: files_pb2.Description, lock: files_pb2.FileLock, fd: int) -> None:
+    """Locks that belong to a description: whoever holds it holds them."""
+    try:
+        if lock.kind == "FLOCK":
+            fcntl.flock(fd, (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        else:
+            fcntl.fcntl(fd, sys.F_OFD_SETLK, flock_struct(lock))
+    except OSError as error:
+        raise RestoreConflictError(
+            "another process has locked this file meanwhile",
+            where=os.fsdecode(description.regular.identity.path),
+            hint="end that process",
+        ) from error
+
+
+def flock_struct(lock: files_pb2.FileLock) -> bytes:
+    """struct flock of fcntl(2) for a lock."""
+    length = 0 if lock.to_end else lock.end - lock.start + 1
+    return struct.pack(
+        "=hh4xqqi4x", fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK, os.SEEK_SET, lock.start, length, 0
+    )

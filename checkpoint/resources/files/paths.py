@@ -1,0 +1,100 @@
+"""Opens a file of an image by path, and only if it is that very file.
+
+Owns the identity check that every kind with a path shares. Nothing is ever created or truncated here,
+and no device is opened before it is known to be the right one: the path is first opened O_PATH (which
+has no side effect), compared, and then reopened through /proc/self/fd.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from checkpoint.kernel.fdinfo import O_PATH, O_TMPFILE_BIT
+from images import common_pb2
+from snapshotter.base.errors import RestoreConflictError, wrap_os_error
+
+_NEVER = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_ASYNC | (O_TMPFILE_BIT & ~os.O_DIRECTORY)
+
+_TYPES = {
+    stat.S_IFREG: "regular file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFLNK: "symbolic link",
+}
+
+
+def type_name(mode: int) -> str:
+    """ "regular file", "directory" ... for an st_mode."""
+    return _TYPES.get(stat.S_IFMT(mode), "file")
+
+
+def shown(path: bytes) -> str:
+    """A path for messages."""
+    return path.decode("utf-8", "backslashreplace")
+
+
+def locate(identity: common_pb2.FileIdentity, *, same_inode: bool = True) -> int:
+    """An O_PATH descriptor of the file; RestoreConflictError if it is gone or another one.
+
+    `same_inode=False` compares the type only (devices, whose nodes may be made anew at boot).
+    """
+    kind = type_name(identity.mode)
+    where = shown(identity.path)
+    try:
+        fd = os.open(identity.path, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RestoreConflictError(
+            f"the {kind} that the job had open is gone",
+            where=where,
+            hint="put it back under this path, or roll back to another point",
+        ) from error
+    except OSError as error:
+        raise wrap_os_error(error, f"cannot open the {kind} that the job had open", where=where) from error
+    now = os.fstat(fd)
+    if stat.S_IFMT(now.st_mode) != stat.S_IFMT(identity.mode):
+        os.close(fd)
+        raise RestoreConflictError(
+            f"the job had a {kind} open here, now there is a {type_name(now.st_mode)}",
+            where=where,
+            hint="put the old one back",
+        )
+    if same_inode and (now.st_dev, now.st_ino) != (identity.dev, identity.ino):
+        os.close(fd)
+        raise RestoreConflictError(
+            f"the {kind} that the job had open was replaced by another (inode {identity.ino}, now {now.st_ino})",
+            where=where,
+            hint="put the old one back under this path, or roll back to another point",
+        )
+    return fd
+
+
+def reopen(path_fd: int, flags: int, where: str) -> int:
+    """Opens what an O_PATH descriptor stands for, with a description's own flags."""
+    try:
+        return os.open(
+            f"/proc/self/fd/{path_fd}", (flags & ~_NEVER & ~os.O_NOFOLLOW) | os.O_CLOEXEC | os.O_NOCTTY
+        )
+    except OSError as error:
+        raise wrap_os_error(error, "cannot open it again", where=where) from error
+
+
+def open_identity(identity: common_pb2.FileIdentity, flags: int, *, same_inode: bool = True) -> int:
+    """locate() and reopen() in one."""
+    fd = locate(identity, same_inode=same_inode)
+    try:
+        return reopen(fd, flags, shown(identity.path))
+    finally:
+        os.close(fd)
+
+
+def leads_to(path: bytes, dev: int, ino: int) -> bool:
+    """Does the path, as snap sees it, lead to that file?"""
+    try:
+        now = os.lstat(path)
+    except OSError:
+        return False
+    return (now.st_dev, now.st_ino) == (dev, ino)

@@ -1,0 +1,70 @@
+"""timerfd(2): clock, what remains, interval, expirations not read yet.
+
+A timer goes on with the time that remained at the dump; only an absolute one on the wall clock
+(TFD_TIMER_ABSTIME on CLOCK_REALTIME) keeps its date, and fires at once when that has passed.
+Expirations that were not read are put back with TFD_IOC_SET_TICKS.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import descriptors
+from checkpoint.resources.files import kind
+from snapshotter.base.errors import Finding, wrap_os_error
+
+if TYPE_CHECKING:
+    from checkpoint.resources.files.dumping import FilesDump
+    from checkpoint.resources.files.kind import Seen
+    from checkpoint.resources.files.opening import Opening
+    from images import files_pb2
+
+_WALL_CLOCKS = frozenset({0, 8})
+"""CLOCK_REALTIME, CLOCK_REALTIME_ALARM."""
+
+
+class TimerfdKind(kind.Kind):
+    field = "timerfd"
+
+    def claims(self, seen: Seen) -> bool:
+        return seen.anonymous(b"timerfd")
+
+    def refusal(self, seen: Seen) -> Finding | None:
+        if seen.info.timer is None:
+            return Finding(seen.pid, seen.where, "the kernel does not show this timer's state")
+        return None
+
+    def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
+        state = seen.info.timer
+        assert state is not None  # refused otherwise
+        timer = description.timerfd
+        timer.clock_id = state.clock_id
+        timer.ticks = state.ticks
+        timer.settime_flags = state.settime_flags
+        timer.value_ns = state.value_ns
+        timer.interval_ns = state.interval_ns
+        if state.clock_id in _WALL_CLOCKS and state.settime_flags & descriptors.TFD_TIMER_ABSTIME:
+            timer.expires_ns = (
+                time.clock_gettime_ns(time.CLOCK_REALTIME) + state.value_ns if state.value_ns else 0
+            )
+
+    def open(self, opening: Opening, description: files_pb2.Description) -> int:
+        timer = description.timerfd
+        try:
+            fd = descriptors.timerfd_create(timer.clock_id, os.O_CLOEXEC | os.O_NONBLOCK)
+            if timer.expires_ns:
+                descriptors.timerfd_settime(fd, timer.settime_flags, timer.expires_ns, timer.interval_ns)
+            elif timer.value_ns:
+                descriptors.timerfd_settime(fd, 0, timer.value_ns, timer.interval_ns)
+            if timer.ticks:
+                descriptors.timerfd_set_ticks(fd, timer.ticks)
+        except OSError as error:
+            raise wrap_os_error(
+                error, f"cannot make a timer on clock {timer.clock_id} again", where="timerfd"
+            ) from error
+        return fd
+
+
+KIND = TimerfdKind()

@@ -1,0 +1,394 @@
+"""Unix sockets: pairs, bound and listening ones, what is queued in them, descriptors in flight.
+
+State: type, address, peer, shutdown, options, and the queue of bytes or messages that the socket has
+not read yet, with the descriptors that they carry (SCM_RIGHTS). The queue is copied without consuming
+it: MSG_PEEK, and SO_PEEK_OFF only where one peek does not show everything (messages, descriptors, senders).
+
+Restore: both ends of a connection are made as a socketpair, or through a listening socket where one end
+has the listener's address; each queue is refilled from the other end; an end that the job no longer has
+is closed afterwards, so that the survivor reads its rest and then end-of-file.
+
+Refused: a peer outside the job, connections waiting to be accepted, addresses that are relative paths,
+sockets of another network namespace.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import sockdiag
+from checkpoint.resources.files import kind, outside, paths, sockets
+from images import common_pb2, files_pb2
+from snapshotter.base.errors import (
+    Finding,
+    RestoreConflictError,
+    SnapshotterError,
+    UnsupportedError,
+    wrap_os_error,
+)
+
+if TYPE_CHECKING:
+    from checkpoint.resources.files.dumping import FilesDump
+    from checkpoint.resources.files.kind import Seen
+    from checkpoint.resources.files.opening import Opening
+
+_RIGHTS_MAX = 253
+_ANCILLARY_BYTES = socket.CMSG_SPACE(_RIGHTS_MAX * 4) + socket.CMSG_SPACE(12) + socket.CMSG_SPACE(256)
+_MESSAGE_MAX_BYTES = 8 << 20
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_FILL_SNDBUF_BYTES = 1 << 30
+
+
+class UnixKind(kind.Kind):
+    field = "unix"
+
+    def claims(self, seen: Seen) -> bool:
+        return seen.link.startswith(b"socket:") and sockets.protocol_name(seen.pid, seen.fd).startswith(
+            "UNIX"
+        )
+
+    def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
+        info = job.sockets.get(seen.stat.st_ino)
+        if info is None:
+            raise _unsupported(
+                seen, "is a unix socket of another network namespace", "run snap in that namespace"
+            )
+        if info.state == sockdiag.STATE_LISTEN and info.rqueue:
+            raise _unsupported(
+                seen,
+                f"has {info.rqueue} connections that were not accepted yet",
+                "take the point a moment later",
+            )
+        image = description.unix
+        image.ino, image.peer_ino, image.type, image.state = info.ino, info.peer, info.type, info.state
+        image.shutdown = info.shutdown
+        image.backlog = info.wqueue if info.state == sockdiag.STATE_LISTEN else 0
+        if info.name:
+            image.address = info.name if info.name.startswith(b"\0") else info.name.rstrip(b"\0")
+            self._bound(seen, info, image)
+        with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
+            with socket.socket(socket.AF_UNIX, sock.type) as fresh:
+                for level, name, value in sockets.changed_options(sock, fresh, sockets.GENERIC_OPTIONS):
+                    image.options.add(level=level, name=name, value=value)
+
+    @staticmethod
+    def _bound(seen: Seen, info: sockdiag.UnixSocketInfo, image: files_pb2.UnixSocket) -> None:
+        if image.address.startswith(b"\0"):
+            return
+        if not image.address.startswith(b"/"):
+            raise _unsupported(
+                seen,
+                f"is bound to a relative path ({paths.shown(image.address)})",
+                "let the program bind it under an absolute path",
+            )
+        try:
+            node = os.lstat(image.address)
+        except OSError:
+            return
+        if node.st_ino == info.vfs_ino:
+            image.bound.CopyFrom(
+                common_pb2.FileIdentity(
+                    path=image.address,
+                    dev=node.st_dev,
+                    ino=node.st_ino,
+                    mode=node.st_mode,
+                    mtime_ns=node.st_mtime_ns,
+                )
+            )
+
+    def finish(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
+        image = description.unix
+        info = job.sockets[image.ino]
+        if image.peer_ino and not any(
+            job.image.descriptions[n - 1].HasField("unix")
+            for n in job.by_inode.get((seen.stat.st_dev, image.peer_ino), [])
+        ):
+            finding = outside.outside_peer(seen, job.sockets.get(image.peer_ino), job.ctx.processes)
+            raise UnsupportedError(
+                finding.what,
+                where=f"task {seen.pid}, {finding.where}",
+                hint=finding.hint,
+                findings=(finding,),
+            )
+        if image.state == sockdiag.STATE_LISTEN:
+            return
+        with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
+            for data, rights, credentials, address in _queue(sock, info, seen):
+                kept = [job.keep(right) for right in rights]
+                image.queue.add(
+                    data=data,
+                    descriptions=[job.describe(right) for right in kept],
+                    credentials=credentials,
+                    address=address,
+                )
+
+    def check(self, opening: Opening, description: files_pb2.Description) -> None:
+        image = description.unix
+        if not image.HasField("bound"):
+            return
+        parent = os.path.dirname(image.address)
+        if not os.path.isdir(parent):
+            raise RestoreConflictError(
+                "the directory of the job's socket is gone",
+                where=paths.shown(image.address),
+                hint="make it again",
+            )
+
+    def open(self, opening: Opening, description: files_pb2.Description) -> int:
+        image = description.unix
+        peer = opening.unix_by_ino.get(image.peer_ino) if image.peer_ino else None
+        with_peer = image.state == sockdiag.STATE_ESTABLISHED and (
+            image.type != socket.SOCK_DGRAM or (peer is not None and peer.unix.peer_ino == image.ino)
+        )
+        if with_peer:
+            mine, other = _connected(opening, image, peer.unix if peer else None)
+            if peer is None:
+                opening.far_ends[description.id] = other
+            else:
+                opening.fds[peer.id] = other
+            return mine
+        sock = socket.socket(socket.AF_UNIX, image.type)
+        if image.address:
+            _bind(sock, image)
+        if image.state == sockdiag.STATE_LISTEN:
+            sock.listen(image.backlog)
+        return sock.detach()
+
+    def fill(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
+        image = description.unix
+        with sockets.borrowed_socket(fd) as sock:
+            sockets.apply_options(sock, (o for o in image.options if o.name != sockets.SO_PEEK_OFF))
+            if image.queue:
+                self._refill(opening, description, sock)
+
+    def _refill(self, opening: Opening, description: files_pb2.Description, sock: socket.socket) -> None:
+        image = description.unix
+        peer = opening.unix_by_ino.get(image.peer_ino)
+        far = opening.far_ends.get(description.id)
+        if far is None and peer is not None and peer.unix.peer_ino == image.ino:
+            far = opening.fds[peer.id]
+        sender = (
+            socket.socket(fileno=os.dup(far))
+            if far is not None
+            else socket.socket(socket.AF_UNIX, image.type)
+        )
+        with sender:
+            if far is None:
+                sender.connect(sock.getsockname())
+            before = sender.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            sender.setsockopt(socket.SOL_SOCKET, sockets.SO_SNDBUFFORCE, _FILL_SNDBUF_BYTES)
+            for message in image.queue:
+                _send(opening, sender, message)
+            sender.setsockopt(socket.SOL_SOCKET, sockets.SO_SNDBUFFORCE, before // 2)
+
+    def settle(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
+        """Last pass, once all queues are full: one-way connections, shutdown, SO_PEEK_OFF."""
+        image = description.unix
+        far = opening.far_ends.pop(description.id, None)
+        with sockets.borrowed_socket(fd) as sock:
+            if far is not None:
+                os.close(far)
+            elif image.shutdown and image.state == sockdiag.STATE_ESTABLISHED:
+                sock.shutdown({1: socket.SHUT_RD, 2: socket.SHUT_WR, 3: socket.SHUT_RDWR}[image.shutdown & 3])
+            if image.type == socket.SOCK_DGRAM and image.peer_ino:
+                peer = opening.unix_by_ino[image.peer_ino]
+                if peer.unix.peer_ino != image.ino:
+                    sock.connect(peer.unix.address)
+            sockets.apply_options(sock, (o for o in image.options if o.name == sockets.SO_PEEK_OFF))
+
+
+def _unsupported(seen: Seen, what: str, hint: str) -> UnsupportedError:
+    finding = Finding(seen.pid, seen.where, what, hint)
+    return UnsupportedError(what, where=f"task {seen.pid}, {seen.where}", hint=hint, findings=(finding,))
+
+
+def _receive(sock: socket.socket, nr_bytes: int) -> tuple[bytes, list[int], bytes, bytes]:
+    """One peek: data, descriptors (ours now), credentials, sender's address."""
+    data, ancillary, flags, address = sock.recvmsg(nr_bytes, _ANCILLARY_BYTES, _PEEK)
+    rights = array.array("i")
+    credentials = b""
+    for level, name, value in ancillary:
+        if level == socket.SOL_SOCKET and name == socket.SCM_RIGHTS:
+            rights.frombytes(value[: len(value) - len(value) % rights.itemsize])
+        elif level == socket.SOL_SOCKET and name == socket.SCM_CREDENTIALS:
+            credentials = value
+    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        _close(rights)
+        raise SnapshotterError("a queued message could not be read whole", where="unix socket")
+    text = os.fsencode(address) if isinstance(address, (str, bytes)) else b""
+    return data, list(rights), credentials, text
+
+
+def _close(fds: list[int] | array.array[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _queue(
+    sock: socket.socket, info: sockdiag.UnixSocketInfo, seen: Seen
+) -> Iterator[tuple[bytes, list[int], bytes, bytes]]:
+    """What waits in a socket, unconsumed. Leaves SO_PEEK_OFF as it was."""
+    stream = info.type == socket.SOCK_STREAM
+    if info.type != socket.SOCK_DGRAM and not info.rqueue:
+        return
+    if stream:
+        data, rights, credentials, _ = _receive(sock, info.rqueue)
+        if len(data) == info.rqueue and not rights and not credentials:
+            yield data, [], b"", b""
+            return
+        _close(rights)
+    before = sock.getsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF)
+    left = info.rqueue
+    offset = 0
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, 0)
+        while left or info.type == socket.SOCK_DGRAM:
+            try:
+                found = _receive(sock, left if stream else _MESSAGE_MAX_BYTES)
+            except BlockingIOError:
+                break
+            data, rights, credentials, address = found
+            if not data and not rights and (stream or info.shutdown & 1):
+                break
+            if stream and rights and len(data) > 1:
+                plain = _before_rights(sock, offset, len(data))
+                if plain:
+                    yield data[:plain], [], credentials, b""
+                    data = data[plain:]
+                    offset += plain
+                    left -= plain
+                sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, offset + len(data))
+            offset += len(data)
+            left -= len(data)
+            yield data, rights, credentials, address
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, before)
+    if left and info.type != socket.SOCK_DGRAM:
+        raise SnapshotterError(
+            f"{left} bytes queued in a unix socket could not be read", where=f"task {seen.pid}"
+        )
+
+
+def _before_rights(sock: socket.socket, offset: int, nr_bytes: int) -> int:
+    """How many bytes at `offset` come before those that carry descriptors.
+
+    A large peek runs on into the piece that carries them and stops behind it; the fewest bytes that bring
+    them are one more than the answer.
+    """
+    low, high = 1, nr_bytes
+    while low < high:
+        middle = (low + high) // 2
+        sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, offset)
+        _, rights, _, _ = _receive(sock, middle)
+        _close(rights)
+        low, high = (low, middle) if rights else (middle + 1, high)
+    return low - 1
+
+
+def _send(opening: Opening, sender: socket.socket, message: files_pb2.QueuedMessage) -> None:
+    ancillary: list[tuple[int, int, bytes]] = []
+    if message.descriptions:
+        rights = array.array("i", [opening.fds[number] for number in message.descriptions])
+        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, rights.tobytes()))
+    if len(message.credentials) == 12 and _alive(message.credentials):
+        ancillary.append((socket.SOL_SOCKET, socket.SCM_CREDENTIALS, message.credentials))
+    try:
+        sent = sender.sendmsg([message.data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except OSError as error:
+        raise wrap_os_error(error, "cannot put a message back into a unix socket's queue") from error
+    if sent != len(message.data):
+        raise SnapshotterError(f"only {sent} of {len(message.data)} bytes fit into a unix socket's queue")
+
+
+def _alive(credentials: bytes) -> bool:
+    pid = struct.unpack_from("=i", credentials)[0]
+    return os.path.exists(f"/proc/{pid}")
+
+
+def _bind(sock: socket.socket, image: files_pb2.UnixSocket) -> None:
+    """Gives a socket its address. A node that a dead socket left at its path is replaced."""
+    where = paths.shown(image.address)
+    path = not image.address.startswith(b"\0")
+    try:
+        if path and image.HasField("bound") and os.path.exists(image.address):
+            _unlink_dead(image.address, sock.type)
+        sock.bind(image.address)
+        if path and not image.HasField("bound"):
+            os.unlink(image.address)  # the job had unlinked it
+        elif path:
+            os.chmod(image.address, image.bound.mode & 0o7777)
+    except OSError as error:
+        raise RestoreConflictError(
+            f"cannot bind the job's socket: {error.strerror}", where=where, hint="end what uses this address"
+        ) from error
+
+
+def _unlink_dead(path: bytes, socket_type: int) -> None:
+    """Removes the node of a socket that nobody serves any more; anything else is in the way."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise RestoreConflictError(
+            "there is something else where the job's socket was", where=paths.shown(path)
+        )
+    with socket.socket(socket.AF_UNIX, socket_type) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError:
+            pass
+    raise RestoreConflictError(
+        "another program serves the job's socket", where=paths.shown(path), hint="end it, or move its socket"
+    )
+
+
+def _connected(
+    opening: Opening, image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket | None
+) -> tuple[int, int]:
+    """A connection: (the described end, the other end). Addresses are given through a listening socket."""
+    addressed = image if image.address else peer if peer is not None and peer.address else None
+    if addressed is None:
+        ends = socket.socketpair(socket.AF_UNIX, image.type)
+        return ends[0].detach(), ends[1].detach()
+    if image.type == socket.SOCK_DGRAM:
+        return _connected_datagrams(image, peer)
+    client_side = peer if addressed is image else image
+    with socket.socket(socket.AF_UNIX, image.type) as client:
+        if client_side is not None and client_side.address:
+            _bind(client, client_side)
+        listener = opening.unix_listeners.get(addressed.address)
+        if listener is not None:
+            with sockets.borrowed_socket(opening.open(listener)) as served:
+                client.connect(addressed.address)
+                server = served.accept()[0]
+        else:
+            with socket.socket(socket.AF_UNIX, image.type) as served:
+                temporary = files_pb2.UnixSocket(address=addressed.address)
+                if not addressed.address.startswith(b"\0"):
+                    temporary.bound.mode = 0o600
+                _bind(served, temporary)
+                served.listen(1)
+                client.connect(addressed.address)
+                server = served.accept()[0]
+                if not addressed.address.startswith(b"\0"):
+                    os.unlink(addressed.address)
+        ends_by_side = (server.detach(), os.dup(client.fileno()))
+    return ends_by_side if addressed is image else (ends_by_side[1], ends_by_side[0])
+
+
+def _connected_datagrams(image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket | None) -> tuple[int, int]:
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for end, side in zip(ends, (image, peer), strict=True):
+        if side is not None and side.address:
+            _bind(end, side)
+    return ends[0].detach(), ends[1].detach()
+
+
+KIND = UnixKind()
