@@ -75,9 +75,8 @@ def take_periodic(
         _check_is_job(session, job, found, identity)
         with session.locked(job, create=True):
             point = _take_locked(session, job, identity, after)
-    except LockedError:
-        message = f"job {job}: skipped, an earlier take of it still runs"
-        return Skipped(job, "busy", message)
+    except LockedError as error:
+        return Skipped(job, "busy", f"job {job}: skipped, {error.what}")
     except TargetGoneError as error:
         if isinstance(error, StrangerError):
             raise
