@@ -92,7 +92,7 @@ def _leaves_nothing_behind(request):
     processes, mounts, files = our_children(), our_mounts(), our_files()
     yield
     end = time.monotonic() + 3
-    while (left := {pid for pid in our_children() - processes}) and time.monotonic() < end:
+    while (left := our_children() - processes) and time.monotonic() < end:
         reap_all()
         time.sleep(0.01)
     problems = []

@@ -1,0 +1,1 @@
+"""`make bench`: the goals of the project, measured."""

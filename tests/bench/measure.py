@@ -1,0 +1,154 @@
+"""The measurements: each returns numbers of one run; __main__ repeats, takes medians and compares with the goals."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import zstandard
+
+from tests.jobs import Job, wait_until
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Load(Job):
+    """load.c, obeying orders."""
+
+    def order(self, letter: str) -> str:
+        """Give an order, wait for its answer."""
+        answers = self.directory / "answers"
+        before = answers.read_text().count("\n")
+        with open(self.directory / "orders", "w") as orders:
+            orders.write(letter)
+        wait_until(lambda: answers.read_text().count("\n") > before, f"answer to {letter}")
+        return answers.read_text().splitlines()[-1]
+
+    def stored_bytes(self) -> int:
+        """What the store's files occupy."""
+        return sum(path.stat().st_blocks * 512 for path in self.store.rglob("*") if path.is_file())
+
+
+@contextlib.contextmanager
+def load(size_mib: int, nr_children: int = 0) -> Iterator[Load]:
+    """A running load; everything of it is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="snap-bench-", dir="/var/tmp") as scratch:
+        folder = pathlib.Path(scratch)
+        program = folder / "load"
+        subprocess.run(["gcc", "-O2", "-pthread", "-o", program, HERE / "load.c"], check=True)
+        job = Load(directory=folder / "job", store=folder / "store")
+        # Job.start appends the directory: $0 of the shell.
+        job.start(["/bin/sh", "-c", f'exec {program} "$0" {size_mib} {nr_children}'])
+        try:
+            wait_until((job.directory / "ready").exists, "load ready", 120)
+            yield job
+        finally:
+            job.destroy()
+
+
+def big_job(size_mib: int) -> dict[str, float]:
+    """Pauses, duration of a first take against bare zstd, and a restore."""
+    found: dict[str, float] = {}
+    with load(size_mib) as job:
+        found["noise_ms"] = _pause_ms(job, lambda: time.sleep(0.3))
+        pages = _memory_of(job.pid, size_mib << 20)
+        started = time.perf_counter()
+        _compress(pages)
+        bare = time.perf_counter() - started
+        del pages
+        first: dict[str, object] = {}
+        found["pause_first_ms"] = _pause_ms(job, lambda: first.update(job.take()))
+        found["take_first_s"] = float(str(first["duration_us"])) / 1e6
+        found["zstd_s"] = bare
+        found["take_to_zstd"] = found["take_first_s"] / bare
+        job.order("d")
+        found["pause_increment_ms"] = _pause_ms(job, job.take)
+        job.take("--kill")
+        restored = job.rollback()
+        found["restore_s"] = restored["duration_us"] / 1e6
+    return found
+
+
+def idle_increment(size_mib: int = 64) -> dict[str, float]:
+    """What an increment of an idle job adds to the store, everything included."""
+    with load(size_mib, 1) as job:
+        job.take()
+        job.take()
+        before = job.stored_bytes()
+        for _ in range(10):
+            job.take()
+        return {"idle_increment_bytes": (job.stored_bytes() - before) / 10}
+
+
+def forked_tree(nr_children: int = 50, size_mib: int = 64) -> dict[str, float]:
+    """Bytes stored of a tree that shares its memory, over those of one process."""
+    with load(size_mib, 1) as one:
+        alone = one.take()["bytes_stored"]
+    with load(size_mib, nr_children) as job:
+        point = job.take()
+        return {"tree_to_one": point["bytes_stored"] / alone, "tree_take_s": point["duration_us"] / 1e6}
+
+
+def long_chain(nr_points: int, size_mib: int = 16) -> dict[str, float]:
+    """Restoring the last point of a chain against the first."""
+    with load(size_mib, 1) as job:
+        for _ in range(nr_points - 1):
+            job.take()
+            job.order("d")
+        job.take("--kill")
+        durations: dict[str, list[int]] = {}
+        for _ in range(3):
+            for name in (job.points[0]["id"], job.points[-1]["id"]):
+                durations.setdefault(name, []).append(job.rollback(name)["duration_us"])
+        first, last = (sorted(values)[1] for values in durations.values())
+        return {"chain_last_to_first": last / first}
+
+
+def criu(size_mib: int) -> dict[str, float]:
+    """The same pause and restore with Debian's criu; empty where it is not installed or does not work."""
+    program = shutil.which("criu")
+    if program is None:
+        return {}
+    with load(size_mib) as job, tempfile.TemporaryDirectory(prefix="snap-bench-", dir="/var/tmp") as images:
+        command = [program, "dump", "-t", str(job.pid), "-D", images, "--leave-running"]
+        status: list[int] = []
+        pause = _pause_ms(job, lambda: status.append(subprocess.run(command, capture_output=True).returncode))  # noqa: PLW1510
+        return {"criu_pause_first_ms": pause} if status == [0] else {}
+
+
+def _pause_ms(job: Load, action: object) -> float:
+    job.order("g")
+    action()  # type: ignore[operator]
+    return int(job.order("r")) / 1e6
+
+
+def _memory_of(pid: int, least: int) -> bytes:
+    """The largest mapping of the job."""
+    for line in pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines():
+        start, end = (int(text, 16) for text in line.split()[0].split("-"))
+        if end - start >= least:
+            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+                memory.seek(start)
+                return b"".join(memory.read(1 << 20) for _ in range((end - start) >> 20))
+    raise AssertionError("the load has no such mapping")
+
+
+def _compress(data: bytes) -> None:
+    """Bare zstd -1 on both cores, in pieces of 1 MiB."""
+    view = memoryview(data)
+
+    def half(number: int) -> int:
+        compressor = zstandard.ZstdCompressor(level=1)
+        return sum(
+            len(compressor.compress(view[at : at + (1 << 20)]))
+            for at in range(number << 20, len(view), 2 << 20)
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(half, range(2)))
