@@ -1,0 +1,153 @@
+"""The look step alone: what stands in the way of a dump of a job, without touching it.
+
+Owns the refusals that belong to no resource (no such process, ourselves, kernel threads, too many tasks) and the
+walk through every resource's look(). Reads /proc only. dump() begins with the same steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from checkpoint.freeze import children, task_ids
+from checkpoint.kernel import proc
+from checkpoint.resources import files, memory, task
+from snapshotter.base.errors import Finding, PermissionDeniedError, SnapshotterError, TargetGoneError, UnsupportedError
+
+_KERNEL_THREAD = 0x00200000  # PF_KTHREAD
+_LOOKS: tuple[Callable[[int, list[Finding]], None], ...] = (task.look, memory.look, files.look)
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """What check() saw."""
+
+    root_pid: int
+    findings: list[Finding] = field(default_factory=list)
+    pids: list[int] = field(default_factory=list)
+    """Every process of the job, parents first, zombies included."""
+    tasks: dict[int, int] = field(default_factory=dict)
+    """pid -> start time in ticks, of the processes that are not zombies."""
+    nr_tasks: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    def raise_if_refused(self) -> None:
+        """UnsupportedError that names the first finding and carries all."""
+        if self.findings:
+            first = self.findings[0]
+            more = f" (and {len(self.findings) - 1} more findings)" if len(self.findings) > 1 else ""
+            raise UnsupportedError(
+                first.what + more,
+                where=f"task {first.pid}, {first.where}",
+                hint=first.hint or f"`snap check {self.root_pid}` lists everything",
+                findings=tuple(self.findings),
+            )
+
+
+def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
+    """Look at the job below `pid`.
+
+    Args:
+        pid: the root process of the job.
+        max_tasks: more tasks than this are a finding.
+
+    Raises:
+        TargetGoneError: there is no such process.
+        PermissionDeniedError: it may not be looked at.
+        UnsupportedError: never; what cannot be dumped is in the report.
+    """
+    report = CheckReport(pid)
+    _check_root(pid, report)
+    if report.findings:
+        return report
+    _walk(report, max_tasks)
+    for one in report.tasks:
+        for look in _LOOKS:
+            try:
+                look(one, report.findings)
+            except (TargetGoneError, FileNotFoundError, ProcessLookupError):
+                if one == pid:
+                    raise TargetGoneError("ended while it was looked at", where=f"task {pid}") from None
+                break
+    return report
+
+
+def _check_root(pid: int, report: CheckReport) -> None:
+    tids = task_ids(pid)
+    if not tids or pid not in tids:
+        owner = _process_of(pid)
+        if owner:
+            raise TargetGoneError("is a thread, not a process", where=f"task {pid}", hint=f"take its process, {owner}")
+        raise TargetGoneError("no such process", where=f"task {pid}", hint="`ps -e` lists the processes that run")
+    stat = proc.read_stat(pid)
+    if stat.flags & _KERNEL_THREAD:
+        report.findings.append(
+            Finding(pid, "task", "is a kernel thread", "only programs of user space have a state to take")
+        )
+        return
+    if stat.state in {"Z", "X"}:
+        report.findings.append(Finding(pid, "task", "has ended (zombie)", f"its parent, task {stat.ppid}, must reap it"))
+        return
+    if pid in _own_line():
+        what = "is snap itself" if pid == os.getpid() else "is an ancestor of snap"
+        report.findings.append(
+            Finding(pid, "task", f"{what}: whoever freezes itself cannot thaw", "run snap from outside of the job")
+        )
+    if not os.access(f"/proc/{pid}/map_files", os.R_OK):
+        raise PermissionDeniedError(
+            "may not be looked at", where=f"task {pid}", hint="run as root or as the user of the job"
+        )
+
+
+def _process_of(tid: int) -> int:
+    """The process of a thread, 0 when there is no such thread."""
+    try:
+        return proc.read_status(tid).tgid
+    except (OSError, SnapshotterError):
+        return 0
+
+
+def _own_line() -> set[int]:
+    """Ourselves and all our ancestors."""
+    line: set[int] = set()
+    pid = os.getpid()
+    while pid > 0 and pid not in line:
+        line.add(pid)
+        try:
+            pid = proc.read_stat(pid).ppid
+        except (OSError, SnapshotterError):
+            break
+    return line
+
+
+def _walk(report: CheckReport, max_tasks: int) -> None:
+    queue = [report.root_pid]
+    seen = set(queue)
+    own = os.getpid()
+    for pid in queue:
+        tids = task_ids(pid)
+        try:
+            stat = proc.read_stat(pid)
+        except (OSError, SnapshotterError):
+            continue
+        if not tids:
+            continue
+        if pid == own:
+            report.findings.append(Finding(pid, "task", "snap itself is part of the job", "run it from outside of the job"))
+            continue
+        report.pids.append(pid)
+        report.nr_tasks += len(tids)
+        if stat.state not in {"Z", "X"}:
+            report.tasks[pid] = stat.start_time_ticks
+        if report.nr_tasks > max_tasks:
+            report.findings.append(
+                Finding(report.root_pid, "tasks", f"the job has more than {max_tasks} tasks", "a fork bomb?")
+            )
+            return
+        fresh = [child for child in children(pid, tids) if child not in seen]
+        seen.update(fresh)
+        queue += fresh

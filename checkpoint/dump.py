@@ -1,0 +1,398 @@
+"""Taking a point: look, pre-copy, freeze, dump, thaw, commit.
+
+Owns the order of all steps and what the frozen window consists of; what the state of one resource is, the resources
+know (checkpoint/resources). Invariants:
+
+- Nothing of the job is touched before every resource has had its look and found nothing.
+- A page is read after its tracker was reset, or while its task is frozen: a page written after it was read is
+  reported by the next collect and read again; a later put of the same page wins.
+- Pages of the parent point are only used for a task that provably is the one that the parent saw (`_usable`).
+- The tracker's nonce is valid only between a commit and the next collect.
+- The job is thawed on every way out, in the state it had, and keeps running when snap is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from checkpoint import environment, tracking
+from checkpoint.check import CheckReport, check
+from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
+from checkpoint.freeze import CannotStopError, FrozenTree, TreeChangedError
+from checkpoint.kernel import fdinfo, proc
+from checkpoint.kernel.mem import ProcMem
+from checkpoint.model import pageplan
+from checkpoint.model.pageplan import Runs
+from checkpoint.model.vma import private_vmas
+from checkpoint.resources import files, memory, registers, task
+from checkpoint.staging import Staging
+from images import codec, manifest_pb2, task_pb2
+from snapshotter.base import faults
+from snapshotter.base.errors import SnapshotterError, TargetGoneError
+from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
+
+_NS_PER_S = 1_000_000_000
+_FREEZE_TRIES = 5
+_MIN_STAGED_BYTES = 4 << 20
+
+Commit = Callable[[DumpResult], None]
+
+
+def dump(
+    pid: int,
+    sink: PageSink,
+    parent: ParentPoint | None = None,
+    options: DumpOptions | None = None,
+    commit: Commit | None = None,
+) -> DumpResult:
+    """Take a point of the job below `pid`.
+
+    Args:
+        pid: the root of the job.
+        sink: gets the pages.
+        parent: the point to build upon; None reads and hands over everything.
+        options: see DumpOptions.
+        commit: called once with the result, when all pages are with the sink: after the thaw (after="run"), or
+            while the job is still frozen. When it raises, the job goes on and no tracker claims to know anything.
+
+    Raises:
+        TargetGoneError, UnsupportedError, PermissionDeniedError: the job is not touched.
+        SnapshotterError: whatever else went wrong; the job runs on.
+    """
+    started = time.monotonic_ns()
+    options = options or DumpOptions()
+    found = check(pid, max_tasks=options.max_tasks)
+    found.raise_if_refused()
+    faults.point("dump.looked")
+    tracker = tracking.choose(options.tracker if options.track else "compare")
+    usable = parent if parent is not None and parent.tracker in {"", tracker.name} else None
+    nonce = usable.nonce if usable is not None else ""
+    ctx = DumpContext(root_pid=pid, sink=sink, parent=parent, options=options)
+    with tracker.session(pid, found.tasks, nonce) as session:
+        take = _Take(ctx, session, found, tracker.name)
+        result = take.run(commit, started)
+    return result
+
+
+@dataclass(slots=True)
+class _Precopied:
+    """What was read of one process while it ran."""
+
+    start_time_ticks: int
+    rounds: int = 0
+
+
+class _Take:
+    """One dump under way."""
+
+    def __init__(self, ctx: DumpContext, session: tracking.Session, found: CheckReport, tracker: str) -> None:
+        self.ctx = ctx
+        self.session = session
+        self.found = found
+        self.tracker = tracker
+        self.boot_id = proc.boot_id()
+        self.precopied: dict[int, _Precopied] = {}
+        self.expected_bytes = _MIN_STAGED_BYTES
+        self.dump_uptime_ns = 0
+        self.manifest = manifest_pb2.Manifest()
+        self._marks = time.monotonic_ns()
+
+    def run(self, commit: Commit | None, started: int) -> DumpResult:
+        ctx = self.ctx
+        self._mark("look")
+        self.prepare_manifest()
+        if ctx.options.precopy:
+            self.precopy()
+        staging = Staging(ctx.sink, self.expected_bytes, self.stage_limit())
+        self._mark("precopy")
+        after = ctx.options.after
+        with _frozen(ctx) as tree:
+            ctx.processes = tree.processes
+            faults.point("dump.frozen")
+            self.dump_frozen(tree, staging)
+            if after != "run":
+                result = self.finish(staging, started, tree)
+                self.commit(result, commit)
+                tree.leave(after)
+        if after == "run":
+            faults.point("dump.thawed")
+            result = self.finish(staging, started, tree)
+            self.commit(result, commit)
+        result.stats.frozen_us = tree.frozen_us
+        result.stats.duration_us = (time.monotonic_ns() - started) // 1000
+        return result
+
+    # -- while it runs -----------------------------------------------------------------------------------------
+
+    def precopy(self) -> None:
+        """Read what would be read in the frozen window, while the job runs; again while that is too much."""
+        ctx = self.ctx
+        direct = {pid for pid in self.found.tasks if _has_direct_io(pid)}
+        for number in range(ctx.options.max_rounds):
+            nr_pages = 0
+            for pid, start in self.found.tasks.items():
+                if pid in direct:
+                    # A device may write into a page that was already read, unseen by any page table.
+                    continue
+                with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
+                    nr_pages += self.precopy_process(pid, start)
+            ctx.sink.drain()
+            ctx.stats.rounds = number + 1
+            self.expected_bytes = max(_MIN_STAGED_BYTES, min(nr_pages * PAGE_SIZE // 4, 256 << 20))
+            if nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes and number > 0:
+                break
+            if number == 0 and nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes // 8:
+                break
+        faults.point("dump.precopied")
+
+    def precopy_process(self, pid: int, start: int) -> int:
+        """One round of one process; the number of pages that were read."""
+        ctx = self.ctx
+        space = memory.address_space(ctx, pid, frozen=False)
+        written = self.session.collect(pid, _ranges(space))
+        faults.point("dump.armed")
+        if not self.session.tracks(pid):
+            return 0
+        known = self.precopied.get(pid)
+        if known is None:
+            if written is not None and not self._usable(pid, start):
+                written = None
+            plan = memory.page_plan(ctx, space, _as_runs(written))
+            to_read = plan.to_read
+        else:
+            plan = memory.page_plan(ctx, space, None)
+            to_read = plan.present if written is None else _only(plan.present, written)
+        nr_pages = pageplan.count(to_read)
+        if nr_pages:
+            ctx.sink.put(memory.space_name(pid), pageplan.to_list(to_read), memory.reader(ProcMem(pid)))
+        self.precopied[pid] = _Precopied(start, (known.rounds if known else 0) + 1)
+        ctx.stats.pages_dirty += nr_pages
+        return nr_pages
+
+    def _usable(self, pid: int, start: int) -> bool:
+        """Whether the parent's pages of this pid are of this very process (see the design: dump_uptime)."""
+        parent = self.ctx.parent
+        if parent is None or parent.boot_id != self.boot_id or parent.tasks.get(pid) != start:
+            return False
+        # Start times are rounded down to a tick: only one that lies wholly before the dump counts.
+        ticks_at_dump = parent.dump_uptime_ns * os.sysconf("SC_CLK_TCK") // _NS_PER_S
+        return start < ticks_at_dump and parent.has_space(memory.space_name(pid))
+
+    # -- while it stands still ---------------------------------------------------------------------------------
+
+    def dump_frozen(self, tree: FrozenTree, staging: Staging) -> None:
+        ctx = self.ctx
+        self.note_instant()
+        self._mark("freeze")
+        real, ctx.sink = ctx.sink, staging
+        try:
+            spaces = {process.pid: self.copy_pages(process) for process in ctx.living()}
+            faults.point("dump.copied")
+            self._mark("pages")
+            for process in ctx.processes.values():
+                message = task.dump_process(ctx, process)
+                ctx.images[f"process/{process.pid}"] = message
+                if not process.is_zombie:
+                    message.mm = memory.dump_mm(ctx, process, spaces[process.pid])
+                faults.point("dump.state")
+            self._mark("state")
+            files.dump_files(ctx)
+            self._mark("files")
+            memory.shmem.put_all(ctx)
+            self._mark("shmem")
+            staging.drain()
+            memory.shmem.close_all(ctx)
+        finally:
+            ctx.sink = real
+        for pid in self.precopied.keys() - ctx.processes.keys():
+            self.session.forget(pid)
+            staging.close_space(memory.space_name(pid), [])
+
+    def copy_pages(self, process: FrozenProcess) -> memory.AddressSpace:
+        """Collect, plan and copy the pages of one process that are not with the sink yet."""
+        ctx, pid = self.ctx, process.pid
+        assert process.mem is not None
+        space = memory.address_space(ctx, pid, frozen=True)
+        self.session.add(pid, process.start_time_ticks)
+        written = self.session.collect(pid, _ranges(space), frozen=process)
+        faults.point("dump.collected")
+        known = self.precopied.get(pid)
+        if known is not None and known.start_time_ticks != process.start_time_ticks:
+            written, known = None, None
+        if known is not None:
+            plan = memory.page_plan(ctx, space, None)
+            to_read = plan.present if written is None else _only(plan.present, written)
+        else:
+            if written is not None and not self._usable(pid, process.start_time_ticks):
+                written = None
+            plan = memory.page_plan(ctx, space, _as_runs(written))
+            to_read = plan.to_read
+        name = memory.space_name(pid)
+        reader = memory.reader(process.mem)
+        if len(to_read):
+            ctx.sink.put(name, pageplan.to_list(to_read), reader)
+        if reader.failed:
+            ctx.warn(f"task {pid}: {len(reader.failed)} pages could not be read and are stored as zeros")
+        ctx.sink.close_space(name, plan.present_runs())
+        ctx.stats.pages_total += plan.nr_present
+        return space
+
+    def note_instant(self) -> None:
+        """When this point is of."""
+        manifest = self.manifest
+        self.dump_uptime_ns = manifest.dump_uptime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        manifest.dump_monotonic_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        manifest.taken_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)
+
+    def prepare_manifest(self) -> None:
+        """What can be known before the freeze."""
+        name = os.uname()
+        self.manifest = manifest_pb2.Manifest(
+            format_version=codec.FORMAT_VERSION,
+            boot_id=self.boot_id,
+            kernel_release=name.release,
+            machine=name.machine,
+            cpu_flags=sorted(environment.cpu_flags()),
+            root_pid=self.ctx.root_pid,
+            tracker=self.tracker,
+            producer=self.ctx.options.producer,
+            hostname=socket.gethostname(),
+        )
+
+    def stage_limit(self) -> int:
+        """How much may be copied into our memory: a part of what is free."""
+        return max(4 * self.ctx.options.frozen_budget_bytes, _available_bytes() // 3)
+
+    # -- afterwards --------------------------------------------------------------------------------------------
+
+    def finish(self, staging: Staging, started: int, tree: FrozenTree) -> DumpResult:
+        """Hand over what was copied, serialise, sum up."""
+        ctx, manifest = self.ctx, self.manifest
+        ctx.stats.pages_frozen = staging.nr_pages
+        ctx.stats.pages_dirty += staging.nr_pages
+        staging.flush()
+        self._mark("flush")
+        tasks: dict[int, int] = {}
+        for pid in ctx.processes:
+            message = ctx.images[f"process/{pid}"]
+            assert isinstance(message, task_pb2.Process)
+            for thread in message.threads:
+                tasks[thread.tid] = thread.start_time_ticks
+                if thread.xstate:
+                    manifest.xfeatures |= registers.xfeatures(thread.xstate)
+                    manifest.xstate_size_bytes = max(manifest.xstate_size_bytes, len(thread.xstate))
+        manifest.pids.extend(ctx.processes)
+        ctx.images["manifest"] = manifest
+        stats = ctx.stats
+        stats.nr_tasks, stats.nr_processes = len(tasks), len(ctx.processes)
+        stats.frozen_us = tree.frozen_us
+        stats.bytes_logical = stats.pages_total * PAGE_SIZE
+        images = {name: codec.serialise(name, message) for name, message in ctx.images.items()}
+        self._mark("serialise")
+        stats.duration_us = (time.monotonic_ns() - started) // 1000
+        return DumpResult(
+            root_pid=ctx.root_pid,
+            images=images,
+            stats=stats,
+            warnings=ctx.warnings,
+            boot_id=self.boot_id,
+            dump_uptime_ns=self.dump_uptime_ns,
+            taken_at_ns=manifest.taken_at_ns,
+            tasks=tasks,
+            tracker=self.tracker,
+            nonce=self.session.nonce,
+        )
+
+    def commit(self, result: DumpResult, commit: Commit | None) -> None:
+        """Commit, then let the tracker know that the next point may build on this one."""
+        faults.point("dump.commit")
+        if commit is not None:
+            commit(result)
+        faults.point("dump.committed")
+        self._mark("commit")
+        if self.ctx.options.after == "kill":
+            return
+        try:
+            self.session.confirm()
+        except (OSError, SnapshotterError) as error:
+            # The point is safe. The next one reads everything.
+            result.warnings.append(f"tracking ends here: {error}")
+        self._mark("confirm")
+
+    def _mark(self, phase: str) -> None:
+        now = time.monotonic_ns()
+        phases = self.ctx.stats.phases_us
+        phases[phase] = phases.get(phase, 0) + (now - self._marks) // 1000
+        self._marks = now
+
+
+@contextlib.contextmanager
+def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
+    """The frozen tree without garbage collection; a tree that does not stop is tried again."""
+    for number in range(_FREEZE_TRIES):
+        tree = FrozenTree(
+            ctx.root_pid,
+            timeout_s=min(ctx.options.freeze_timeout_s, 0.5 * (number + 1)),
+            max_tasks=ctx.options.max_tasks,
+        )
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            try:
+                tree.__enter__()
+            except (CannotStopError, TreeChangedError):
+                if number == _FREEZE_TRIES - 1:
+                    raise
+                continue
+            with contextlib.ExitStack() as stack:
+                stack.push(tree.__exit__)
+                yield tree
+            return
+        finally:
+            if enabled:
+                gc.enable()
+
+
+def _ranges(space: memory.AddressSpace) -> list[tuple[int, int]]:
+    return [(vma.start, vma.end) for vma in private_vmas(space.vmas)]
+
+
+def _as_runs(table: Runs | None) -> list[Run] | None:
+    """Rows [first, end) as (first, nr_pages)."""
+    return None if table is None else pageplan.to_list(pageplan.normalise(table))
+
+
+def _only(present: Runs, written: Runs) -> Runs:
+    return pageplan.intersect(present, pageplan.normalise(np.asarray(written, dtype=np.int64)))
+
+
+def _has_direct_io(pid: int) -> bool:
+    """Whether a process has files open with O_DIRECT."""
+    try:
+        for name in os.listdir(f"/proc/{pid}/fdinfo"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{name}", "rb", buffering=0) as file:
+                for line in file.read(4096).splitlines():
+                    if line.startswith(b"flags:"):
+                        flags = int(line.split()[1], 8)
+                        if flags & fdinfo.O_DIRECT and (flags & os.O_ACCMODE) != os.O_WRONLY:
+                            return True
+                        break
+    except OSError:
+        return False
+    return False
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo", "rb") as file:
+        for line in file:
+            if line.startswith(b"MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 30
