@@ -1,8 +1,9 @@
 """Which pages of an address space have content: PAGEMAP_SCAN where the kernel has it, else /proc/PID/pagemap.
 
 Owns the two interfaces and their differences; answers are tables of page runs
-(checkpoint.model.pageplan.Runs). Documented in Documentation/admin-guide/mm/pagemap.rst. A swapped entry may be a mere marker (guard page, or
-what userfaultfd's write protection leaves in page tables that have no page): such entries are no content.
+(checkpoint.model.pageplan.Runs). Documented in Documentation/admin-guide/mm/pagemap.rst. A swapped entry may
+be a mere marker (guard page, or what userfaultfd's write protection leaves in page tables that have no page):
+such entries are no content.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import os
 import struct
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -60,13 +62,14 @@ class PageMap:
         self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._regions = np.empty(_NR_REGIONS, dtype=_REGION)
 
-    def __enter__(self) -> PageMap:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

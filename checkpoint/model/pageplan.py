@@ -35,16 +35,20 @@ class PagePlan:
 
     @property
     def nr_present(self) -> int:
+        """Pages in all."""
         return count(self.present)
 
     @property
     def nr_to_read(self) -> int:
+        """Pages to read."""
         return count(self.to_read)
 
     def present_runs(self) -> list[Run]:
+        """For PageSink.close_space."""
         return to_list(self.present)
 
     def to_read_runs(self) -> list[Run]:
+        """For PageSink.put."""
         return to_list(self.to_read)
 
 
@@ -97,10 +101,12 @@ def _inside(runs: Runs, points: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def union(one: Runs, two: Runs) -> Runs:
+    """What is in either."""
     return normalise(np.concatenate((one, two)))
 
 
 def intersect(one: Runs, two: Runs) -> Runs:
+    """What is in both."""
     return _sweep(one, two, (False, False, False, True))
 
 

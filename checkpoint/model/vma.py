@@ -65,7 +65,8 @@ _REFUSED_FLAGS = {
 }
 
 _LINE = re.compile(
-    rb"^(?:([0-9a-f]+)-([0-9a-f]+) ([r-])([w-])([x-])([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *([^\n]*)"
+    rb"^(?:([0-9a-f]+)-([0-9a-f]+) ([r-])([w-])([x-])([ps]) ([0-9a-f]+) "
+    rb"([0-9a-f]+):([0-9a-f]+) (\d+) *([^\n]*)"
     rb"|VmFlags:([ a-z?0-9]*)|ProtectionKey: *(\d+))$",
     re.MULTILINE,
 )
@@ -94,6 +95,7 @@ class Mapping:
 
     @property
     def is_deleted(self) -> bool:
+        """The kernel says that no name leads to it any more."""
         return self.path.endswith(DELETED)
 
     @property
@@ -201,10 +203,8 @@ def anon_name(path: bytes) -> bytes:
 
 def map_flags(mapping: Mapping, *, anonymous: bool) -> int:
     """MAP_* that make such a VMA (MAP_FIXED_NOREPLACE is the restorer's business)."""
-    if mapping.shared:
-        flags = MAP_SHARED
-    else:
-        flags = MAP_DROPPABLE if "dp" in mapping.flags else MAP_PRIVATE
+    private = MAP_DROPPABLE if "dp" in mapping.flags else MAP_PRIVATE
+    flags = MAP_SHARED if mapping.shared else private
     if anonymous:
         flags |= MAP_ANONYMOUS
     if "gd" in mapping.flags:

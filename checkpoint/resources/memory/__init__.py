@@ -6,7 +6,7 @@ Dump (checkpoint.dump calls, in this order):
     space, plan = plan_pages(ctx, pid, written, need_watch=..., hidden=[...])   frozen
     sink.put(space_name(pid), plan.to_read_runs(), reader(mem)); sink.close_space(..., plan.present_runs())
     dump_mm(ctx, proc, space)                          ctx.images["mm/<pid>"]
-    shmem.put_all(ctx)                                 frozen, after the descriptors (they register memfds too)
+    shmem.put_all(ctx)                                 frozen, after the descriptors (which register memfds)
     sink.drain(), then shmem.close_all(ctx)
 
 Restore (checkpoint.restore calls, in this order):
@@ -14,7 +14,7 @@ Restore (checkpoint.restore calls, in this order):
     arena_hole(mms, size)
     shmem.open_shared(ctx, name)                       also by the descriptors: one object for all
     restore_mm(ctx, stub, process)                     per process, its descriptors are installed already
-    finish(ctx)                                        after the last process: late seals, snap's descriptors closed
+    finish(ctx)                                        after the last process: late seals, closes
 """
 
 from __future__ import annotations

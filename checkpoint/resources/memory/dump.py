@@ -37,6 +37,7 @@ class MmReader:
         self.failed: set[int] = set()
 
     def read_into(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        """PageReader."""
         failed = self._mem.read_runs(runs, buffer)
         if failed:
             self.failed.update(failed)

@@ -125,15 +125,16 @@ def compare(wanted: common_pb2.FileIdentity) -> Difference:
     """Look at the file that the image names.
 
     The same inode with the same size and mtime is the same file; so is one with the same build id and size
-    (a package installed again, a copied root). Device numbers may change with a reboot: inode, size and mtime decide then.
+    (a package installed again, a copied root). Device numbers may change with a reboot: inode, size and mtime
+    decide then.
     """
     try:
         found = os.stat(wanted.path)
     except OSError as error:
         return Difference(f"cannot be found: {os.strerror(error.errno or 0)}", missing=True)
-    if found.st_size == wanted.size_bytes and found.st_mtime_ns == wanted.mtime_ns:
-        if found.st_ino == wanted.ino or not wanted.build_id:
-            return Difference("", size_bytes=found.st_size)
+    unchanged = found.st_size == wanted.size_bytes and found.st_mtime_ns == wanted.mtime_ns
+    if unchanged and found.st_ino == wanted.ino:
+        return Difference("", size_bytes=found.st_size)
     if wanted.build_id and found.st_size == wanted.size_bytes:
         now = build_id(wanted.path, found)
         if now == wanted.build_id:

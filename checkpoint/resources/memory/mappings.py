@@ -10,6 +10,7 @@ Shmem.
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat as stat_module
 from collections.abc import Callable, Iterable
@@ -90,7 +91,7 @@ def look(pid: int, report: list[Finding]) -> None:
 def vdso_refusal(mappings: Iterable[Mapping]) -> str | None:
     """What is wrong when vvar, vvar_vclock and vdso do not follow each other as the kernel lays them out."""
     parts = [m for m in mappings if model.kernel_kind(m) in {model.VDSO, model.VVAR, model.VVAR_VCLOCK}]
-    for one, two in zip(parts, parts[1:], strict=False):
+    for one, two in itertools.pairwise(parts):
         if one.end > two.start or two.start - one.end > 1 << 20:
             return "vdso and vvar are not beside each other"
     return None

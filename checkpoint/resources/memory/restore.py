@@ -32,13 +32,12 @@ from snapshotter.base.errors import RestoreConflictError, VerificationError, wra
 from snapshotter.base.pages import PAGE_SIZE, Run
 
 if TYPE_CHECKING:
-    from checkpoint.parasite import Batch, StubTask
+    from checkpoint.parasite import Batch, Ref, StubTask
 
 _FILES = "memory.files"
 _ARENA_LOW = 1 << 32
 _GUARD_GAP = 2 << 20
 """Kept free around every VMA: the kernel keeps 1 MiB below a stack free when it chooses addresses."""
-_ENTRIES_AT_ONCE = 512
 _ZEROS_AT_ONCE = 256
 
 _READ_WRITE = model.PROT_READ | model.PROT_WRITE
@@ -84,7 +83,7 @@ def _check_files(ctx: RestoreContext, mm: mm_pb2.Mm) -> None:
             )
         if difference.size_bytes < min(wanted.size_bytes, reach[index]) and difference.text:
             raise RestoreConflictError(
-                f"is mapped by the job and {difference.text}: its mapping would reach behind the end of the file",
+                f"is mapped by the job and {difference.text}: its mapping would reach behind its end",
                 where=path,
                 hint="put the file back as it was when the point was taken",
             )
@@ -110,9 +109,9 @@ def arena_hole(mms: Iterable[mm_pb2.Mm], size_bytes: int, avoid: Iterable[tuple[
     taken.append([(start - _GUARD_GAP, end + _GUARD_GAP) for start, end in avoid])
     for low in (_ARENA_LOW, 1 << 20):
         for start, end in model.holes(taken, low, model.TASK_SIZE):
-            start = (start + PAGE_SIZE - 1) & -PAGE_SIZE
-            if end - start >= size_bytes:
-                return start
+            address = (start + PAGE_SIZE - 1) & -PAGE_SIZE
+            if end - address >= size_bytes:
+                return address
     raise RestoreConflictError(
         f"no {size_bytes} bytes of addresses are free in every address space of the job"
     )
@@ -154,33 +153,6 @@ def _verify_pages(space: str, mm: mm_pb2.Mm, pages: Runs) -> None:
         )
 
 
-class _Batches:
-    """Entries for one stub, run whenever enough are together."""
-
-    def __init__(self, stub: StubTask) -> None:
-        self._stub = stub
-        self._batch = stub.batch()
-        self._nr_entries = 0
-
-    def add(self, name: str, *args: object, ok: Sequence[int] = ()) -> None:
-        self._batch.call(name, *args, ok=ok)  # type: ignore[arg-type]
-        self._nr_entries += 1
-
-    @property
-    def batch(self) -> Batch:
-        return self._batch
-
-    def rest(self) -> None:
-        """A place where no entry refers to an earlier one: run if there are many."""
-        if self._nr_entries >= _ENTRIES_AT_ONCE:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._nr_entries:
-            self._stub.run(self._batch)
-            self._batch, self._nr_entries = self._stub.batch(), 0
-
-
 def _map_all(ctx: RestoreContext, stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
     groups: dict[tuple[int, str, bool], list[mm_pb2.Vma]] = {}
     for vma in mm.vmas:
@@ -194,19 +166,17 @@ def _map_all(ctx: RestoreContext, stub: StubTask, mm: mm_pb2.Mm, pages: Runs) ->
         else:
             key = (-1, "/dev/zero" if vma.kind == model.DEV_ZERO_PRIVATE else "", False)
         groups.setdefault(key, []).append(vma)
-    batches = _Batches(stub)
+    batch = stub.batch()
     for (file, name, writable), vmas in groups.items():
         if file < 0 and not name:
             for vma in vmas:
-                _map_one(batches, vma, -1, pages)
-                batches.rest()
+                _map_one(batch, vma, -1, pages)
             continue
-        remote_fd = ctx.give(batches.batch, _local_fd(ctx, mm, file, name, writable=writable))
+        remote_fd = ctx.give(batch, _local_fd(ctx, mm, file, name, writable=writable))
         for vma in vmas:
-            _map_one(batches, vma, remote_fd, pages)
-        batches.add("close", remote_fd)
-        batches.rest()
-    batches.flush()
+            _map_one(batch, vma, remote_fd, pages)
+        batch.call("close", remote_fd)
+    stub.run(batch)
 
 
 def _local_fd(ctx: RestoreContext, mm: mm_pb2.Mm, file: int, name: str, *, writable: bool) -> int:
@@ -227,18 +197,18 @@ def _local_fd(ctx: RestoreContext, mm: mm_pb2.Mm, file: int, name: str, *, writa
     return found
 
 
-def _map_one(batches: _Batches, vma: mm_pb2.Vma, fd: object, pages: Runs) -> None:
+def _map_one(batch: Batch, vma: mm_pb2.Vma, fd: int | Ref, pages: Runs) -> None:
     length = vma.end - vma.start
     flags = vma.flags | model.MAP_FIXED_NOREPLACE
     if fd != -1:
         flags &= ~model.MAP_ANONYMOUS
-    batches.add("mmap", vma.start, length, vma.prot, flags, fd, vma.offset if fd != -1 else 0)
+    batch.call("mmap", vma.start, length, vma.prot, flags, fd, vma.offset if fd != -1 else 0)
     for flag, advice in _MADV_EARLY.items():
         if flag in vma.madvise:
-            batches.add("madvise", vma.start, length, advice, ok=(errno.EINVAL,))
+            batch.call("madvise", vma.start, length, advice, ok=(errno.EINVAL,))
     hull = _hull(vma, pages)
     if hull is not None and vma.prot & _READ_WRITE != _READ_WRITE:
-        batches.add("mprotect", hull[0], hull[1] - hull[0], _READ_WRITE)
+        batch.call("mprotect", hull[0], hull[1] - hull[0], _READ_WRITE)
 
 
 def _hull(vma: mm_pb2.Vma, pages: Runs) -> tuple[int, int] | None:
@@ -277,20 +247,20 @@ def _fill(ctx: RestoreContext, stub: StubTask, space: str, mm: mm_pb2.Mm, pages:
 
 
 def _finish_vmas(stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
-    batches = _Batches(stub)
+    batch = stub.batch()
     for vma in mm.vmas:
         if vma.kind in model.KERNEL_KINDS or "dp" in vma.madvise:
             continue
         length = vma.end - vma.start
         if vma.prot & _READ_WRITE != _READ_WRITE and _hull(vma, pages) is not None:
-            batches.add("mprotect", vma.start, length, vma.prot)
+            batch.call("mprotect", vma.start, length, vma.prot)
         for flag, advice in _MADV_LATE.items():
             if flag in vma.madvise:
-                batches.add("madvise", vma.start, length, advice, ok=(errno.EINVAL,) if flag == "mg" else ())
+                batch.call("madvise", vma.start, length, advice, ok=(errno.EINVAL,) if flag == "mg" else ())
         for start, end in zip(vma.guard_pages[::2], vma.guard_pages[1::2], strict=True):
-            batches.add("madvise", start, end - start, _MADV_GUARD_INSTALL)
+            batch.call("madvise", start, end - start, _MADV_GUARD_INSTALL)
         if vma.anon_name:
-            batches.add(
+            batch.call(
                 "prctl",
                 _PR_SET_VMA,
                 _PR_SET_VMA_ANON_NAME,
@@ -300,25 +270,24 @@ def _finish_vmas(stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
                 ok=(errno.EINVAL,),
             )
         if "lf" in vma.madvise:
-            batches.add("mlock2", vma.start, length, _MLOCK_ONFAULT)
+            batch.call("mlock2", vma.start, length, _MLOCK_ONFAULT)
         elif "lo" in vma.madvise:
             # ENOMEM: locked, but a page of it (a guard page, PROT_NONE) cannot be brought in. It was so
             # before, too.
-            batches.add("mlock", vma.start, length, ok=(errno.ENOMEM,))
-        batches.rest()
-    batches.flush()
+            batch.call("mlock", vma.start, length, ok=(errno.ENOMEM,))
+    stub.run(batch)
 
 
 def _lock_down(stub: StubTask, mm: mm_pb2.Mm) -> None:
     """What must come last: sealed VMAs cannot be changed, and mlockall would lock whatever is mapped after
     it."""
-    batches = _Batches(stub)
+    batch = stub.batch()
     for vma in mm.vmas:
         if "sl" in vma.madvise:
-            batches.add("mseal", vma.start, vma.end - vma.start, 0)
+            batch.call("mseal", vma.start, vma.end - vma.start, 0)
     if mm.mlockall_flags:
-        batches.add("mlockall", mm.mlockall_flags)
+        batch.call("mlockall", mm.mlockall_flags)
     try:
-        batches.flush()
+        stub.run(batch)
     except OSError as error:
         raise wrap_os_error(error, "cannot lock or seal its memory", where=f"process {stub.pid}") from error

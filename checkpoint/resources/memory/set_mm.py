@@ -26,7 +26,7 @@ _MM_MAP = struct.Struct("<12QIi")
 
 
 def encode(mm: mm_pb2.Mm, auxv_address: int, exe_fd: int) -> bytes:
-    """struct prctl_mm_map."""
+    """Encode struct prctl_mm_map."""
     return _MM_MAP.pack(
         mm.start_code, mm.end_code, mm.start_data, mm.end_data, mm.start_brk, mm.brk, mm.start_stack,
         mm.arg_start, mm.arg_end, mm.env_start, mm.env_end, auxv_address, len(mm.auxv), exe_fd,

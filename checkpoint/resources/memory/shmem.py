@@ -14,6 +14,7 @@ not).
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from checkpoint.context import DumpContext
-from checkpoint.model.vma import DELETED
+from checkpoint.model.vma import DELETED, MAP_NORESERVE
 from checkpoint.resources.memory.identity import safe_close
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2
@@ -69,6 +70,7 @@ class Registry:
     objects: dict[tuple[int, int], SharedObject] = field(default_factory=dict)
 
     def close(self) -> None:
+        """Let go of every object's descriptor."""
         for shared in self.objects.values():
             safe_close(shared.fd)
             shared.fd = -1
@@ -289,9 +291,7 @@ def _create(image: mm_pb2.Shmem) -> int:
 def _anonymous(size_bytes: int) -> int:
     """Shared anonymous memory as a descriptor; -1 where map_files may not be opened (it takes
     CAP_SYS_ADMIN)."""
-    with mmap.mmap(-1, size_bytes, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE) as area:
-        import ctypes
-
+    with mmap.mmap(-1, size_bytes, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE) as area:
         view = ctypes.c_char.from_buffer(area)
         start = ctypes.addressof(view)
         del view

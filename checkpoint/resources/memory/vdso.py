@@ -1,8 +1,8 @@
 """The vdso and its data pages: code of the kernel's that jobs call at addresses they remember.
 
 Owns comparing the running kernel's vdso with the one in an image, and mapping it at its old address with
-arch_prctl(ARCH_MAP_VDSO_64). A job may be in the middle of vdso code, and libc keeps pointers into it, so only the
-same vdso (same size, same build id, same layout of data pages) will do; another kernel's is refused by name.
+arch_prctl(ARCH_MAP_VDSO_64). A job may be in the middle of vdso code, and libc keeps pointers into it, so only
+the same vdso (same size, same build id, same layout of data pages) will do; another kernel's is refused by name.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Layout:
 
     @property
     def size_bytes(self) -> int:
+        """Of the whole group."""
         return max(end for _, end in self.parts.values())
 
 
