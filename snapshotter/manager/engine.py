@@ -59,9 +59,8 @@ class RealEngine:
         commit: Callable[[Dumped], None],
     ) -> None:
         """Dump the job below `pid` into `sink`; calls `commit` once everything was read."""
-        from checkpoint.dump import dump
-
         from checkpoint.context import DumpOptions, ParentPoint
+        from checkpoint.dump import dump
         from snapshotter import __version__
 
         known = None
@@ -103,7 +102,6 @@ class RealEngine:
     ) -> Restored:
         """Bring the point that `reader` reads back to life, replacing the job if one of `known_tasks` lives."""
         from checkpoint.restore import restore
-
         from checkpoint.restore_context import RestoreOptions
 
         options = RestoreOptions(dry_run=dry_run, leave_stopped=leave_stopped, known_tasks=tuple(known_tasks))

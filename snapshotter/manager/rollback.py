@@ -6,10 +6,10 @@ The lock of the job is held meanwhile, so that no take sees a job in the making.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from snapshotter.base.errors import SnapshotterError
+from snapshotter.base.errors import SnapshotterError, VerificationError
 from snapshotter.manager import jobs
 from snapshotter.manager.ports import Restored
 from snapshotter.manager.session import Session
@@ -42,9 +42,12 @@ def rollback(
     store = session.store()
     point = store.resolve(text)
     with session.locked(point.job, wait_s=session.config.lock_wait_s):
+        known = known_identities(session, point)
+        if is_alive(session, point, known):
+            require_whole(session, point)
         restored = session.engine.restore(
             store.reader(point),
-            known_identities(session, point),
+            known,
             dry_run=dry_run,
             leave_stopped=leave_stopped,
         )
@@ -70,6 +73,32 @@ def known_identities(session: Session, point: Point) -> list[Mapping[int, int]]:
     if head is not None and head.boot_id == boot_id and point.pid in head.tasks:
         known.append(head.tasks)
     return known
+
+
+def is_alive(session: Session, point: Point, known: Sequence[Mapping[int, int]]) -> bool:
+    """Whether the rollback would replace a living job (by its root; the engine decides for itself)."""
+    try:
+        identity = session.engine.identify(point.pid)
+    except SnapshotterError:
+        return False
+    start_times = {tasks.get(point.pid) for tasks in [*known, point.tasks]}
+    return identity.start_time_ticks in start_times
+
+
+def require_whole(session: Session, point: Point) -> None:
+    """Raise VerificationError unless all bytes of the point are right.
+
+    A living job is killed only for a point that is known to restore; reading it twice is the price. A job that is
+    gone has nothing to lose, and the restore verifies what it reads anyway.
+    """
+    report = session.store().verify([point])
+    if not report.ok:
+        first = report.damage[0]
+        raise VerificationError(
+            f"{first.where}: {first.what}",
+            where=f"point {point.id[:8]}",
+            hint="the living job was not touched; `snap verify` names the points that are whole",
+        )
 
 
 def _record(session: Session, point: Point, restored: Restored) -> str:

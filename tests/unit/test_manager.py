@@ -12,12 +12,14 @@ from snapshotter.base.errors import (
     SnapshotterError,
     TargetGoneError,
     UsageError,
+    VerificationError,
 )
 from snapshotter.manager import config, jobs, listing, pidfile, upkeep
 from snapshotter.manager.ports import Identity, Skipped
 from snapshotter.manager.rollback import rollback
 from snapshotter.manager.session import Session
 from snapshotter.manager.take import StrangerError, take, take_periodic
+from store.types import Damage
 from tests.fakes import BOOT, FakeEngine, FakeStore
 
 
@@ -241,3 +243,15 @@ def test_bad_config(tmp_path, text):
     with pytest.raises(UsageError, match=r"c\.toml|setting|store|TOML") as caught:
         config.load(env={"HOME": str(tmp_path)}, uid=0, system_config=path)
     assert str(path) in str(caught.value)
+
+
+def test_living_job_is_replaced_only_by_a_whole_point(session, engine, store):
+    point = take(session, 7, job="a")
+    store.damage = (Damage("pack 1", "frame 3 is wrong", (point.id,)),)
+    with pytest.raises(VerificationError, match="frame 3"):
+        rollback(session, point.id)
+    assert engine.alive == {7: 100}
+    # Nothing to lose: the engine verifies what it reads.
+    del engine.alive[7]
+    rollback(session, point.id)
+    assert 7 in engine.alive
