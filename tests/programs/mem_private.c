@@ -45,8 +45,8 @@ __attribute__((noinline)) static unsigned deep(unsigned depth)
     return depth == 0 ? (unsigned char)frame[0] : deep(depth - 1) + (unsigned char)frame[17] - depth % 256;
 }
 
-static int segv_seen;
-static void *segv_return;
+static volatile int segv_seen;
+static void *volatile segv_return;
 static void on_segv(int sig, siginfo_t *info, void *context)
 {
     (void)sig, (void)context;
