@@ -25,6 +25,7 @@ from typing import Literal
 from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
 from checkpoint.kernel import proc, ptrace
 from checkpoint.kernel.mem import ProcMem
+from checkpoint.kernel.sys import KCMP_VM, kcmp
 from checkpoint.parasite import cure
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError, wrap_os_error
@@ -33,6 +34,8 @@ _STOP_SIGNALS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signa
 _EVENT_STOP = 128  # PTRACE_EVENT_STOP
 _WAIT_ALL = 0x40000000  # __WALL
 _MAX_PASSES = 64
+_STUCK_S = 0.003
+_LET_GO_S = 5.0
 
 
 class CannotStopError(SnapshotterError):
@@ -67,6 +70,7 @@ class FrozenTree:
         self._seized: dict[int, tuple[int, bool, int]] = {}  # tid -> pid, group_stopped, stop_signal; stopped ones
         self._order: list[int] = []  # tids in the order of seizing
         self._tasks: dict[int, FrozenTask] = {}
+        self._vforked: dict[int, int] = {}  # tid -> parent, children of vfork that were let go on for a moment
         self._left: Literal["run", "stop", "kill"] = "run"
 
     # -- the context -------------------------------------------------------------------------------------------
@@ -158,17 +162,46 @@ class FrozenTree:
         if waiting:
             faults.point("freeze.interrupted")
         pause = 0.0
+        quiet_until = time.monotonic() + _STUCK_S
         while waiting:
             done = [tid for tid in waiting if self._poll(tid)]
             for tid in done:
                 del waiting[tid]
+            now = time.monotonic()
             if done or not waiting:
-                pause = 0.0
+                pause, quiet_until = 0.0, now + _STUCK_S
                 continue
-            if time.monotonic() > deadline:
+            if now > deadline:
                 raise _stop_error(self._seized, list(waiting))
+            if now > quiet_until:
+                quiet_until = now + _STUCK_S
+                self._release_vforked(waiting)
             time.sleep(pause)
             pause = min(0.001, pause + 0.00002)
+
+    def _release_vforked(self, waiting: dict[int, None]) -> None:
+        """Let children of vfork go on until their exec: before it the parent cannot stop, nor return if they stay."""
+        parents = {self._seized[tid][0] for tid in waiting if tid in self._seized}
+        for tid, (pid, _, _) in list(self._seized.items()):
+            if tid in waiting or pid in parents or tid != pid:
+                continue
+            try:
+                parent = proc.read_stat(pid).ppid
+                if parent not in parents or kcmp(pid, parent, KCMP_VM) != 0:
+                    continue
+                ptrace.cont(tid)
+            except (OSError, SnapshotterError):
+                continue
+            # Interrupted again by hand: it has one exec or exit to make, and stops after it.
+            self._vforked[tid] = parent
+            waiting[tid] = None
+        for tid, parent in list(self._vforked.items()):
+            with contextlib.suppress(OSError, SnapshotterError):
+                if kcmp(tid, parent, KCMP_VM) == 0:
+                    continue
+            del self._vforked[tid]
+            with contextlib.suppress(TargetGoneError):
+                ptrace.interrupt(tid)
 
     def _poll(self, tid: int) -> bool:
         """Whether a seized task has stopped for good (or is gone); passes on signals that come in between."""
@@ -277,30 +310,43 @@ class FrozenTree:
             for pid in self.processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signo)
+        running: list[int] = []
         for tid in reversed(list(self._order)):
             try:
                 if self._left == "kill":
                     _reap(tid)
-                else:
-                    self._detach(tid)
+                elif not self._detach(tid):
+                    running.append(tid)
             except BaseException as error:
                 problem = problem or error
+        self._let_go_late(running)
         self.thawed_at_ns = time.monotonic_ns()
         self._order.clear()
         self._seized.clear()
         self._tasks.clear()
+        self._vforked.clear()
         for process in self.processes.values():
             if process.mem is not None:
                 process.mem.close()
         if problem is not None:
             raise problem
 
-    def _detach(self, tid: int) -> None:
+    def _detach(self, tid: int) -> bool:
+        """Let one task go; False when it has not stopped yet, which is what the kernel asks for."""
         try:
             ptrace.detach(tid)
         except TargetGoneError:
-            _reap(tid, block=False)
+            return _reap(tid, block=False)
         faults.point("thaw.detached")
+        return True
+
+    def _let_go_late(self, tids: list[int]) -> None:
+        """Tasks that were interrupted and have not stopped (a freeze that failed): let them go as soon as they do."""
+        deadline = time.monotonic() + _LET_GO_S
+        while tids and time.monotonic() < deadline:
+            tids = [tid for tid in tids if not self._detach(tid)]
+            if tids:
+                time.sleep(0.001)
 
 
 @contextlib.contextmanager
@@ -351,15 +397,20 @@ def _is_dead(pid: int, tid: int) -> bool:
         return True
 
 
-def _reap(tid: int, *, block: bool = True) -> None:
-    """Collect the end of a traced task, so that its own parent gets to see it."""
+def _reap(tid: int, *, block: bool = True) -> bool:
+    """Collect the end of a traced task, so that its own parent gets to see it; False: it has not ended."""
     for _ in range(1000):
         try:
             got, status = os.waitpid(tid, _WAIT_ALL | (0 if block else os.WNOHANG))
         except (ChildProcessError, InterruptedError):
-            return
-        if got == 0 or not os.WIFSTOPPED(status):
-            return
+            return True
+        if got == 0:
+            return False
+        if not os.WIFSTOPPED(status):
+            return True
+        if not block:
+            return False
+    return True
 
 
 def _seize_error(pid: int, tid: int, error: Exception) -> SnapshotterError:
