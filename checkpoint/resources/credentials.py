@@ -8,14 +8,19 @@ final permitted and effective sets; no_new_privs last. Setting ids resets dumpab
 
 from __future__ import annotations
 
+import ctypes
+import os
 import struct
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
 from checkpoint.kernel.proc import Status
-from checkpoint.parasite import Batch
 from checkpoint.resources import prctl
 from images import task_pb2
+
+if TYPE_CHECKING:
+    from checkpoint.parasite import Batch
 
 _HEADER = struct.pack("<Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, ourselves
 _SETS = struct.Struct("<IIIIII")
@@ -50,9 +55,7 @@ def dump(status: Status, securebits: int) -> task_pb2.Credentials:
 @lru_cache(maxsize=1)
 def own() -> task_pb2.Credentials:
     """What the stubs start with: snap's own. Cached; snap never changes its ids."""
-    import ctypes
-
-    return dump(proc.read_status("self"), ctypes.CDLL(None).prctl(prctl.GET_SECUREBITS, 0, 0, 0, 0))
+    return dump(proc.read_status(os.getpid()), ctypes.CDLL(None).prctl(prctl.GET_SECUREBITS, 0, 0, 0, 0))
 
 
 def restore(batch: Batch, wanted: task_pb2.Credentials, current: task_pb2.Credentials) -> list[str]:

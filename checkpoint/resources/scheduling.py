@@ -10,11 +10,14 @@ import ctypes
 import errno
 import os
 import struct
+from typing import TYPE_CHECKING
 
-from checkpoint.parasite import Batch
 from checkpoint.resources import prctl
 from images import task_pb2
 from snapshotter.base.errors import wrap_os_error
+
+if TYPE_CHECKING:
+    from checkpoint.parasite import Batch
 
 _ATTR = struct.Struct("<IIQiIQQQ")  # sched_attr, first version: size .. sched_period
 _NR_SCHED_GETATTR = 315

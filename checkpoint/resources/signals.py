@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from checkpoint.kernel import ptrace
-from checkpoint.parasite import Batch, Buffer, Results
 from images import common_pb2, task_pb2
+
+if TYPE_CHECKING:
+    from checkpoint.parasite import Batch, Buffer, Results
 
 SIGKILL, SIGCHLD, SIGSTOP = 9, 17, 19
 SIG_DFL, SIG_IGN = 0, 1

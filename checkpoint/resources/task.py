@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import proc, ptrace, sys
 from checkpoint.resources import credentials, limits, prctl, registers, scheduling, signals, timers
 from images import common_pb2, task_pb2
-from snapshotter.base.errors import Finding, RestoreConflictError, wrap_os_error
+from snapshotter.base.errors import Finding, RestoreConflictError, TargetGoneError, wrap_os_error
 
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext, FrozenProcess, FrozenTask
@@ -53,11 +53,8 @@ def look(pid: int, report: list[Finding]) -> None:
 
     Zombies inside a job are fine; that the root is none is the caller's to check (`look_root`).
     """
-    try:
-        status = proc.read_status(pid)
-        stat = proc.read_stat(pid)
-    except OSError as error:
-        raise wrap_os_error(error, "cannot look at the task", where=f"task {pid}") from error
+    status = proc.read_status(pid)
+    stat = proc.read_stat(pid)
     if stat.flags & 0x00200000:  # PF_KTHREAD
         report.append(Finding(pid, "task", "is a kernel thread", "only user space can be dumped"))
         return
@@ -69,8 +66,8 @@ def look(pid: int, report: list[Finding]) -> None:
         report.append(Finding(pid, "cwd", "its working directory is deleted", "let it chdir elsewhere first"))
     for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
         try:
-            of_thread = status if tid == pid else proc.parse_status(_read(f"/proc/{pid}/task/{tid}/status"))
-        except (FileNotFoundError, ProcessLookupError):
+            of_thread = status if tid == pid else proc.read_status(pid, tid)
+        except TargetGoneError:
             continue
         _look_thread(pid, tid, of_thread, report)
 
@@ -98,7 +95,11 @@ def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> N
         report.append(
             Finding(pid, where, "has seccomp filters", "not supported yet: start the job without its sandbox")
         )
-    if tid == pid and status.state in "ZX" and status.threads > 1:
+    if status.shadow_stack:
+        report.append(
+            Finding(pid, where, "has a user shadow stack (CET)", "start it with GLIBC_TUNABLES without SHSTK")
+        )
+    if tid == pid and status.state[:1] in {"Z", "X"} and status.threads > 1:
         report.append(
             Finding(pid, where, "its first thread has exited while others run", "not supported yet")
         )
@@ -167,7 +168,7 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
         registers.leave_critical_section(task, mem, pointer, size)
         registers.dump(task, thread)
         # The leader's is read anew too: process.status was read before the last task had stopped.
-        statuses[task.tid] = proc.parse_status(_read(f"/proc/{pid}/task/{task.tid}/status"))
+        statuses[task.tid] = proc.read_status(pid, task.tid)
     for task, thread in zip(process.threads, message.threads, strict=True):
         _dump_thread(process, task, thread, message, statuses[task.tid])
     message.rlimits.extend(limits.dump(pid))
@@ -228,7 +229,7 @@ def _dump_thread(
 
 def _ask_process(batch: Batch, process: FrozenProcess, status: Status):  # noqa: ANN202 - private tuple of refs
     actions = signals.ask_actions(batch, status.sig_caught, status.sig_ignored)
-    asked_timers = timers.ask(batch, timers.parse_timers(_read_optional(f"/proc/{process.pid}/timers")))
+    asked_timers = timers.ask(batch, timers.describe(proc.read_timers(process.pid)))
     subreaper = batch.buffer(4)
     batch.call("prctl", prctl.GET_CHILD_SUBREAPER, subreaper, 0, 0, 0)
     dumpable = batch.call("prctl", prctl.GET_DUMPABLE, 0, 0, 0, 0)
@@ -360,13 +361,6 @@ def create_timers(stub: StubTask, process: task_pb2.Process) -> None:
 def _read(path: str) -> bytes:
     with open(path, "rb", buffering=0) as file:
         return file.readall()
-
-
-def _read_optional(path: str) -> bytes:
-    try:
-        return _read(path)
-    except FileNotFoundError:
-        return b""
 
 
 def _comm_bytes(pid: int, tid: int | None = None) -> bytes:

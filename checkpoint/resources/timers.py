@@ -11,19 +11,24 @@ kernel does not take back: the overrun count of a signal that is already pending
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from checkpoint.parasite import Batch, Buffer, RemoteTask, Results
+from checkpoint.kernel.proc import TimerEntry
 from checkpoint.resources import prctl
 from images import task_pb2
 from snapshotter.base.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from checkpoint.parasite import Batch, Buffer, RemoteTask, Results
 
 _ITIMERVAL = struct.Struct("<qqqq")  # it_interval sec, usec; it_value sec, usec
 _ITIMERSPEC = struct.Struct("<qqqq")  # the same with nanoseconds
 _SIGEVENT = struct.Struct("<Qiii44x")  # sigev_value, sigev_signo, sigev_notify, sigev_notify_thread_id
 _TIMER_ID = struct.Struct("<i")
 _SIGEV_THREAD_ID = 4
+_NOTIFY = {"signal": 0, "none": 1, "thread": 2}
 _MAX_ID_SEARCH = 1 << 16
 ITIMERS = (0, 1, 2)
 SECOND_NS = 1_000_000_000
@@ -37,28 +42,19 @@ class Asked:
     posix: list[tuple[task_pb2.PosixTimer, Buffer]]
 
 
-def parse_timers(text: bytes) -> list[task_pb2.PosixTimer]:
-    """/proc/PID/timers; see proc_pid_timers(5)."""
-    timers: list[task_pb2.PosixTimer] = []
-    for line in text.decode("ascii").splitlines():
-        key, _, value = line.partition(":")
-        value = value.strip()
-        if key == "ID":
-            timers.append(task_pb2.PosixTimer(id=int(value)))
-        elif key == "signal":
-            signo, _, sigval = value.partition("/")
-            timers[-1].signo = int(signo)
-            timers[-1].sigval = int(sigval, 16)
-        elif key == "notify":
-            how, _, target = value.partition("/")
-            kind, _, number = target.partition(".")
-            timers[-1].notify = {"signal": 0, "none": 1, "thread": 2}.get(how, 0)
-            if kind == "tid":
-                timers[-1].notify |= _SIGEV_THREAD_ID
-                timers[-1].notify_tid = int(number)
-        elif key == "ClockID":
-            timers[-1].clock_id = int(value)
-    return timers
+def describe(entries: Iterable[TimerEntry]) -> list[task_pb2.PosixTimer]:
+    """What /proc/PID/timers tells; the times are still missing."""
+    return [
+        task_pb2.PosixTimer(
+            id=entry.id,
+            clock_id=entry.clock_id,
+            signo=entry.signo,
+            sigval=entry.sigval,
+            notify=_NOTIFY.get(entry.notify, 0) | (_SIGEV_THREAD_ID if entry.notify_kind == "tid" else 0),
+            notify_tid=entry.notify_id if entry.notify_kind == "tid" else 0,
+        )
+        for entry in entries
+    ]
 
 
 def ask(batch: Batch, timers: Sequence[task_pb2.PosixTimer]) -> Asked:
