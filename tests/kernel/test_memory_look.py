@@ -1,0 +1,277 @@
+"""The memory resource against living processes: what it reads, plans and refuses. Nothing is stopped or injected."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from checkpoint.context import DumpContext, DumpOptions
+from checkpoint.kernel import pagemap as pagemap_module
+from checkpoint.kernel.pagemap import PageMap
+from checkpoint.model import pageplan
+from checkpoint.model import vma as model
+from checkpoint.resources import memory
+from checkpoint.resources.memory import identity, shmem, vdso
+from checkpoint.restore_context import RestoreContext, RestoreOptions
+from images import codec, manifest_pb2, mm_pb2
+from snapshotter.base.errors import RestoreConflictError
+from snapshotter.base.pages import PAGE_SIZE
+
+pytestmark = pytest.mark.requires("root")
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Sink:
+    def __init__(self):
+        self.spaces: dict[str, dict[int, bytes]] = {}
+        self.final: dict[str, set[int]] = {}
+
+    def put(self, space, runs, reader):
+        buffer = bytearray(sum(run[1] for run in runs) * PAGE_SIZE)
+        reader.read_into(runs, memoryview(buffer))
+        numbers = [first + i for first, nr in runs for i in range(nr)]
+        self.spaces.setdefault(space, {}).update(
+            {
+                number: bytes(buffer[at * PAGE_SIZE : (at + 1) * PAGE_SIZE])
+                for at, number in enumerate(numbers)
+            }
+        )
+
+    def drain(self):
+        pass
+
+    def close_space(self, space, present):
+        self.final[space] = {first + i for first, nr in present for i in range(nr)}
+
+    def runs(self, space):
+        return pageplan.to_list(pageplan.from_list([(n, 1) for n in sorted(self.final.get(space, ()))]))
+
+    def fill(self, space, write):
+        pages = {n: d for n, d in self.spaces.get(space, {}).items() if any(d)}
+        for number, data in pages.items():
+            write([(number, 1)], memoryview(data))
+        return len(pages)
+
+
+@pytest.fixture
+def ctx():
+    found = DumpContext(root_pid=os.getpid(), sink=Sink(), parent=None, options=DumpOptions())
+    yield found
+    shmem.registry(found).close()
+
+
+def area(nr_pages, flags=mmap.MAP_PRIVATE):
+    found = mmap.mmap(-1, nr_pages * PAGE_SIZE, flags | mmap.MAP_ANONYMOUS)
+    return found, ctypes.addressof(ctypes.c_char.from_buffer(found)) // PAGE_SIZE
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_content_is_what_was_written(monkeypatch, scan):
+    if not scan:
+        monkeypatch.setattr(pagemap_module._Support, "scan", False)
+    found, first = area(4096)
+    numpy_view = np.frombuffer(found, dtype="u1")
+    wanted = [*range(0, 100, 7), *range(1000, 1100), 4095]
+    for page in wanted:
+        numpy_view[page * PAGE_SIZE] = 1
+    numpy_view[2000 * PAGE_SIZE :: PAGE_SIZE][:50].sum()  # zero pages
+    with PageMap(os.getpid()) as pagemap:
+        content = pagemap.content(np.asarray([[first, first + 4096]], dtype=np.int64))
+    pages = {page - first for a, b in content.present.tolist() for page in range(a, b)}
+    assert set(wanted) <= pages
+    assert pages - set(wanted) <= set(range(2000, 2050))
+    if scan:
+        assert pages == set(wanted)
+
+
+def test_guard_pages_are_no_content():
+    found, first = area(64)
+    found[:] = b"x" * len(found)
+    if libc.madvise(ctypes.c_void_p((first + 8) * PAGE_SIZE), 3 * PAGE_SIZE, 102) != 0:
+        pytest.skip("this kernel has no guard pages (MADV_GUARD_INSTALL)")
+    with PageMap(os.getpid()) as pagemap:
+        content = pagemap.content(np.asarray([[first, first + 64]], dtype=np.int64))
+    assert content.guard.tolist() == [[first + 8, first + 11]]
+    assert pageplan.count(content.present) == 61
+
+
+def test_space_of_a_running_python(ctx):
+    child = subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], stdin=-1, stdout=-1)
+    try:
+        child.stdout.readline()
+        space, plan = memory.plan_pages(ctx, child.pid)
+        kinds = {vma.kind for vma in space.vmas}
+        assert {model.ANON_PRIVATE, model.FILE_PRIVATE, model.VDSO} <= kinds
+        assert plan.nr_present == plan.nr_to_read > 100
+        exe = os.path.realpath(sys.executable).encode()
+        assert exe in {file.path for file in space.files}
+        libc_file = next(file for file in space.files if b"libc.so" in file.path)
+        assert len(libc_file.build_id) == 20
+        assert not identity.compare(libc_file).text
+        report = []
+        memory.look(child.pid, report)
+        assert report == []
+        mm = mm_pb2.Mm(vmas=space.vmas)
+        mm.files.extend(space.files)
+        codec.parse("mm/1", codec.serialise("mm/1", memory_image(mm)))
+        base = vdso.base_address(mm)
+        assert base
+        address = memory.arena_hole([mm], 1 << 20)
+        assert all(vma.end <= address or vma.start >= address + (1 << 20) for vma in space.vmas)
+    finally:
+        child.stdin.close()
+        child.wait()
+
+
+def memory_image(mm):
+    mm.format_version = 1
+    mm.exe.path = b"/bin/true"
+    mm.exe.mode = 0o100755
+    return mm
+
+
+def in_child(prepare):
+    """A forked child that called `prepare` and sleeps; returns its pid."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            kept = prepare()
+            os.write(write, b"k")
+            signal.pause()
+            del kept
+        finally:
+            os._exit(1)
+    os.close(write)
+    assert os.read(read, 1) == b"k"
+    os.close(read)
+    return pid
+
+
+@pytest.fixture
+def children():
+    pids = []
+    yield pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_io_uring_is_refused_by_name(children):
+    def prepare():
+        params = ctypes.create_string_buffer(120)
+        fd = libc.syscall(425, 4, params)
+        assert fd >= 0
+        return mmap.mmap(fd, 4096, mmap.MAP_SHARED)
+
+    read = ctypes.create_string_buffer(120)
+    fd = libc.syscall(425, 4, read)
+    if fd < 0:
+        pytest.skip("no io_uring here")
+    os.close(fd)
+    children.append(in_child(prepare))
+    report = []
+    memory.look(children[0], report)
+    assert any("io_uring" in finding.what for finding in report)
+
+
+def test_aio_is_refused_by_name(children):
+    def prepare():
+        context = ctypes.c_ulong(0)
+        assert libc.syscall(206, 8, ctypes.byref(context)) == 0
+        return context
+
+    children.append(in_child(prepare))
+    report = []
+    memory.look(children[0], report)
+    assert any("asynchronous" in finding.what for finding in report)
+
+
+def test_shared_memory_object_goes_round(ctx, tmp_path):
+    """Registered once for two mappings and a descriptor; rebuilt with holes, size, seals, mode."""
+    fd = os.memfd_create("thing", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 100 * PAGE_SIZE + 17)
+    os.pwrite(fd, b"A" * 5000, 10 * PAGE_SIZE)
+    os.pwrite(fd, b"end", 100 * PAGE_SIZE + 14)
+    os.fchmod(fd, 0o640)
+    import fcntl
+
+    fcntl.fcntl(fd, 1033, 0x2 | 0x4)
+    name = shmem.for_fd(ctx, os.getpid(), fd, os.fstat(fd))
+    assert shmem.for_fd(ctx, os.getpid(), os.dup(fd), os.fstat(fd)) == name
+    assert shmem.put_all(ctx) == 3
+    shmem.close_all(ctx)
+    images = {name: codec.serialise(name, ctx.images[name])}
+    back = RestoreContext(
+        load=images.__getitem__,
+        source=ctx.sink,
+        options=RestoreOptions(),
+        manifest=manifest_pb2.Manifest(),
+        processes={},
+    )
+    rebuilt = shmem.open_shared(back, name)
+    assert shmem.open_shared(back, name) == rebuilt
+    assert os.fstat(rebuilt).st_size == 100 * PAGE_SIZE + 17
+    assert os.fstat(rebuilt).st_mode & 0o777 == 0o640
+    assert os.pread(rebuilt, 1 << 20, 0) == os.pread(fd, 1 << 20, 0)
+    assert os.fstat(rebuilt).st_blocks == os.fstat(fd).st_blocks
+    assert fcntl.fcntl(rebuilt, 1034) == 0x2 | 0x4
+    assert os.readlink(f"/proc/self/fd/{rebuilt}") == "/memfd:thing (deleted)"
+    shmem.seal_late(back)
+    shmem.release(back)
+    os.close(fd)
+
+
+def test_shared_anonymous_memory_looks_the_same(ctx):
+    found, first = area(10, mmap.MAP_SHARED)
+    found[5 * PAGE_SIZE : 5 * PAGE_SIZE + 5] = b"hello"
+    space = memory.address_space(ctx, os.getpid())
+    vma = next(vma for vma in space.vmas if vma.start == first * PAGE_SIZE)
+    assert vma.kind == model.ANON_SHARED
+    shmem.put_all(ctx)
+    shmem.close_all(ctx)
+    name = vma.shmem
+    images = {name: codec.serialise(name, ctx.images[name])}
+    back = RestoreContext(
+        load=images.__getitem__,
+        source=ctx.sink,
+        options=RestoreOptions(),
+        manifest=manifest_pb2.Manifest(),
+        processes={},
+    )
+    fd = shmem.open_shared(back, name)
+    assert os.readlink(f"/proc/self/fd/{fd}") == "/dev/zero (deleted)"
+    assert os.pread(fd, 5, 5 * PAGE_SIZE) == b"hello"
+    shmem.release(back)
+
+
+def test_changed_file_is_named(tmp_path: pathlib.Path):
+    path = tmp_path / "library"
+    path.write_bytes(b"some content")
+    wanted = identity.make(os.fsencode(path), path.stat())
+    identity.require_same(wanted, "is mapped and")
+    path.write_bytes(b"some other content")
+    with pytest.raises(RestoreConflictError, match="18 bytes, not 12"):
+        identity.require_same(wanted, "is mapped and")
+    path.unlink()
+    with pytest.raises(RestoreConflictError, match="cannot be found"):
+        identity.require_same(wanted, "is mapped and")
+
+
+def test_copied_elf_file_is_the_same_build(tmp_path):
+    binary = pathlib.Path(os.path.realpath(sys.executable))
+    wanted = identity.make(os.fsencode(binary), binary.stat())
+    if not wanted.build_id:
+        pytest.skip("this python has no build id")
+    copy = tmp_path / "python"
+    copy.write_bytes(binary.read_bytes())
+    wanted.path = os.fsencode(copy)
+    identity.require_same(wanted, "is mapped and")
