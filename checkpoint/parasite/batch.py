@@ -4,7 +4,8 @@ Owns the encoding (layouts come from parasite_c/protocol.h through the compiler)
 object. No I/O: a batch is encoded for an address and a capacity, into one or more pieces; results of earlier
 pieces become plain values in later ones.
 
-    data area:   [struct snap_batch][entries of one piece]...[buffers and bytes of the whole batch][stack]
+    entries:  [struct snap_batch][struct snap_entry] ...        of one piece
+    data:     [buffer or bytes] ...                             of the whole batch
 """
 
 from __future__ import annotations
@@ -206,11 +207,9 @@ class Piece:
 
 
 def split(batch: Batch, capacity: int, *, single: bool = False) -> Iterator[Piece]:
-    """The pieces of a batch for an area of `capacity` bytes. ValueError when it cannot be cut to fit."""
-    room = capacity - HEADER_SIZE - batch.size_bytes - 64
+    """The pieces of a batch for `capacity` bytes of entries. ValueError when it cannot be cut to fit."""
+    room = capacity - HEADER_SIZE
     most = 1 if single else room // ENTRY_SIZE
-    if most < 1:
-        raise ValueError(f"a batch with {batch.size_bytes} bytes of data does not fit into {capacity} bytes")
     branches = batch.branches()
     if batch.has_children:
         indices: list[int] = []
@@ -229,9 +228,9 @@ def split(batch: Batch, capacity: int, *, single: bool = False) -> Iterator[Piec
         yield Piece(part, {len(part) - 1} if part else set())
 
 
-def encode(batch: Batch, piece: Piece, base: int, capacity: int, leave_sp: int, flags: int,
-           results: Sequence[int]) -> bytearray:  # fmt: skip
-    """The bytes of [header][entries] for one piece at address `base`. `results` hold those of earlier pieces."""
+def encode(batch: Batch, piece: Piece, data: int, leave_sp: int, flags: int, results: Sequence[int]) -> bytearray:
+    """The bytes of [header][entries] for one piece, whose data is at address `data`. `results` hold those of
+    earlier pieces."""
     position = {index: at for at, index in enumerate(piece.indices)}
     out = bytearray(HEADER_SIZE + ENTRY_SIZE * len(piece.indices))
     header = ffi.cast("struct snap_batch *", ffi.from_buffer(out))
@@ -240,7 +239,6 @@ def encode(batch: Batch, piece: Piece, base: int, capacity: int, leave_sp: int, 
     header.nr_entries = len(piece.indices)
     header.stopped_at = 0
     entries = ffi.cast("struct snap_entry *", header + 1)
-    data = data_offset(batch, capacity) + base
     offsets = batch.offsets
     for at, index in enumerate(piece.indices):
         source = batch.entries[index]
@@ -271,11 +269,6 @@ def encode(batch: Batch, piece: Piece, base: int, capacity: int, leave_sp: int, 
         for k, code in enumerate(source.ok):
             entry.ok[k] = code
     return out
-
-
-def data_offset(batch: Batch, capacity: int) -> int:
-    """Where the batch's buffers start in its area."""
-    return (capacity - batch.size_bytes) & ~63
 
 
 def encode_data(batch: Batch) -> bytearray:

@@ -34,6 +34,21 @@ POINTS: dict[str, str] = {
     "dump.committed": "the point exists, the tracker does not know yet",
     "track.created": "a userfaultfd was made in the target, not yet closed there",
     "track.keeper": "the keeper runs, its state file is not written",
+    # engine, parasite
+    "parasite.frames": "the fail-safe frames are written, the registers still the task's own",
+    "parasite.redirected": "the task would leave through the frames; its signals are not blocked yet",
+    "parasite.blocked": "signals are blocked, nothing was called",
+    "parasite.mapped_code": "the code page is mapped and empty",
+    "parasite.mapped": "code and data are mapped and empty",
+    "parasite.loaded": "the blob is in place",
+    "parasite.written": "a batch is written, not started",
+    "parasite.started": "the registers point into the blob, the batch has not run",
+    "parasite.ran": "a batch ran, its results are not read",
+    "parasite.leaving": "the area is mapped, the task would leave through the frames",
+    "parasite.unmapped": "the area is gone, the task would leave through the frames",
+    "parasite.unblocked": "the signal mask is the task's own again, the registers are not",
+    "parasite.parked": "the task's registers are its own again",
+    "stub.spawned": "the first stub exists and is seized, not yet executed",
     # engine, restore
     "restore.planned": "the plan is made, nothing was touched",
     "restore.killed": "the old job is gone, no stub yet",
@@ -90,7 +105,9 @@ def point(name: str) -> None:
     if not _selected:
         return
     if name not in POINTS:
-        raise UsageError(f"no fault point is called {name!r}", hint="register it in snapshotter/base/faults.py")
+        raise UsageError(
+            f"no fault point is called {name!r}", hint="register it in snapshotter/base/faults.py"
+        )
     wanted = _selected.get(name)
     if wanted is None:
         return

@@ -1,0 +1,417 @@
+"""Infect and cure tasks of a job: the parasite's way in and out, fail-safe at every instant.
+
+Owns, per process, the mapped area (one for all of its threads) and who is inside. Only one task of a process is
+inside at a time: on its way out after snap's death it unmaps the area, which no other may then be executing.
+
+A task's way, each step a fault point (parasite.*):
+  own registers -> frames written -> registers at the restorer (would leave through the frames) -> signals blocked
+  -> [first task: mmap code, mmap data, blob written] -> batches -> restorer again -> [last task: munmap]
+  -> own signal mask -> own registers.
+Killed anywhere, the task goes on where it was, the area is unmapped (or, in the instant where nobody is inside,
+left to be found and removed by the next infection).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from checkpoint.kernel import proc, ptrace
+from checkpoint.kernel.mem import ProcMem
+from checkpoint.parasite import frames, gadgets
+from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, MAGIC_SIZE, Area, RemoteTask, blob
+from parasite_c._native import lib
+from snapshotter.base import faults
+from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from checkpoint.kernel.ptrace import Regs
+
+DATA_SIZE = 1 << 20
+"""Mapped without reservation: only what batches touch costs memory."""
+AREA_SIZE = CODE_SIZE + DATA_SIZE
+
+_PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
+_MAP = 0x02 | 0x20 | 0x4000 | 0x100000
+"""MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE."""
+_LOWEST, _HIGHEST = 1 << 20, (1 << 47) - 4096
+_SECCOMP_STRICT, _SECCOMP_FILTER = 1, 2
+_STOP_TIMEOUT_S = 5.0
+
+
+class Target(Protocol):
+    """What infect() needs to know: checkpoint.context.FrozenTask has it."""
+
+    tid: int
+    pid: int
+    regs: Regs
+    sigmask: int
+
+
+class _Space:
+    """The parasite's area in one process and its users."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.start_time_ticks = proc.read_stat(pid).start_time_ticks
+        self.mem = ProcMem(pid)
+        self.maps = proc.read_maps(pid)
+        self.gadgets = gadgets.find(_code_ranges(self.maps), self.mem.read, where=f"task {pid}")
+        self.area = Area(_hole(self.maps, AREA_SIZE, pid), AREA_SIZE)
+        self.leftovers = _leftovers(self.maps, self.mem)
+        self.mapped = False
+        self.users: set[InfectedTask] = set()
+        self.inside: InfectedTask | None = None
+
+
+_spaces: dict[int, _Space] = {}
+
+
+def _space(pid: int) -> _Space:
+    known = _spaces.get(pid)
+    if known is not None:
+        if known.users and proc.read_stat(pid).start_time_ticks == known.start_time_ticks:
+            return known
+        known.mem.close()
+    _spaces[pid] = _Space(pid)
+    return _spaces[pid]
+
+
+def _code_ranges(maps: list[proc.MapsEntry]) -> list[gadgets.CodeRange]:
+    """Executable mappings, the likely ones first."""
+    found = []
+    for entry in maps:
+        if not entry.executable or entry.path == "[vsyscall]":
+            continue
+        key = None
+        if entry.inode:
+            key = (os.makedev(entry.major, entry.minor), entry.inode, entry.offset)
+        name = entry.path.rpartition("/")[2]
+        likely = 0 if name.startswith(("libc.", "libc-", "ld-musl")) else 1 if entry.inode else 2
+        found.append((likely, gadgets.CodeRange(entry.start, entry.end, key)))
+    return [code for _, code in sorted(found, key=lambda item: item[0])]
+
+
+def _hole(maps: list[proc.MapsEntry], size: int, pid: int) -> int:
+    """An address in the middle of the largest hole: nothing borders on it, so nothing merges with it."""
+    best_size, best = 0, 0
+    at = _LOWEST
+    for entry in sorted(maps, key=lambda item: item.start):
+        if entry.start >= _HIGHEST:
+            break
+        if entry.start - at > best_size:
+            best_size, best = entry.start - at, at
+        at = max(at, entry.end)
+    if _HIGHEST - at > best_size:
+        best_size, best = _HIGHEST - at, at
+    if best_size < size + 2 * (1 << 20):
+        raise UnsupportedError("its address space is full", where=f"task {pid}")
+    return (best + (best_size - size) // 2) & ~((1 << 16) - 1)
+
+
+def _leftovers(maps: list[proc.MapsEntry], mem: ProcMem) -> list[Area]:
+    """Areas of a snap that was killed in the one instant in which nobody was inside."""
+    found = []
+    for entry in maps:
+        if entry.perms != "r-xp" or entry.path or entry.inode or entry.size_bytes != CODE_SIZE:
+            continue
+        with contextlib.suppress(OSError):
+            if mem.read(entry.start, MAGIC_SIZE) == blob()[:MAGIC_SIZE]:
+                found.append(Area(entry.start, AREA_SIZE))
+    return found
+
+
+class InfectedTask(RemoteTask):
+    """A task of a job with the parasite at hand. Made by infect(); ended by cure()."""
+
+    def __init__(self, target: Target, space: _Space) -> None:
+        super().__init__(target.tid, target.pid, space.mem, space.area)
+        self._space = space
+        self._own_regs = target.regs.copy()
+        self._own_mask = target.sigmask
+        self._template = self._own_regs
+        self._place: frames.Place | None = None
+        self._xstate = b""
+        self._seccomp = 0
+
+    # -- in ----------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse by name what cannot be infected."""
+        if not self._own_regs.is_64bit:
+            raise UnsupportedError("it runs 32-bit code", where=self.where)
+        status = proc.read_status(self.pid, self.tid)
+        if status.shadow_stack:
+            raise UnsupportedError("it uses user shadow stacks (CET)", where=self.where)
+        self._seccomp = status.seccomp
+        if status.seccomp == _SECCOMP_STRICT:
+            raise UnsupportedError("it is in seccomp strict mode", where=self.where)
+        if status.seccomp == _SECCOMP_FILTER:
+            try:
+                ptrace.setoptions(self.tid, ptrace.O_TRACESYSGOOD | ptrace.O_SUSPEND_SECCOMP)
+            except SnapshotterError as error:
+                raise UnsupportedError(
+                    "it has a seccomp filter, and that cannot be suspended", where=self.where, hint="run as root"
+                ) from error
+            # What is left when snap dies must be as little as possible: one call at a time, out by rt_sigreturn
+            self._batch_flags = lib.SNAP_B_LEAVE
+            self._one_at_a_time = True
+
+    def _abort_rseq(self) -> None:
+        """Inside a restartable sequence the kernel would send it to the abort handler at its next preemption; having
+        run something else in between, that is where it must go on."""
+        pointer, size, _, _ = ptrace.get_rseq(self.tid)
+        if not pointer or size < 16:
+            return
+        with contextlib.suppress(OSError):
+            section = int.from_bytes(self.mem.read(pointer + 8, 8), "little")
+            if not section:
+                return
+            _, _, *words = lib_unpack(self.mem.read(section, 32))
+            start, length, abort = words
+            if start <= self._own_regs.rip < start + length:
+                self._own_regs.rip = abort
+
+    def prepare(self) -> None:
+        """Everything that only reads."""
+        self.check()
+        self._abort_rseq()
+        self._xstate = ptrace.get_xstate(self.tid)
+
+    def _enter(self) -> None:
+        space = self._space
+        if space.inside is self:
+            return
+        if self not in space.users:
+            raise SnapshotterError("it is cured", where=self.where)
+        if space.inside is not None:
+            space.inside.park()
+        used = frames.used_xstate(self._xstate)
+        place = frames.choose(space.maps, self.mem, self._own_regs.rsp, frames.size(used), where=self.where)
+        unmap = None if self._seccomp else space.area
+        self.mem.write(
+            place.address,
+            frames.build(
+                place.address, self._own_regs.resumable(), self._own_mask, self._xstate, used, space.gadgets, unmap
+            ),
+        )
+        self._place = place
+        self._leave_sp = place.unmap_first
+        faults.point("parasite.frames")
+        self._aim(place.unmap_first)
+        space.inside = self
+        faults.point("parasite.redirected")
+        ptrace.set_sigmask(self.tid, ALL_SIGNALS)
+        faults.point("parasite.blocked")
+        if not space.mapped:
+            try:
+                self._map()
+            except BaseException:
+                self.park()
+                raise
+
+    def _aim(self, frame: int) -> None:
+        """Registers that leave through a frame as soon as the task runs."""
+        regs = self._own_regs.copy()
+        regs.rip = self._space.gadgets.sigreturn
+        regs.rsp = frame + 8  # as after the `ret` that took the restorer's address from there
+        regs.orig_rax = ptrace.NOT_IN_SYSCALL
+        ptrace.setregs(self.tid, regs)
+
+    def _gadget(self, frame: int, name: str, *args: int) -> int:
+        return self.gadget_call(self._space.gadgets.syscall_ret, frame, name, *args)
+
+    def _map(self) -> None:
+        space, area = self._space, self._space.area
+        assert self._place is not None
+        frame = self._place.unmap_first
+        try:
+            self._gadget(frame, "mmap", area.start, CODE_SIZE, _PROT_READ | _PROT_EXEC, _MAP, -1, 0)
+            faults.point("parasite.mapped_code")
+            size = area.size - CODE_SIZE
+            self._gadget(frame, "mmap", area.data, size, _PROT_READ | _PROT_WRITE, _MAP, -1, 0)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._gadget(self._place.context_only, "munmap", area.start, area.size)
+            raise SnapshotterError(f"cannot map memory in it: {error}", where=self.where) from error
+        faults.point("parasite.mapped")
+        self.mem.write(area.start, blob())
+        faults.point("parasite.loaded")
+        space.mapped = True
+        for old in space.leftovers:
+            with contextlib.suppress(OSError):
+                self._gadget(frame, "munmap", old.start, old.size)
+        space.leftovers = []
+
+    # -- out ---------------------------------------------------------------------------------------------------------
+
+    def park(self) -> None:
+        """Give the task its own registers and signal mask back; the area stays."""
+        if self._space.inside is not self:
+            return
+        assert self._place is not None
+        self._aim(self._place.unmap_first)
+        faults.point("parasite.leaving")
+        self._resume_own(self._place)
+
+    def _resume_own(self, place: frames.Place) -> None:
+        ptrace.set_sigmask(self.tid, self._own_mask)
+        faults.point("parasite.unblocked")
+        ptrace.setregs(self.tid, self._own_regs)
+        faults.point("parasite.parked")
+        self._space.inside = None
+        self._place = None
+        self._leave_sp = 0
+        self.mem.write(place.address, place.saved)
+
+    def cure(self) -> None:
+        """Leave; the last task of the process takes the area away."""
+        space = self._space
+        if self not in space.users:
+            return
+        try:
+            if len(space.users) > 1 or not space.mapped:
+                self.park()
+            else:
+                self._enter()
+                place = self._place
+                assert place is not None
+                self._aim(place.unmap_first)
+                faults.point("parasite.leaving")
+                self._gadget(place.context_only, "munmap", space.area.start, space.area.size)
+                space.mapped = False
+                self._aim(place.context_only)
+                faults.point("parasite.unmapped")
+                self._resume_own(place)
+            if self._seccomp:
+                ptrace.setoptions(self.tid, ptrace.O_TRACESYSGOOD)
+        finally:
+            space.users.discard(self)
+            if space.inside is self:
+                space.inside = None
+            if not space.users:
+                _spaces.pop(self.pid, None)
+                space.mem.close()
+
+    def _faulted(self, sig: int) -> None:
+        self.park()
+        super()._faulted(sig)
+
+
+def lib_unpack(data: bytes) -> tuple[int, ...]:
+    """struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip."""
+    import struct
+
+    return struct.unpack("<IIQQQ", data)
+
+
+def infect(task: Target) -> RemoteTask:
+    """Make a seized and stopped task (all threads of its process are stopped) able to run batches.
+
+    Nothing happens to it before its first batch. Raises UnsupportedError, by name, for what cannot be infected.
+    """
+    space = _space(task.pid)
+    infected = InfectedTask(task, space)
+    infected.prepare()
+    space.users.add(infected)
+    return infected
+
+
+def cure(task: RemoteTask) -> None:
+    """Undo infect(): registers, signal mask and memory are as they were; the task stays stopped."""
+    if isinstance(task, InfectedTask):
+        task.cure()
+
+
+@dataclass(slots=True)
+class _Stopped:
+    tid: int
+    pid: int
+    regs: Regs
+    sigmask: int
+
+
+class Parasite:
+    """Runs batches in a running process: all of its threads are stopped for the time, `tid` (default: the main
+    thread) runs them. A context manager; leaving it cures and lets the process go on."""
+
+    def __init__(self, pid: int, tid: int = 0) -> None:
+        self.pid = pid
+        self.tid = tid or pid
+        self._seized: list[int] = []
+        self._task: RemoteTask | None = None
+
+    def __enter__(self) -> RemoteTask:
+        try:
+            self._stop_all()
+            target = _Stopped(self.tid, self.pid, ptrace.getregs(self.tid), ptrace.get_sigmask(self.tid))
+            self._task = infect(target)
+        except BaseException:
+            self._let_go()
+            raise
+        return self._task
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._task is not None:
+                with contextlib.suppress(TargetGoneError):
+                    cure(self._task)
+        finally:
+            self._task = None
+            self._let_go()
+
+    def _stop_all(self) -> None:
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        while True:
+            fresh = [tid for tid in proc.threads(self.pid) if tid not in self._seized]
+            if not fresh:
+                break
+            for tid in fresh:
+                try:
+                    ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
+                except TargetGoneError:
+                    continue
+                self._seized.append(tid)
+                ptrace.interrupt(tid)
+                if not _wait_stop(tid, deadline):
+                    self._seized.remove(tid)
+        if self.tid not in self._seized:
+            raise TargetGoneError("it has ended", where=f"task {self.tid}")
+
+    def _let_go(self) -> None:
+        for tid in reversed(self._seized):
+            with contextlib.suppress(SnapshotterError):
+                ptrace.detach(tid)
+        self._seized = []
+
+
+def _wait_stop(tid: int, deadline: float) -> bool:
+    """Wait for the trap of an interrupt; signals that come first are let through. False: it ended."""
+    pause = 0.0
+    while True:
+        try:
+            status = ptrace.wait(tid, ptrace.WALL | os.WNOHANG)
+        except TargetGoneError:
+            return False
+        if status.tid == 0:
+            if time.monotonic() > deadline:
+                raise UnsupportedError(
+                    "it does not stop: it sleeps uninterruptibly (waits for a vfork child, or for a device)",
+                    where=f"task {tid}", hint="try again",
+                )  # fmt: skip
+            time.sleep(pause)
+            pause = min(0.001, pause + 0.00002)
+            continue
+        if status.gone:
+            return False
+        if status.event == ptrace.EVENT_STOP:
+            return True
+        ptrace.interrupt(tid)
+        ptrace.cont(tid, 0 if status.event or status.syscall_stop else status.stop_signal)

@@ -1,0 +1,196 @@
+"""A stopped task that runs batches: what infected tasks and restore stubs have in common.
+
+Owns the area in the target (one code page, then data) and the way a batch goes through it. Half of the room for
+entries and for data is in use at a time: while snap writes the next batch, the last one stays whole, because the
+blob reads its undo entries if snap dies in that moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import ptrace, syscalls
+from checkpoint.kernel.ptrace import Regs
+from checkpoint.parasite import batch as encoding
+from checkpoint.parasite.batch import Arg, Batch, RemoteCallError, Results
+from parasite_c._native import ffi, lib
+from snapshotter.base import faults
+from snapshotter.base.errors import SnapshotterError, TargetGoneError
+
+if TYPE_CHECKING:
+    from checkpoint.kernel.mem import ProcMem
+
+CODE_SIZE = lib.SNAP_CODE_SIZE
+MAGIC_SIZE = lib.SNAP_MAGIC_SIZE
+STACK_SIZE = 16384
+MIN_DATA_SIZE = 65536
+
+DONE, GONE, FAULT = 0, 1, 2
+ALL_SIGNALS = 2**64 - 1
+_EFLAGS = 0x202
+"""Interrupts on, direction and trap flags clear."""
+
+
+@cache
+def blob() -> bytes:
+    """The parasite's code, as built."""
+    return files("parasite_c").joinpath("blob.bin").read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """Where the parasite is in a target: [start, start + CODE_SIZE) code, data up to end."""
+
+    start: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
+    @property
+    def data(self) -> int:
+        return self.start + CODE_SIZE
+
+    @property
+    def stack_top(self) -> int:
+        return self.end
+
+    @property
+    def half(self) -> int:
+        """Bytes of each of the four rooms: entries A and B, data A and B."""
+        return ((self.size - CODE_SIZE - STACK_SIZE) // 4) & ~4095
+
+
+class RemoteTask:
+    """A ptrace-stopped task that can run system calls: one with call(), many with batch() and run().
+
+    Only the thread that seized the task may use it. Values are raw 64 bit; results are signed.
+    """
+
+    def __init__(self, tid: int, pid: int, mem: ProcMem, area: Area | None = None) -> None:
+        self.tid = tid
+        self.pid = pid
+        self.mem = mem
+        self._area = area
+        self._turn = 0
+        self._template: Regs | None = None
+        self._leave_sp = 0
+        self._batch_flags = 0
+        self._one_at_a_time = False
+        self.new_tid = 0
+        """The task that the last batch made, where PTRACE_O_TRACECLONE and its like tell."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(tid={self.tid}, pid={self.pid})"
+
+    @property
+    def where(self) -> str:
+        return f"task {self.tid}"
+
+    @property
+    def area(self) -> Area:
+        if self._area is None:
+            raise SnapshotterError("nothing is mapped in it to run batches from", where=self.where)
+        return self._area
+
+    def batch(self) -> Batch:
+        """An empty batch."""
+        return Batch()
+
+    def call(self, name: str, *args: Arg) -> int:
+        """One system call; RemoteCallError (an OSError) when it fails."""
+        single = Batch()
+        ref = single.call(name, *args)
+        return self.run(single)[ref]
+
+    def run(self, batch: Batch) -> Results:
+        """Run a batch to its end or to its first failure, which is raised as RemoteCallError.
+
+        Raises ValueError when its data does not fit into the area, TargetGoneError when the task died.
+        """
+        self._enter()
+        half = self.area.half
+        if batch.size_bytes > half:
+            raise ValueError(f"a batch has {batch.size_bytes} bytes of data, there is room for {half}")
+        turn = self._turn = self._turn ^ 1
+        data = self.area.data + (2 + turn) * half
+        results = [encoding.NOT_RUN] * len(batch)
+        if batch.size_bytes:
+            self.mem.write(data, encoding.encode_data(batch))
+        self.new_tid = 0
+        for piece in encoding.split(batch, half, single=self._one_at_a_time):
+            slot = self.area.data + self._slot() * half
+            raw = encoding.encode(batch, piece, data, self._leave_sp, self._batch_flags, results)
+            self.mem.write(slot, raw)
+            faults.point("parasite.written")
+            self._go(slot)
+            faults.point("parasite.ran")
+            stopped = encoding.decode(bytearray(self.mem.read(slot, len(raw))), piece, results)
+            if stopped < len(piece.indices):
+                index = piece.indices[stopped]
+                raise encoding.failure(batch, index, results[index], self.tid)
+        return Results(batch, results, self.mem.read(data, batch.size_bytes) if batch.size_bytes else b"")
+
+    def _slot(self) -> int:
+        """The room for entries that the last piece did not use."""
+        self._entries_turn = getattr(self, "_entries_turn", 0) ^ 1
+        return self._entries_turn
+
+    def _enter(self) -> None:
+        """Make the task ready to be sent into the blob."""
+
+    def _registers(self) -> Regs:
+        """Registers to start from: segment bases must stay the task's own."""
+        if self._template is None:
+            self._template = ptrace.getregs(self.tid)
+        return self._template.copy()
+
+    def _go(self, slot: int) -> None:
+        regs = self._registers()
+        regs.rip = self.area.start
+        regs.rdi = slot
+        regs.rsp = self.area.stack_top
+        regs.rax = 0
+        regs.orig_rax = ptrace.NOT_IN_SYSCALL
+        regs.eflags = _EFLAGS
+        ptrace.setregs(self.tid, regs)
+        faults.point("parasite.started")
+        self._drive(lib.SNAP_SENTINEL)
+
+    def gadget_call(self, gadget: int, rsp: int, name: str, *args: int) -> int:
+        """One system call through a `syscall` instruction of the target's own; leaves it at the call's exit."""
+        regs = self._registers()
+        regs.rip = gadget
+        regs.rsp = rsp
+        regs.rax = syscalls.number(name)
+        regs.orig_rax = ptrace.NOT_IN_SYSCALL
+        regs.eflags = _EFLAGS
+        for register, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), (*args, *[0] * (6 - len(args))), strict=True):
+            setattr(regs, register, value & ALL_SIGNALS)
+        ptrace.setregs(self.tid, regs)
+        self._drive(syscalls.number(name))
+        result = ptrace.getregs(self.tid).rax
+        value = int(result) - 2**64 if result >= 2**63 else int(result)
+        if encoding.is_error(value):
+            raise RemoteCallError(name, -value, self.tid)
+        return value
+
+    def _drive(self, until: int) -> None:
+        state = ffi.new("struct snap_drive *")
+        error = lib.snap_drive_until(self.tid, until, state)
+        if error:
+            raise SnapshotterError(f"cannot drive it: errno {-error}", where=self.where)
+        if state.new_tid:
+            self.new_tid = state.new_tid
+        if state.outcome == DONE:
+            return
+        if state.outcome == GONE:
+            raise TargetGoneError("it ended while it was worked with", where=self.where)
+        self._faulted(ptrace.WaitStatus(self.tid, state.status).stop_signal)
+
+    def _faulted(self, sig: int) -> None:
+        raise SnapshotterError(f"signal {sig} while running a batch", where=self.where)
