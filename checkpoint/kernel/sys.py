@@ -56,6 +56,11 @@ def pidfd_send_signal(pidfd: int, sig: int) -> None:
     syscall("pidfd_send_signal", pidfd, sig, 0, 0)
 
 
+def userfaultfd(flags: int) -> int:
+    """A new userfaultfd for our own memory."""
+    return syscall("userfaultfd", flags)
+
+
 CLONE_ARGS = struct.Struct("<11Q")
 """struct clone_args (88 bytes): flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
 set_tid_size, cgroup."""
