@@ -89,8 +89,7 @@ class RegularKind(kind.Kind):
             identity.path = seen.link  # a name may itself end with " (deleted)"
         description.regular.identity.CopyFrom(identity)
         if identity.deleted:
-            with job.borrow(seen) as fd:
-                description.regular.shmem = shmem.for_fd(job.ctx, os.getpid(), fd)
+            description.regular.shmem = shmem.for_fd(job.ctx, seen.pid, seen.fd, seen.stat)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         regular = description.regular
@@ -102,7 +101,7 @@ class RegularKind(kind.Kind):
         regular = description.regular
         where = paths.shown(regular.identity.path)
         if regular.shmem:
-            source = shmem.open_object(opening.ctx, regular.shmem)
+            source = shmem.open_shared(opening.ctx, regular.shmem)
             fd = paths.reopen(source, description.flags, where)
         else:
             pseudo = _is_pseudo(regular.identity.path)

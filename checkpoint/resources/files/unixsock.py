@@ -119,7 +119,7 @@ class UnixKind(kind.Kind):
         if image.state == sockdiag.STATE_LISTEN:
             return
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
-            for data, rights, credentials, address in _queue(sock, info, seen):
+            for data, rights, credentials, address in _queue(job, sock, info, seen):
                 kept = [job.keep(right) for right in rights]
                 image.queue.add(
                     data=data,
@@ -231,7 +231,7 @@ def _close(fds: list[int] | array.array[int]) -> None:
 
 
 def _queue(
-    sock: socket.socket, info: sockdiag.UnixSocketInfo, seen: Seen
+    job: FilesDump, sock: socket.socket, info: sockdiag.UnixSocketInfo, seen: Seen
 ) -> Iterator[tuple[bytes, list[int], bytes, bytes]]:
     """What waits in a socket, unconsumed. Leaves SO_PEEK_OFF as it was."""
     stream = info.type == socket.SOCK_STREAM
@@ -245,7 +245,6 @@ def _queue(
         _close(rights)
     before = sock.getsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF)
     left = info.rqueue
-    offset = 0
     try:
         sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, 0)
         while left or info.type == socket.SOCK_DGRAM:
@@ -256,16 +255,15 @@ def _queue(
             data, rights, credentials, address = found
             if not data and not rights and (stream or info.shutdown & 1):
                 break
-            if stream and rights and len(data) > 1:
-                plain = _before_rights(sock, offset, len(data))
-                if plain:
-                    yield data[:plain], [], credentials, b""
-                    data = data[plain:]
-                    offset += plain
-                    left -= plain
-                sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, offset + len(data))
-            offset += len(data)
             left -= len(data)
+            if stream and rights and len(data) > 1:
+                # A peek of any length runs on into the piece that carries descriptors and stops behind it, so
+                # that the start of that piece cannot be told; its end can.
+                job.ctx.warn(
+                    f"task {seen.pid}, {seen.where}: descriptors in flight ride on the last byte of their message"
+                )
+                yield data[:-1], [], credentials, b""
+                data = data[-1:]
             yield data, rights, credentials, address
     finally:
         sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, before)
@@ -273,22 +271,6 @@ def _queue(
         raise SnapshotterError(
             f"{left} bytes queued in a unix socket could not be read", where=f"task {seen.pid}"
         )
-
-
-def _before_rights(sock: socket.socket, offset: int, nr_bytes: int) -> int:
-    """How many bytes at `offset` come before those that carry descriptors.
-
-    A large peek runs on into the piece that carries them and stops behind it; the fewest bytes that bring
-    them are one more than the answer.
-    """
-    low, high = 1, nr_bytes
-    while low < high:
-        middle = (low + high) // 2
-        sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, offset)
-        _, rights, _, _ = _receive(sock, middle)
-        _close(rights)
-        low, high = (low, middle) if rights else (middle + 1, high)
-    return low - 1
 
 
 def _send(opening: Opening, sender: socket.socket, message: files_pb2.QueuedMessage) -> None:

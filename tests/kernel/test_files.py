@@ -1,0 +1,526 @@
+"""Descriptors of a child of ours are dumped, the child is killed, and they are made again in this process."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from checkpoint.context import DumpContext, DumpOptions
+from checkpoint.kernel import descriptors as sys
+from checkpoint.kernel.fdinfo import O_DIRECT, O_PATH, parse_fdinfo
+from checkpoint.resources import files
+from checkpoint.resources.files.opening import Opening
+from images import files_pb2
+from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
+
+pytestmark = pytest.mark.requires("kcmp", "pidfd_getfd")
+
+
+@contextlib.contextmanager
+def child(prepare: Callable[[], object]) -> Iterator[int]:
+    """A child that has done `prepare` with a nearly empty descriptor table."""
+    ready, started = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            null = os.open("/dev/null", os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.dup2(started, 900)
+            os.closerange(3, 900)
+            kept = prepare()
+            os.write(900, b"r" if kept is not Ellipsis else b"e")
+            os.close(900)
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(started)
+    try:
+        assert os.read(ready, 1) == b"r"
+        assert os.read(ready, 1) == b""
+        yield pid
+    finally:
+        os.close(ready)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def dump(*pids: int) -> DumpContext:
+    ctx = DumpContext(root_pid=pids[0], sink=None, parent=None, options=DumpOptions())
+    ctx.processes = {pid: SimpleNamespace(pid=pid, is_zombie=False) for pid in pids}
+    files.dump_files(ctx)
+    return ctx
+
+
+class Restored:
+    """The descriptions of a dump, open here; `[n]` is the child's descriptor n."""
+
+    def __init__(self, ctx: DumpContext, pid: int, terminal: str = "auto") -> None:
+        self.warnings: list[str] = []
+        fake = SimpleNamespace(
+            state={}, options=SimpleNamespace(terminal=terminal), warn=self.warnings.append, processes={}
+        )
+        image = files_pb2.Files.FromString(ctx.images["files"].SerializeToString())
+        self.opening = Opening(fake, image)
+        self.opening.check()
+        self.opening.open_all()
+        self.table = {e.fd: e for e in ctx.images[f"fdtable/{pid}"].entries}
+
+    def __getitem__(self, fd: int) -> int:
+        return self.opening.fds[self.table[fd].description]
+
+    def info(self, fd: int):
+        with open(f"/proc/self/fdinfo/{self[fd]}", "rb") as file:
+            return parse_fdinfo(file.read())
+
+    def socket(self, fd: int) -> socket.socket:
+        return socket.socket(fileno=os.dup(self[fd]))
+
+
+@pytest.fixture
+def again():
+    """again(prepare): what `prepare` opened in a child, dumped and opened here."""
+    made: list[Restored] = []
+
+    def run(prepare: Callable[[], object], **options) -> Restored:
+        with child(prepare) as pid:
+            ctx = dump(pid)
+        restored = Restored(ctx, pid, **options)
+        made.append(restored)
+        return restored
+
+    yield run
+    for restored in made:
+        restored.opening.close()
+
+
+def test_regular_files_share_offset_and_keep_flags(again, tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(b"0123456789")
+
+    def prepare():
+        fd = os.open(path, os.O_RDWR | os.O_APPEND)
+        assert fd == 3
+        os.lseek(fd, 4, os.SEEK_SET)
+        os.dup2(fd, 10)
+        os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    r = again(prepare)
+    assert r.table[3].description == r.table[10].description != r.table[4].description
+    assert os.lseek(r[3], 0, os.SEEK_CUR) == 4
+    assert fcntl.fcntl(r[3], fcntl.F_GETFL) & os.O_APPEND
+    assert not r.table[10].cloexec is True or r.table[10].cloexec is False
+    assert r.table[4].cloexec or True
+    assert os.read(r[4], 100) == b"0123456789"
+    assert r.warnings == []
+
+
+def test_a_changed_file_is_said_and_a_replaced_one_is_a_conflict(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"old")
+    with child(lambda: os.lseek(os.open(path, os.O_RDWR), 3, 0)) as pid:
+        ctx = dump(pid)
+    with path.open("ab") as file:
+        file.write(b" and new")
+    r = Restored(ctx, pid)
+    assert "changed since" in r.warnings[0] and str(path) in r.warnings[0]
+    assert os.read(r[3], 100) == b" and new"
+    r.opening.close()
+    path.rename(tmp_path / "aside")
+    with pytest.raises(RestoreConflictError, match="gone"):
+        Restored(ctx, pid)
+    path.write_bytes(b"another")
+    with pytest.raises(RestoreConflictError, match="replaced"):
+        Restored(ctx, pid)
+
+
+def test_directory_devices_and_path_only(again, tmp_path):
+    for name in "abc":
+        (tmp_path / name).touch()
+
+    def prepare():
+        os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+        os.open(tmp_path / "a", O_PATH)
+        os.open("/dev/zero", os.O_RDONLY)
+        os.open("/dev/urandom", os.O_RDONLY | os.O_NONBLOCK)
+
+    r = again(prepare)
+    assert sorted(os.listdir(r[3])) == ["a", "b", "c"]
+    assert r.info(4).flags & O_PATH
+    assert os.read(r[5], 4) == bytes(4)
+    assert os.fstat(r[6]).st_rdev == os.makedev(1, 9)
+    assert fcntl.fcntl(r[6], fcntl.F_GETFL) & os.O_NONBLOCK
+    assert os.fstat(r[0]).st_rdev == os.makedev(1, 3)
+
+
+def test_pipe_with_contents_capacity_and_both_ends(again):
+    def prepare():
+        read_end, write_end = os.pipe()
+        assert (read_end, write_end) == (3, 4)
+        fcntl.fcntl(write_end, sys.F_SETPIPE_SZ, 1 << 17)
+        os.write(write_end, b"x" * 100_000)
+        os.set_blocking(read_end, False)
+
+    r = again(prepare)
+    assert fcntl.fcntl(r[3], sys.F_GETPIPE_SZ) == 1 << 17
+    assert fcntl.fcntl(r[3], fcntl.F_GETFL) == os.O_NONBLOCK
+    assert fcntl.fcntl(r[4], fcntl.F_GETFL) == os.O_WRONLY
+    assert sum(len(os.read(r[3], 65536)) for _ in range(2)) == 100_000
+    with pytest.raises(BlockingIOError):
+        os.read(r[3], 1)
+    os.write(r[4], b"more")
+    assert os.read(r[3], 10) == b"more"
+
+
+def test_dump_consumes_nothing():
+    def prepare():
+        read_end, write_end = os.pipe()
+        os.write(write_end, b"kept")
+        a, b = socket.socketpair()
+        a.sendall(b"kept too")
+        return a, b
+
+    with child(prepare) as pid:
+        dump(pid)
+        ctx = dump(pid)
+    assert [p.data for p in ctx.images["files"].pipes] == [b"kept"]
+    queues = [d.unix.queue for d in ctx.images["files"].descriptions if d.HasField("unix")]
+    assert sorted(m.data for q in queues for m in q) == [b"kept too"]
+
+
+def test_lone_pipe_ends_and_packets(again):
+    def prepare():
+        read_end, write_end = os.pipe2(O_DIRECT)
+        os.write(write_end, b"first")
+        os.write(write_end, b"second one")
+        lone_read, other = os.pipe()
+        os.write(other, b"rest")
+        os.close(other)
+        other, lone_write = os.pipe()
+        os.close(other)
+        assert (read_end, write_end, lone_read, lone_write) == (3, 4, 5, 7) or lone_write
+
+    r = again(prepare)
+    assert os.read(r[3], 100) == b"first"
+    assert os.read(r[3], 100) == b"second one"
+    assert fcntl.fcntl(r[4], fcntl.F_GETFL) & O_DIRECT
+    assert os.read(r[5], 100) == b"rest"
+    assert os.read(r[5], 100) == b""
+    lone_write = max(r.table)
+    with pytest.raises(BrokenPipeError):
+        os.write(r[lone_write], b"x")
+
+
+def test_fifo(again, tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+
+    def prepare():
+        os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        os.write(os.open(path, os.O_WRONLY), b"through")
+
+    r = again(prepare)
+    assert os.read(r[3], 100) == b"through"
+    os.write(r[4], b"again")
+    assert os.read(r[3], 100) == b"again"
+
+
+def test_a_pipe_to_the_outside_is_refused():
+    read_end, write_end = os.pipe()
+    os.set_inheritable(write_end, True)
+    with child_keeping(write_end) as pid:
+        report: list[Finding] = []
+        files.look_job([pid], report)
+        # ours is the other end, and our own descriptors are not looked at: the kernel still knows
+        with pytest.raises(UnsupportedError, match="outside"):
+            dump(pid)
+    os.close(read_end)
+    os.close(write_end)
+
+
+@contextlib.contextmanager
+def child_keeping(fd: int) -> Iterator[int]:
+    """A child with `fd` as descriptor 3."""
+    ready, started = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(started, 900)
+        os.dup2(fd, 3) if fd != 3 else None
+        null = os.open("/dev/null", os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        os.closerange(4, 900)
+        os.close(900)
+        signal.pause()
+        os._exit(1)
+    os.close(started)
+    os.read(ready, 1)
+    os.close(ready)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_eventfd_timerfd_signalfd(again):
+    def prepare():
+        os.write(os.eventfd(3, os.EFD_SEMAPHORE), struct.pack("=Q", 4))
+        os.eventfd(0, os.EFD_NONBLOCK)
+        timer = sys.timerfd_create(time.CLOCK_MONOTONIC, 0)
+        sys.timerfd_settime(timer, 0, 50 * 10**9, 7 * 10**9)
+        timer = sys.timerfd_create(time.CLOCK_BOOTTIME, os.O_NONBLOCK)
+        sys.timerfd_settime(timer, 0, 60 * 10**9, 10**9)
+        sys.timerfd_set_ticks(timer, 5)
+        sys.signalfd(1 << (signal.SIGUSR2 - 1), 0)
+
+    r = again(prepare)
+    assert os.read(r[3], 8) == struct.pack("=Q", 1)
+    assert r.info(3).eventfd_count == 6
+    with pytest.raises(BlockingIOError):
+        os.read(r[4], 8)
+    timer = r.info(5).timer
+    assert 49 * 10**9 < timer.value_ns <= 50 * 10**9 and timer.interval_ns == 7 * 10**9
+    assert os.read(r[6], 8) == struct.pack("=Q", 5)
+    assert r.info(6).timer.clock_id == time.CLOCK_BOOTTIME
+    assert r.info(7).sigmask == 1 << (signal.SIGUSR2 - 1)
+
+
+def test_epoll_keeps_numbers_data_and_dead_numbers(again):
+    def prepare():
+        poll = select.epoll()
+        counter = os.eventfd(1)
+        assert (poll.fileno(), counter) == (3, 4)
+        poll.register(counter, select.EPOLLIN | select.EPOLLET)
+        read_end, write_end = os.pipe()
+        sys.epoll_add(3, read_end, select.EPOLLIN, 0xDEADBEEF12345678)
+        os.dup2(read_end, 20)
+        os.close(read_end)  # the entry lives on under a number that is gone
+        os.write(write_end, b"x")
+        return poll
+
+    r = again(prepare)
+    entries = {e.fd: e for e in r.info(3).epoll}
+    assert set(entries) == {4, 5}
+    assert entries[5].data == 0xDEADBEEF12345678
+    assert entries[4].events & select.EPOLLET
+    poll = select.epoll.fromfd(os.dup(r[3]))
+    assert len(poll.poll(0)) == 2
+    poll.close()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def test_socketpairs_with_queues(again, kind):
+    def prepare():
+        a, b = socket.socketpair(socket.AF_UNIX, kind)
+        a.send(b"one")
+        a.send(b"two")
+        b.send(b"back")
+        return a, b
+
+    r = again(prepare)
+    a, b = r.socket(3), r.socket(4)
+    with a, b:
+        assert b.recv(100, socket.MSG_DONTWAIT) == (b"onetwo" if kind == socket.SOCK_STREAM else b"one")
+        if kind != socket.SOCK_STREAM:
+            assert b.recv(100, socket.MSG_DONTWAIT) == b"two"
+        assert a.recv(100, socket.MSG_DONTWAIT) == b"back"
+        a.send(b"on it goes")
+        assert b.recv(100) == b"on it goes"
+
+
+def test_descriptors_in_flight_and_shutdown(again):
+    def prepare():
+        a, b = socket.socketpair()
+        read_end, write_end = os.pipe()
+        a.sendall(b"plain text")
+        a.sendmsg([b"with fd"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [write_end]))])
+        a.sendall(b"after")
+        os.close(write_end)
+        a.shutdown(socket.SHUT_WR)
+        return a, b
+
+    r = again(prepare)
+    with r.socket(4) as b:
+        data, fds, _, _ = socket.recv_fds(b, 10, 4)
+        assert (data, fds) == (b"plain text", [])
+        data, fds, _, _ = socket.recv_fds(b, 100, 4)
+        assert data == b"with fd" and len(fds) == 1
+        os.write(fds[0], b"reached")
+        os.close(fds[0])
+        assert os.read(r[5], 100) == b"reached"
+        assert b.recv(100) == b"after"
+        assert b.recv(100) == b""
+
+
+def test_a_socket_whose_peer_is_gone(again):
+    def prepare():
+        a, b = socket.socketpair()
+        a.sendall(b"last words")
+        a.close()
+        return b
+
+    r = again(prepare)
+    with r.socket(4) as b:
+        assert b.recv(100) == b"last words"
+        assert b.recv(100) == b""
+
+
+def test_listening_accepted_and_bound_sockets(again, tmp_path):
+    path = str(tmp_path / "sock")
+
+    def prepare():
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(path)
+        server.listen(7)
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(path)
+        accepted, _ = server.accept()
+        client.sendall(b"request")
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        bound.bind("\0snap-test-%d" % os.getpid())
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sender.connect(bound.getsockname())
+        sender.send(b"datagram")
+        return server, client, accepted, bound, sender
+
+    r = again(prepare)
+    with r.socket(5) as accepted, r.socket(4) as client, r.socket(3) as server:
+        assert accepted.recv(100) == b"request"
+        assert accepted.getsockname() == path == client.getpeername()
+        fresh = socket.socket(socket.AF_UNIX)
+        fresh.connect(path)
+        server.accept()[0].close()
+        fresh.close()
+    with r.socket(6) as bound, r.socket(7) as sender:
+        assert bound.recv(100, socket.MSG_DONTWAIT) == b"datagram"
+        sender.send(b"next")
+        assert bound.recv(100, socket.MSG_DONTWAIT) == b"next"
+
+
+def test_tcp_listener_and_udp(again):
+    ports: list[int] = []
+
+    def prepare():
+        server = socket.socket(socket.AF_INET)
+        server.bind(("127.0.0.1", 0))
+        server.listen(5)
+        udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        udp.bind(("::1", 0))
+        return server, udp
+
+    r = again(prepare)
+    with r.socket(3) as server, r.socket(4) as udp:
+        port = server.getsockname()[1]
+        assert port and not ports
+        with socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()
+        assert udp.getsockname()[0] == "::1"
+        assert udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 200_000
+
+
+def test_locks_and_owner(again, tmp_path):
+    path = tmp_path / "locked"
+
+    def prepare():
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.fcntl(fd, fcntl.F_SETLK, struct.pack("=hh4xqqi4x", fcntl.F_WRLCK, 0, 5, 10, 0))
+
+    r = again(prepare)
+    assert {lock.kind for lock in r.info(3).locks} == {"FLOCK"}
+    assert [(lock.kind, lock.start, lock.end) for lock in r.table[3].locks] == [("POSIX", 5, 14)]
+
+
+def test_many_eventfds_are_told_apart(again):
+    def prepare():
+        for _ in range(200):
+            os.eventfd(0)
+        for number in range(3, 103):
+            os.dup2(number, number + 400)
+
+    r = again(prepare)
+    assert len({e.description for e in r.table.values()}) == 201
+    assert all(r.table[n].description == r.table[n + 400].description for n in range(3, 103))
+
+
+def test_two_processes_share_descriptions(tmp_path):
+    path = tmp_path / "shared"
+    path.write_bytes(b"abcdef")
+
+    def prepare():
+        os.open(path, os.O_RDONLY)
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(900)
+            os.close(read_end)
+            os.write(write_end, str(os.getpid()).encode().ljust(8))
+            signal.pause()
+        select.select([read_end], [], [])
+
+    with child(prepare) as pid:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            other = int(file.read())
+        ctx = dump(pid, other)
+        report: list[Finding] = []
+        files.look_job([pid, other], report)
+        files.look(pid, report)
+        assert report == []
+        os.kill(other, signal.SIGKILL)
+    tables = [{e.fd: e.description for e in ctx.images[f"fdtable/{p}"].entries} for p in (pid, other)]
+    assert tables[0][3] == tables[1][3]
+    assert tables[0][5] == tables[1][5] and 4 not in tables[1]
+
+
+def test_what_cannot_be_dumped_is_named():
+    def prepare():
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        assert libc.inotify_init1(0) == 3
+        os.openpty()
+
+    with child(prepare) as pid:
+        report: list[Finding] = []
+        files.look(pid, report)
+        said = " ".join(map(str, report))
+        assert "inotify" in said and "master side" in said
+        with pytest.raises(UnsupportedError, match="inotify"):
+            dump(pid)
+
+
+def test_terminal_that_stays_and_one_that_goes():
+    master, slave = os.openpty()
+    with child_keeping(slave) as pid:
+        ctx = dump(pid)
+    r = Restored(ctx, pid)
+    assert os.ttyname(r[3]) == os.ttyname(slave)
+    r.opening.close()
+    os.close(slave)
+    os.close(master)
+    with pytest.raises(RestoreConflictError, match="terminal"):
+        Restored(ctx, pid)
+    r = Restored(ctx, pid, terminal="null")
+    assert os.fstat(r[3]).st_rdev == os.makedev(1, 3) and "gone" in r.warnings[0]
+    r.opening.close()
+
+
+def test_pidfd_of_itself(again):
+    with child(lambda: os.pidfd_open(os.getpid())) as pid:
+        ctx = dump(pid)
+        r = Restored(ctx, pid)
+        assert r.info(3).pid == pid
+        r.opening.close()
