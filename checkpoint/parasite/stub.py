@@ -170,6 +170,10 @@ def spawn_root_stub(pid: int = 0) -> StubTask:
     finally:
         os.close(go_read)
         os.close(go_write)
+    # Registers set now would be overwritten by execve's own return: go to its exit
+    ptrace.syscall(made)
+    if not ptrace.wait(made).syscall_stop:
+        raise SnapshotterError("the restore stub does not start", where=f"task {made}")
     ptrace.setoptions(made, OPTIONS)
     ptrace.set_sigmask(made, ALL_SIGNALS)
     mem = ProcMem(made)
