@@ -73,6 +73,7 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
                 if one == pid:
                     raise TargetGoneError("ended while it was looked at", where=f"task {pid}") from None
                 break
+    files.look_job(report.pids, report.findings)
     return report
 
 
