@@ -12,22 +12,19 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from checkpoint.kernel import ptrace
 from checkpoint.model import tree
 from checkpoint.parasite import StubTask, spawn_root_stub
 from checkpoint.plan import RestorePlan
-from checkpoint.resources import memory, prctl, registers, signals, task
+from checkpoint.resources import files, memory, prctl, registers, signals, task
 from checkpoint.restore_context import RestoreContext
 from images import task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
 
-if TYPE_CHECKING:
-    from checkpoint.kernel.ptrace import Regs
-
 CLONE_PARENT = 0x8000
+ARENA_BYTES = 1 << 20
 _WALL = 0x40000000
 _O_CLOEXEC = 0o2000000
 _LEAST_SUPERVISOR_FD = 63
@@ -83,25 +80,16 @@ class Assembly:
     def _spawn_root(self, pid: int) -> None:
         stub = spawn_root_stub(pid)
         self._adopt(pid, stub)
-        ptrace.set_sigmask(stub.tid, signals.ALL_BLOCKED)
         mms = [self.ctx.mm(process) for process in self.ctx.processes.values() if process.mm]
-        nr_threads = max(len(process.threads) for process in self.ctx.processes.values())
-        size = StubTask.arena_size(nr_threads)
         avoid = [(mapping.start, mapping.end) for mapping in memory.read_mappings(pid)]
-        address = memory.arena_hole(mms, size, avoid)
-        stub.map_arena(address, size)
-        self.ctx.arena = (address, address + size)
+        address = memory.arena_hole(mms, ARENA_BYTES, avoid)
+        stub.map_arena(address, ARENA_BYTES)
+        self.ctx.arena = (address, address + ARENA_BYTES)
         self._connect(stub)
 
     def _connect(self, stub: StubTask) -> None:
         """No descriptors but a pidfd of snap; no signal actions but SIG_DFL (exec keeps ignored ones)."""
-        used = [
-            entry.fd
-            for process in self.ctx.processes.values()
-            if process.state != task_pb2.Process.ZOMBIE
-            for entry in self.ctx.fd_table(process).entries
-        ]
-        number = max([_LEAST_SUPERVISOR_FD, *(fd + 1 for fd in used)])
+        number = max(_LEAST_SUPERVISOR_FD, files.highest_fd(self.ctx) + 1)
         soft, hard = resource.prlimit(stub.pid, resource.RLIMIT_NOFILE)
         if soft != resource.RLIM_INFINITY and soft <= number:
             resource.prlimit(stub.pid, resource.RLIMIT_NOFILE, (hard, hard))
@@ -199,40 +187,44 @@ class Assembly:
                 task.restore_thread_late(self.ctx, batch, process, thread)
                 stub.run(batch)
             task.restore_outside(self.ctx, process)
-        # Timers start as late as can be, all processes' together.
-        for stub, process in self.living():
-            batch = stub.batch()
-            task.restore_process_late(batch, process)
-            stub.run(batch)
 
     # -- release ------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
         """Registers and masks, group-stops, then detach everything, leaves of the tree first."""
-        final: list[tuple[StubTask, task_pb2.Thread, Regs]] = []
-        for stub, process in self.living():
-            for thread in process.threads:
-                regs = registers.restore(process, thread, stub.mem)
-                final.append((self.ctx.threads[thread.tid], thread, regs))
         self.ctx.state["tasks"] = {
             thread.tid: _start_time(process.pid, thread.tid)
             for _, process in self.living()
             for thread in process.threads
         }
-        for stub, _, regs in reversed(final):
-            stub.finish(regs)
-        for stub, process in self.living():
-            if process.state == task_pb2.Process.STOPPED or self.ctx.options.leave_stopped:
-                self._stop(stub, process.stop_signal or signal.SIGSTOP)
-        for stub, thread, _ in final:
-            ptrace.set_sigmask(stub.tid, thread.sigmask)
+        # Children first: a child that stops tells its parent, which forgets that in its own last batch.
+        for stub, process in reversed(list(self.living())):
+            batch = stub.batch()
+            task.restore_process_late(batch, process, self._stopped_children(process.pid))
+            stub.run(batch)
+            final = [registers.restore(process, thread, stub.mem) for thread in process.threads]
+            for thread, regs in reversed(list(zip(process.threads, final, strict=True))):
+                # The leader is the last to need the arena.
+                self.ctx.threads[thread.tid].finish(regs, unmap_arena=thread.tid == process.pid)
+            if self._is_stopped(process):
+                self._stop(stub)
+        for _, process in self.living():
+            for thread in process.threads:
+                ptrace.set_sigmask(thread.tid, thread.sigmask)
         self.released = True
-        for stub, _, _ in reversed(final):
-            with contextlib.suppress(TargetGoneError):
-                ptrace.detach(stub.tid)
-            faults.point("restore.detached")
+        for _, process in reversed(list(self.living())):
+            for thread in process.threads:
+                with contextlib.suppress(TargetGoneError):
+                    ptrace.detach(thread.tid)
+                faults.point("restore.detached")
 
-    def _stop(self, stub: StubTask, signo: int) -> None:
+    def _is_stopped(self, process: task_pb2.Process) -> bool:
+        return process.state == task_pb2.Process.STOPPED or self.ctx.options.leave_stopped
+
+    def _stopped_children(self, pid: int) -> list[int]:
+        return [child.pid for _, child in self.living() if child.ppid == pid and self._is_stopped(child)]
+
+    def _stop(self, stub: StubTask) -> None:
         """Bring the leader into a group-stop, everything blocked; the other threads follow when detached."""
         os.kill(stub.pid, signal.SIGSTOP)
         ptrace.cont(stub.tid)
@@ -254,7 +246,8 @@ class Assembly:
         for pid in stubs:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for tid in (*self.ctx.threads, *stubs):
+        # Threads before their leader: it cannot be waited for while they are there.
+        for tid in sorted({*self.ctx.threads, *stubs}, key=lambda tid: tid in stubs):
             self._reap_as_tracer(tid)
 
     def _kill(self, stub: StubTask) -> None:

@@ -72,7 +72,7 @@ class StubTask(RemoteTask):
     # -- children ----------------------------------------------------------------------------------------------------
 
     def fork_child(self, pid: int, exit_signal: int = signal.SIGCHLD, flags: int = 0) -> StubTask:
-        """A child process with that pid and a copy of everything (or shared, as CLONE_* in `flags` say)."""
+        """A child process with that pid (0: any) and a copy of everything (or shared, as CLONE_* in `flags` say)."""
         tid = self._clone(pid, exit_signal, flags)
         return StubTask(tid, tid, ProcMem(tid), self._area)
 
@@ -89,7 +89,10 @@ class StubTask(RemoteTask):
         ref = batch.clone(args)
         base = self.area.data + (2 + (self._turn ^ 1)) * self.area.half
         content = sys.clone_args(
-            flags=flags, exit_signal=exit_signal, set_tid=base + batch.offsets[wanted.index], set_tid_size=1
+            flags=flags,
+            exit_signal=exit_signal,
+            set_tid=base + batch.offsets[wanted.index] if tid else 0,
+            set_tid_size=1 if tid else 0,
         )
         batch.buffers[args.index] = (args, content)
         try:

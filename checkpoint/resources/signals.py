@@ -94,6 +94,14 @@ def restore_actions(batch: Batch, actions: Sequence[task_pb2.SignalAction]) -> N
         batch.call("rt_sigaction", action.signo, packed, 0, 8)
 
 
+def forget_children(batch: Batch, actions: Sequence[task_pb2.SignalAction]) -> None:
+    """Discard the SIGCHLD that the restore itself has caused; the action stays."""
+    wanted = next(
+        (action for action in actions if action.signo == SIGCHLD), task_pb2.SignalAction(signo=SIGCHLD)
+    )
+    restore_actions(batch, [wanted])
+
+
 def restore_pending(
     batch: Batch, pid: int, tid: int, pending: Sequence[common_pb2.PendingSignal], *, shared: bool
 ) -> None:

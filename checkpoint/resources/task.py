@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ _STATES = {
     "stopped": task_pb2.Process.STOPPED,
     "zombie": task_pb2.Process.ZOMBIE,
 }
+_P_PID, _WSTOPPED = 1, 2
 _DELETED = " (deleted)"
 
 
@@ -320,9 +322,16 @@ def restore_thread_late(
     signals.restore_pending(batch, process.pid, thread.tid, thread.pending, shared=False)
 
 
-def restore_process_late(batch: Batch, process: task_pb2.Process) -> None:
-    """By the leader, after its credentials: dumpable, shared pending signals, and the timers start."""
+def restore_process_late(batch: Batch, process: task_pb2.Process, stopped_children: Iterable[int]) -> None:
+    """By the leader, last of all: dumpable, shared pending signals, and the timers start.
+
+    The stops of its children happened anew just now. Whether it had waited for them before is not known; it is taken
+    that it had, as every shell does at once, and that it was told.
+    """
     batch.call("prctl", prctl.SET_DUMPABLE, int(process.dumpable == 1), 0, 0, 0)
+    for child in stopped_children:
+        batch.call("waitid", _P_PID, child, 0, _WSTOPPED | os.WNOHANG, 0, check=False)
+    signals.forget_children(batch, process.actions)
     signals.restore_pending(batch, process.pid, process.pid, process.shared_pending, shared=True)
     timers.restore_arm(batch, process)
 
