@@ -97,7 +97,9 @@ class Catalog:
     @contextlib.contextmanager
     def _read(self) -> Iterator[sa.Connection]:
         try:
-            with self._engine.connect() as connection:
+            with self._engine.connect() as connection, connection.begin():
+                if self._engine.dialect.name == "sqlite":
+                    connection.exec_driver_sql("BEGIN")
                 yield connection
         except sa.exc.SQLAlchemyError as error:
             raise _database_error(error, self._where) from error
@@ -105,11 +107,10 @@ class Catalog:
     @contextlib.contextmanager
     def _write(self) -> Iterator[sa.Connection]:
         try:
-            with self._engine.connect() as connection:
+            with self._engine.connect() as connection, connection.begin():
                 if self._engine.dialect.name == "sqlite":
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
-                with connection.begin():
-                    yield connection
+                yield connection
         except sa.exc.SQLAlchemyError as error:
             raise _database_error(error, self._where) from error
 

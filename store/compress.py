@@ -1,0 +1,66 @@
+"""Frames in and out of zstd: levels, the probe for what does not compress, blobs and their bases.
+
+One `FrameCompressor` per thread: its contexts are reused, which zstd needs to be fast.
+"""
+
+from __future__ import annotations
+
+import zstandard
+
+from snapshotter.base.pages import PAGE_SIZE
+from store.pack import CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE
+
+FAST_LEVEL = -1
+SMALL_LEVEL = 6
+"""For a few dozen pages, where the time is nothing and a block of the file system counts."""
+BLOB_LEVEL = 5
+_PROBE_FROM = 64 * PAGE_SIZE
+_PROBE_PAGES = 4
+_WORTH = 0.97
+
+
+class FrameCompressor:
+    """zstd contexts of one thread."""
+
+    def __init__(self) -> None:
+        self._contexts: dict[int, zstandard.ZstdCompressor] = {}
+
+    def _context(self, level: int) -> zstandard.ZstdCompressor:
+        if level not in self._contexts:
+            self._contexts[level] = zstandard.ZstdCompressor(
+                level=level, write_checksum=False, write_content_size=True
+            )
+        return self._contexts[level]
+
+    def _looks_random(self, pages: memoryview, level: int) -> bool:
+        """Four pages out of a large frame stand for it: 2 % of the work saves it all on encrypted or packed data."""
+        step = len(pages) // _PROBE_PAGES
+        sample = b"".join(bytes(pages[i * step : i * step + PAGE_SIZE]) for i in range(_PROBE_PAGES))
+        return len(self._context(level).compress(sample)) > len(sample) * _WORTH
+
+    def pages(self, pages: memoryview, level: int = FAST_LEVEL) -> tuple[int, bytes | memoryview]:
+        """(codec, bytes to store) of a frame of pages."""
+        if len(pages) >= _PROBE_FROM and self._looks_random(pages, level):
+            return CODEC_RAW, pages
+        data = self._context(level).compress(pages)
+        return (CODEC_ZSTD, data) if len(data) < len(pages) * _WORTH else (CODEC_RAW, pages)
+
+
+def blob(data: bytes, base: bytes | None = None, level: int = BLOB_LEVEL) -> tuple[int, bytes]:
+    """(codec, bytes to store) of a blob, with `base` as the dictionary if given."""
+    if base is not None:
+        dictionary = zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+        # The dictionary has no content of its own to find matches in unless the window covers both.
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            level,
+            source_size=len(data),
+            dict_size=len(base),
+            write_content_size=True,
+            write_checksum=False,
+            write_dict_id=False,
+        )
+        return CODEC_ZSTD_BASE, zstandard.ZstdCompressor(
+            dict_data=dictionary, compression_params=parameters
+        ).compress(data)
+    packed = zstandard.ZstdCompressor(level=level, write_checksum=False).compress(data)
+    return (CODEC_ZSTD, packed) if len(packed) < len(data) else (CODEC_RAW, data)

@@ -1,0 +1,242 @@
+"""The point reader: a point's images, and its pages straight out of the packs. It is a PageSource.
+
+Frames are read, checked and decompressed by two threads; the pages of small frames are gathered into
+pieces of about a megabyte. What a restore reads is the size of what it restores, whatever the length of the chain.
+While a reader is open no prune can remove what it reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from snapshotter.base.errors import StoreError, VerificationError
+from snapshotter.base.pages import PAGE_SIZE, Run
+from store import native, pagemap
+from store.pack import KIND_PAGES
+
+if TYPE_CHECKING:
+    from store.native import U64
+    from store.repository import Store
+    from store.types import Point
+
+NR_THREADS = 2
+PIECE_PAGES = 256
+_DIRECT = 32
+"""Pages of one frame from which handing out the frame itself beats gathering."""
+_FRAME_SHIFT = np.uint64(12)
+_SLOT_MASK = np.uint64(0xFFF)
+
+Write = Callable[[Sequence[Run], memoryview], None]
+
+
+class PointReader:
+    """See the module. Any thread; use as a context manager, or close it."""
+
+    def __init__(self, store: Store, point: Point) -> None:
+        self._store = store
+        self.point = point
+        self._lock = store.lock_shared()
+        self._guard = threading.Lock()
+        self._maps: pagemap.Maps | None = None
+        self._images: dict[str, bytes] | None = None
+        try:
+            self._refs = store.blob_refs(point.id)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def close(self) -> None:
+        """Lets a prune go on. Idempotent."""
+        self._lock.release()
+
+    def __enter__(self) -> PointReader:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # -- images ---------------------------------------------------------------------------------------
+
+    def _image_set(self) -> dict[str, bytes]:
+        with self._guard:
+            if self._images is None:
+                with self._store.naming_points((self._refs.images,)):
+                    self._images = self._store.readers.images(self._refs.images)
+            return self._images
+
+    def image(self, name: str) -> bytes:
+        """One image's bytes."""
+        try:
+            return self._image_set()[name]
+        except KeyError:
+            raise VerificationError(
+                f"the point has no image {name!r}", where=f"point {self.point.id[:12]}", hint="run `snap verify`"
+            ) from None
+
+    def image_names(self) -> list[str]:
+        """Sorted names of all images."""
+        return sorted(self._image_set())
+
+    # -- pages ----------------------------------------------------------------------------------------
+
+    def _spaces(self) -> pagemap.Maps:
+        with self._guard:
+            if self._maps is None:
+                with self._store.naming_points((self._refs.maps,)):
+                    self._maps = self._store.readers.maps(self._refs.maps)
+            return self._maps
+
+    def spaces(self) -> list[str]:
+        """Sorted names of all spaces that have pages."""
+        return sorted(self._spaces())
+
+    def has_space(self, space: str) -> bool:
+        """Whether the point has pages of this space."""
+        return space in self._spaces()
+
+    def runs(self, space: str) -> Sequence[Run]:
+        """Every page of the space, sorted, merged. Unknown space: empty."""
+        return pagemap.to_runs(self._spaces().get(space, pagemap.EMPTY).pages)
+
+    def fill(self, space: str, write: Write) -> int:
+        """Read, verify and decompress all pages of the space; see PageSource."""
+        found = self._spaces().get(space, pagemap.EMPTY)
+        stored = found.locs != 0
+        pages, locs = found.pages[stored], found.locs[stored]
+        self._for_frames(pages, locs, write)
+        return len(pages)
+
+    def read(self, space: str, runs: Sequence[Run]) -> bytes:
+        """Those pages, in order; absent ones read as zero."""
+        wanted = pagemap.expand(runs)
+        found = self._spaces().get(space, pagemap.EMPTY)
+        index, have = pagemap.find(found.pages, wanted)
+        out = bytearray(len(wanted) * PAGE_SIZE)
+        if len(found.pages):
+            locs = np.where(have, found.locs[index], np.uint64(0))
+            target = np.flatnonzero(locs != 0)
+            view = memoryview(out)
+
+            def place(positions: Sequence[Run], data: memoryview) -> None:
+                at = 0
+                for first, count in positions:
+                    size = count * PAGE_SIZE
+                    view[first * PAGE_SIZE : first * PAGE_SIZE + size] = data[at : at + size]
+                    at += size
+
+            # "Page numbers" here are positions in the result.
+            self._for_frames(target.astype("<u8"), locs[target], place)
+        return bytes(out)
+
+    def _for_frames(self, pages: U64, locs: U64, write: Write) -> None:
+        """Hands every page out once, frame by frame, from NR_THREADS threads."""
+        if not len(pages):
+            return
+        order = np.argsort(locs, kind="stable") if (locs[1:] < locs[:-1]).any() else np.arange(len(locs))
+        pages, locs = pages[order], locs[order]
+        frames = locs >> _FRAME_SHIFT
+        slots = (locs & _SLOT_MASK).astype(np.uint32)
+        starts = np.concatenate(([0], np.flatnonzero(frames[1:] != frames[:-1]) + 1, [len(frames)]))
+        work = iter(range(len(starts) - 1))
+        lock = threading.Lock()
+        errors: list[BaseException] = []
+
+        def take() -> Iterator[int]:
+            while not errors:
+                with lock:
+                    # Several small frames at a time: neighbours in a pack are neighbours in memory, mostly.
+                    batch = list(itertools.islice(work, 8))
+                if not batch:
+                    return
+                yield from batch
+
+        def run() -> None:
+            piece = _Piece(write)
+            try:
+                for number in take():
+                    lo, hi = int(starts[number]), int(starts[number + 1])
+                    frame = int(frames[lo])
+                    self._one_frame(frame >> 20, frame & 0xFFFFF, pages[lo:hi], slots[lo:hi], piece)
+                piece.flush()
+            except BaseException as error:  # noqa: BLE001  (re-raised below, in the caller's thread)
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, name="snap-fill", daemon=True) for _ in range(NR_THREADS - 1)]
+        for thread in threads:
+            thread.start()
+        run()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _one_frame(self, pack: int, frame: int, pages: U64, slots: np.ndarray, piece: _Piece) -> None:
+        with self._store.naming_points(((pack, frame),)):
+            data = self._store.readers.get(pack).read(frame, KIND_PAGES)
+            if int(slots.max()) * PAGE_SIZE >= len(data):
+                raise VerificationError(
+                    "a page map names a page that the frame does not have",
+                    where=f"pack {pack:08x}, frame {frame}",
+                )
+        first = int(slots[0])
+        count = len(slots)
+        if count >= _DIRECT and int(slots[-1]) - first + 1 == count and (slots[1:] > slots[:-1]).all():
+            view = memoryview(data)[first * PAGE_SIZE : (first + count) * PAGE_SIZE]
+            piece.direct(pages, view)
+        else:
+            piece.add(pages, data, slots)
+
+
+class _Piece:
+    """Pages gathered by one thread until there are enough of them to hand out."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._buffer = memoryview(bytearray(PIECE_PAGES * PAGE_SIZE))
+        self._pages: list[U64] = []
+        self._fill = 0
+
+    def direct(self, pages: U64, data: memoryview) -> None:
+        """A frame's pages as they are; the write callback must be done with them when it returns."""
+        order = np.argsort(pages, kind="stable")
+        if (order == np.arange(len(order))).all():
+            self._write(pagemap.to_runs(pages), data)
+        else:
+            self._write([(int(page), 1) for page in pages], data)
+
+    def add(self, pages: U64, data: bytes, slots: np.ndarray) -> None:
+        """Copies pages behind the others, in order of page numbers."""
+        order = np.argsort(pages, kind="stable")
+        pages, slots = pages[order], np.ascontiguousarray(slots[order])
+        at = 0
+        while at < len(pages):
+            count = min(PIECE_PAGES - self._fill, len(pages) - at)
+            target = self._buffer[self._fill * PAGE_SIZE : (self._fill + count) * PAGE_SIZE]
+            native.gather(target, data, slots[at : at + count])
+            self._pages.append(pages[at : at + count])
+            self._fill += count
+            at += count
+            if self._fill == PIECE_PAGES:
+                self.flush()
+
+    def flush(self) -> None:
+        """Hands out what there is."""
+        if self._fill:
+            data = self._buffer[: self._fill * PAGE_SIZE]
+            self._write(_runs_in_order(np.concatenate(self._pages)), data)
+            self._pages, self._fill = [], 0
+
+
+def _runs_in_order(pages: U64) -> list[Run]:
+    """Runs of page numbers in the order given (not sorted: several frames follow one another)."""
+    if not len(pages):
+        raise StoreError("no pages to hand out")
+    breaks = np.flatnonzero(pages[1:] != pages[:-1] + np.uint64(1)) + 1
+    starts = np.concatenate(([0], breaks))
+    counts = np.diff(np.concatenate((starts, [len(pages)])))
+    return [(int(pages[start]), int(count)) for start, count in zip(starts, counts, strict=True)]

@@ -1,0 +1,333 @@
+"""The store as a whole: opening and making one, points by name, and the way to everything else.
+
+Owns the directory's layout (FORMAT.md, "Directory") and the check that it is ours. Page work is loaded on first
+use only: opening a store and listing its points imports SQLAlchemy Core, and neither numpy nor Alembic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from snapshotter.base.errors import NoStoreError, NoSuchPointError, SnapshotterError, VerificationError
+from store.catalog import BlobRefs, Catalog
+from store.files import check_private, fsync_dir, make_dir, publish, wrapped
+from store.locks import Lock, lock_job, lock_store, try_lock
+from store.schema import SCHEMA_REVISION
+from store.types import FileRecord, Point, PruneReport, StoreStats, VerifyReport
+
+if TYPE_CHECKING:
+    from store.keytable import IndexDir
+    from store.native import Stager
+    from store.pack import PackKeys
+    from store.packset import PackReaders
+    from store.reader import PointReader
+    from store.writer import PointWriter
+
+FORMAT_VERSION = 1
+ALGORITHM = "blake3-keyed-128"
+_MARK, _KEY, _CATALOG = "STORE", "key", "catalog.sqlite"
+_DIRECTORIES = ("packs", "index", "locks")
+_HEX = re.compile(r"[0-9a-f]{4,32}")
+_RELATIVE = re.compile(r"(?P<name>.*?)(?:~(?P<back>\d+))?", re.DOTALL)
+
+
+class Store:
+    """An open store. Any thread; close it, or use it as a context manager."""
+
+    def __init__(self, path: Path, mark: dict[str, object], secret: bytes, catalog: Catalog) -> None:
+        self.path = path
+        self.catalog = catalog
+        self.packs_dir = path / "packs"
+        self._locks = path / "locks"
+        self._secret = secret
+        self.id = str(mark["id"])
+
+    # -- opening --------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], create: bool = False, catalog_url: str | None = None) -> Store:  # noqa: FBT001, FBT002
+        """Opens the store in a directory, making or migrating it as needed.
+
+        Raises:
+            NoStoreError: nothing here, not a store, or one of a newer snap.
+            PermissionDeniedError: not ours, or open to others.
+            StoreError: the disk failed or is full.
+        """
+        root = Path(path).absolute()
+        if create and not (root / _MARK).exists():
+            cls._create(root)
+        check_private(root)
+        mark = cls._read_mark(root)
+        with wrapped("cannot read the store's key", root / _KEY):
+            try:
+                secret = (root / _KEY).read_bytes()
+            except FileNotFoundError:
+                secret = b""
+        if len(secret) != 32:
+            raise NoStoreError("the store's key is missing or damaged", where=str(root / _KEY))
+        catalog = cls._open_catalog(root, catalog_url)
+        return cls(root, mark, secret, catalog)
+
+    @staticmethod
+    def _create(root: Path) -> None:
+        with wrapped("cannot make a store", root):
+            root.parent.mkdir(parents=True, exist_ok=True)
+            make_dir(root)
+            names = {name for name in os.listdir(root) if not name.endswith(".tmp")}
+            if names - {*_DIRECTORIES, _KEY, _CATALOG}:
+                raise NoStoreError(
+                    "the directory is not empty and not a store", where=str(root), hint="name another with --store"
+                )
+            if not names and os.stat(root).st_uid == os.geteuid():
+                root.chmod(0o700)  # an empty directory made for us with `mkdir`
+        check_private(root)
+        with wrapped("cannot make a store", root):
+            for name in _DIRECTORIES:
+                make_dir(root / name)
+            with lock_store(root / "locks", exclusive=True):
+                if (root / _MARK).exists():
+                    return
+                if not (root / _KEY).exists():
+                    publish(root, _KEY, secrets.token_bytes(32))
+                mark = {"format": FORMAT_VERSION, "id": secrets.token_hex(16), "algorithm": ALGORITHM}
+                publish(root, _MARK, (json.dumps(mark) + "\n").encode())
+            fsync_dir(root.parent)
+
+    @staticmethod
+    def _read_mark(root: Path) -> dict[str, object]:
+        try:
+            text = (root / _MARK).read_bytes()[:4096]
+            mark = json.loads(text)
+            version, store_id, algorithm = mark["format"], bytes.fromhex(mark["id"]), mark["algorithm"]
+        except FileNotFoundError:
+            raise NoStoreError(
+                "not a store", where=str(root), hint="name another with --store; `snap take` makes one"
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise NoStoreError("the file STORE is damaged", where=str(root)) from None
+        except OSError as error:
+            from store.files import store_error
+
+            raise store_error(error, "cannot read the store", root) from error
+        if version != FORMAT_VERSION or algorithm != ALGORITHM or len(store_id) != 16:
+            raise NoStoreError(
+                f"the store has format {version} with {algorithm}, this snap knows {FORMAT_VERSION} with {ALGORITHM}",
+                where=str(root),
+                hint="use the snap that wrote it, or another --store",
+            )
+        return dict(mark)
+
+    @staticmethod
+    def _open_catalog(root: Path, url: str | None) -> Catalog:
+        path = root / _CATALOG
+        if url is not None:
+            catalog = Catalog(url, url)
+        else:
+            # A crash right after STORE was written leaves no catalog; packs without one are a lost catalog.
+            fresh = not path.exists() and not any((root / "packs").glob("*.pack"))
+            catalog = Catalog.at(path, create=fresh)
+        if catalog.revision() != SCHEMA_REVISION:
+            with lock_store(root / "locks", exclusive=True, wait_s=30.0):
+                if catalog.revision() != SCHEMA_REVISION:
+                    catalog.migrate()
+        return catalog
+
+    def close(self) -> None:
+        """Idempotent."""
+        if "readers" in self.__dict__:
+            self.readers.forget_all()
+        self.catalog.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # -- parts, loaded on first use -------------------------------------------------------------------
+
+    @cached_property
+    def keys(self) -> PackKeys:
+        """Keys derived from the store's secret, one per use."""
+        from store.native import digest
+        from store.pack import PackKeys
+
+        return PackKeys(
+            bytes.fromhex(self.id), digest(self._secret, b"snap frames 1"), digest(self._secret, b"snap pages 1")
+        )
+
+    @cached_property
+    def readers(self) -> PackReaders:
+        """The packs, open."""
+        from store.packset import PackReaders
+
+        return PackReaders(self.packs_dir, self.keys)
+
+    @cached_property
+    def index(self) -> IndexDir:
+        """The merged key tables."""
+        from store.keytable import IndexDir
+
+        return IndexDir(self.path / "index", self.keys.frames)
+
+    def lock_shared(self) -> Lock:
+        """Held while packs are read or written: no prune runs meanwhile."""
+        return lock_store(self._locks, exclusive=False)
+
+    def lock_exclusive(self, wait_s: float = 10.0) -> Lock:
+        """Held by what removes packs."""
+        return lock_store(self._locks, exclusive=True, wait_s=wait_s)
+
+    def lock_job(self, job: str, wait_s: float = 0.0) -> Lock:
+        """A context manager; LockedError while another snap works on the job."""
+        return lock_job(self._locks, job, wait_s=wait_s)
+
+    def blob_refs(self, point_id: str) -> BlobRefs:
+        """Where a point's blobs lie."""
+        found = self.catalog.blobs([point_id])
+        if point_id not in found:
+            raise NoSuchPointError(f"there is no point {point_id[:12]}", hint="`snap list` shows them")
+        return found[point_id]
+
+    def stager(self, packs: frozenset[int]) -> Stager:
+        """Dedup against everything in `packs`. A pack whose footer is damaged is left out: nothing is lost but space."""
+        from store.native import Stager, Tables
+
+        indexes = self.index.load(packs)
+        covered: set[int] = set().union(*(index.packs for index in indexes))
+        tables = [index.table for index in indexes]
+        for pack in packs - covered:
+            with contextlib.suppress(VerificationError):
+                table = self.readers.get(pack).table
+                if table.nr_keys:
+                    tables.append(table)
+        return Stager(self.keys.pages, Tables([table.native() for table in tables]))
+
+    def maintain_index(self) -> None:
+        """Merges key tables when enough packs have none but their own. An accelerator: failure costs nothing."""
+        from store import keytable
+
+        with contextlib.suppress(OSError, SnapshotterError), try_lock(self._locks, "index") as free:
+            if not free:
+                return
+            with self.lock_shared():
+                packs = frozenset(self.catalog.packs())
+                indexes = self.index.load(packs)
+                fresh = packs - set().union(*(index.packs for index in indexes))
+                if len(fresh) < keytable.MERGE_AT:
+                    return
+                tables = [self.readers.get(pack).table for pack in sorted(fresh)]
+                chosen = keytable.tier(indexes, sum(table.nr_keys for table in tables))
+                covered = fresh.union(*(index.packs for index in chosen))
+                self.index.write(covered, [*tables, *(index.table for index in chosen)])
+                self.index.remove(index.name for index in chosen)
+
+    # -- points ---------------------------------------------------------------------------------------
+
+    def points(self, job: str | None = None) -> list[Point]:
+        """Every point (of a job), oldest first."""
+        return self.catalog.points(job)
+
+    def files(self, point: Point) -> list[FileRecord]:
+        """The file identities that were recorded with a point."""
+        return self.catalog.files(point.id)
+
+    def resolve(self, text: str, job: str | None = None) -> Point:
+        """A point by unique id prefix (4 hex digits or more), `latest`, `latest~N`, `JOB` or `JOB~N`."""
+        match = _RELATIVE.fullmatch(text)
+        name, back = (match["name"], match["back"]) if match else (text, None)
+        points = self.points(job)
+        if name == "latest":
+            return self._back(points, int(back or 0), text, job)
+        if back is None and _HEX.fullmatch(text):
+            found = [point for point in points if point.id.startswith(text)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                ids = ", ".join(point.id[:12] for point in found[:8])
+                raise NoSuchPointError(f"{len(found)} points begin with {text}: {ids}", hint="give more digits")
+        of_job = [point for point in points if point.job == name]
+        if of_job:
+            return self._back(of_job, int(back or 0), text, name)
+        of_job = [point for point in points if point.job == text]  # a job whose name holds a ~
+        if of_job:
+            return of_job[-1]
+        raise NoSuchPointError(
+            f"no point and no job is called {text!r}",
+            where=str(self.path),
+            hint="`snap list` shows them; an id prefix needs 4 hex digits",
+        )
+
+    def _back(self, points: Sequence[Point], back: int, text: str, job: str | None) -> Point:
+        if back >= len(points):
+            of = f" of job {job!r}" if job else ""
+            raise NoSuchPointError(f"{text}: there are only {len(points)} points{of}", hint="`snap list` shows them")
+        return points[-1 - back]
+
+    def writer(self, job: str, parent: Point | None = None) -> PointWriter:
+        """A new point of a job; see PointWriter."""
+        from store.writer import PointWriter
+
+        return PointWriter(self, job, parent)
+
+    def reader(self, point: Point) -> PointReader:
+        """A point's images and pages; see PointReader."""
+        from store.reader import PointReader
+
+        return PointReader(self, point)
+
+    def forget(self, points: Iterable[Point | str]) -> list[str]:
+        """Removes points from the catalog; `prune` gives their space back. Returns the ids removed."""
+        ids = [point if isinstance(point, str) else point.id for point in points]
+        with self.lock_shared():
+            return self.catalog.forget(ids)
+
+    # -- the whole store ------------------------------------------------------------------------------
+
+    def verify(self, points: Iterable[Point] | None = None) -> VerifyReport:
+        """Reads and checks everything that the points (None: all) need."""
+        from store.verify import verify
+
+        return verify(self, None if points is None else list(points))
+
+    def prune(self, *, dry_run: bool = False, wait_s: float = 10.0) -> PruneReport:
+        """Gives back the space of forgotten points and of takes that never committed."""
+        from store.prune import prune
+
+        return prune(self, dry_run=dry_run, wait_s=wait_s)
+
+    def stats(self) -> StoreStats:
+        """Sizes."""
+        points, packs = self.points(), self.catalog.packs()
+        return StoreStats(
+            nr_points=len(points),
+            nr_jobs=len({point.job for point in points}),
+            nr_packs=len(packs),
+            nr_pages=sum(pack.nr_pages for pack in packs.values()),
+            bytes_logical=sum(point.bytes_logical for point in points),
+            bytes_packs=sum(pack.size_bytes for pack in packs.values()),
+            bytes_index=sum(path.stat().st_size for path in (self.path / "index").glob("*.idx")),
+            bytes_catalog=sum(path.stat().st_size for path in self.path.glob(_CATALOG + "*")),
+        )
+
+    @contextlib.contextmanager
+    def naming_points(self, frames: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """Adds to a VerificationError inside which points need the damaged frames."""
+        try:
+            yield
+        except VerificationError as error:
+            from store.verify import points_using
+
+            hurt = points_using(self, frames)
+            if hurt and "points hurt" not in error.what:
+                names = ", ".join(point[:12] for point in hurt[:8]) + (" ..." if len(hurt) > 8 else "")
+                error.what = f"{error.what} (points hurt: {names})"
+            raise
