@@ -73,11 +73,9 @@ def show_error(error: SnapshotterError, *, as_json: bool) -> None:
         write(to_json({"error": body}))
         return
     write_error(f"snap: {where_what}")
-    if isinstance(error, UnsupportedError):
+    if isinstance(error, UnsupportedError) and len(error.findings) > 1:
         for finding in error.findings:
-            text = str(finding)
-            if text not in where_what:
-                write_error(f"  {text}")
+            write_error(f"  {finding}")
     if error.hint:
         write_error(f"hint: {error.hint}")
 
