@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from checkpoint.kernel import proc
 from checkpoint.resources.files import install as _install
 from checkpoint.resources.files import kinds, outside
 from checkpoint.resources.files.dumping import FilesDump, shared_tables
@@ -21,7 +22,7 @@ from checkpoint.resources.files.install import highest_fd
 from checkpoint.resources.files.kind import descriptors, see
 from checkpoint.resources.files.opening import Opening
 from images import files_pb2
-from snapshotter.base.errors import Finding, wrap_os_error
+from snapshotter.base.errors import Finding, TargetGoneError, wrap_os_error
 
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext
@@ -68,7 +69,15 @@ def look(pid: int, report: list[Finding]) -> None:
 
 def look_job(pids: Sequence[int], report: list[Finding]) -> None:
     """What only the whole job shows: pipes and sockets to processes outside, shared descriptor tables."""
-    outside.look_job([pid for pid in pids if os.path.isdir(f"/proc/{pid}")], report)
+    outside.look_job([pid for pid in pids if not _has_ended(pid)], report)
+
+
+def _has_ended(pid: int) -> bool:
+    """Gone or a zombie: it has no descriptors (and kcmp finds those of two zombies equal)."""
+    try:
+        return proc.read_stat(pid).is_zombie
+    except TargetGoneError:
+        return True
 
 
 def dump_files(ctx: DumpContext) -> None:
