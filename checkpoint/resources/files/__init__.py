@@ -10,7 +10,6 @@ This module is all that the engine's orchestrators call.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
