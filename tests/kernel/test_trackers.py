@@ -1,0 +1,300 @@
+"""Trackers against living processes: exactly the dirtied pages, and "unknown" where there is any doubt."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from checkpoint import tracking
+from checkpoint.context import DumpOptions
+from checkpoint.dump import dump
+from checkpoint.kernel.mem import ProcMem
+from checkpoint.kernel.ptrace import Regs
+from checkpoint.model.vma import private_vmas
+from checkpoint.resources.memory.mappings import read_space
+from checkpoint.tracking import keeper
+from checkpoint.tracking.soft_dirty import SoftDirtyTracker
+from checkpoint.tracking.write_protect import WriteProtectTracker
+from images import codec
+from tests.jobs import reap, wait_until
+from tests.memory_store import MemoryPoint
+
+PAGE = 4096
+NR_PAGES = 256
+LIVE = [kind for kind in (WriteProtectTracker, SoftDirtyTracker) if kind.probe().ok]
+
+pytestmark = pytest.mark.requires("root")
+
+
+class Writer:
+    """A child that dirties the pages of one mapping that it is told, or forks, or ends."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, NR_PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory[:] = b"\x01" * len(self.memory)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        order, self._order = os.pipe()
+        self._answer, answer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._order)
+            os.close(self._answer)
+            while True:
+                word = os.read(order, 4)
+                if len(word) < 4:
+                    os._exit(0)
+                self.memory[int.from_bytes(word, "little") * PAGE] = os.urandom(1)[0]
+                os.write(answer, b".")
+        os.close(order)
+        os.close(answer)
+
+    @property
+    def vmas(self) -> list[tuple[int, int]]:
+        return [(self.start, self.start + NR_PAGES * PAGE)]
+
+    def write(self, *pages: int) -> None:
+        for page in pages:
+            os.write(self._order, page.to_bytes(4, "little"))
+            assert os.read(self._answer, 1) == b"."
+
+    def start_time(self) -> int:
+        from checkpoint.kernel import proc
+
+        return proc.read_stat(self.pid).start_time_ticks
+
+    def end(self) -> None:
+        os.close(self._order)
+        os.close(self._answer)
+        reap(self.pid)
+
+
+@pytest.fixture
+def writer(tmp_path, monkeypatch):
+    monkeypatch.setenv("SNAP_RUNTIME_DIR", str(tmp_path / "run"))
+    made = Writer()
+    yield made
+    made.end()
+
+
+def pages_of(runs, writer) -> list[int]:
+    first = writer.start // PAGE
+    inside = [page - first for a, b in np.asarray(runs).tolist() for page in range(a, b)]
+    return sorted(page for page in inside if 0 <= page < NR_PAGES)
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_exactly_the_written_pages(kind, writer):
+    with kind().session(writer.pid, {writer.pid: writer.start_time()}, "") as session:
+        assert session.collect(writer.pid, writer.vmas) is None
+        writer.write(3, 4, 200)
+        assert pages_of(session.collect(writer.pid, writer.vmas), writer) == [3, 4, 200]
+        assert pages_of(session.collect(writer.pid, writer.vmas), writer) == []
+        writer.write(3)
+        assert pages_of(session.collect(writer.pid, writer.vmas), writer) == [3]
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_goes_on_from_take_to_take(kind, writer):
+    tasks = {writer.pid: writer.start_time()}
+    with kind().session(writer.pid, tasks, "") as session:
+        assert session.collect(writer.pid, writer.vmas) is None
+        session.confirm()
+        nonce = session.nonce
+    writer.write(7, 8)
+    with kind().session(writer.pid, tasks, nonce) as session:
+        assert pages_of(session.collect(writer.pid, writer.vmas), writer) == [7, 8]
+        session.confirm()
+        assert session.nonce != nonce
+        nonce = session.nonce
+    with kind().session(writer.pid, tasks, nonce) as session:
+        assert pages_of(session.collect(writer.pid, writer.vmas), writer) == []
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_take_that_fails_makes_the_next_one_full(kind, writer):
+    tasks = {writer.pid: writer.start_time()}
+    with kind().session(writer.pid, tasks, "") as session:
+        session.collect(writer.pid, writer.vmas)
+        session.confirm()
+        nonce = session.nonce
+    writer.write(7)
+    with kind().session(writer.pid, tasks, nonce) as session:
+        assert pages_of(session.collect(writer.pid, writer.vmas), writer) == [7]
+        # no confirm: page 7 is protected again and no point has it
+    with kind().session(writer.pid, tasks, nonce) as session:
+        assert session.collect(writer.pid, writer.vmas) is None
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_another_point_as_parent_is_unknown(kind, writer):
+    tasks = {writer.pid: writer.start_time()}
+    with kind().session(writer.pid, tasks, "") as session:
+        session.collect(writer.pid, writer.vmas)
+        session.confirm()
+    with kind().session(writer.pid, tasks, "0" * 32) as session:
+        assert session.collect(writer.pid, writer.vmas) is None
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_keeper_killed_is_unknown(kind, writer):
+    tasks = {writer.pid: writer.start_time()}
+    with kind().session(writer.pid, tasks, "") as session:
+        session.collect(writer.pid, writer.vmas)
+        session.confirm()
+        nonce = session.nonce
+        kept = keeper.find(writer.pid, tasks[writer.pid], kind.name)
+        assert kept is not None
+        signal.pidfd_send_signal(kept.keeper_pidfd, signal.SIGKILL)
+        kept.close()
+    with kind().session(writer.pid, tasks, nonce) as session:
+        wait_until(lambda: session.collect(writer.pid, writer.vmas) is None, "unknown")
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_second_take_at_the_same_time_reads_everything(kind, writer):
+    tasks = {writer.pid: writer.start_time()}
+    with kind().session(writer.pid, tasks, "") as one:
+        one.collect(writer.pid, writer.vmas)
+        with kind().session(writer.pid, tasks, "") as two:
+            assert not two.tracks(writer.pid)
+            assert two.collect(writer.pid, writer.vmas) is None
+            assert two.collect(writer.pid, writer.vmas) is None
+        writer.write(1)
+        assert pages_of(one.collect(writer.pid, writer.vmas), writer) == [1]
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_keeper_leaves_with_the_job(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("SNAP_RUNTIME_DIR", str(tmp_path / "run"))
+    writer = Writer()
+    with kind().session(writer.pid, {writer.pid: writer.start_time()}, "") as session:
+        session.collect(writer.pid, writer.vmas)
+        session.confirm()
+    state = keeper.state_path(writer.pid)
+    assert state.exists()
+    writer.end()
+    wait_until(lambda: not state.exists(), "the keeper removes its state file")
+
+
+def test_nothing_is_left_to_see_in_the_job(writer):
+    if WriteProtectTracker not in LIVE:
+        pytest.skip(WriteProtectTracker.probe().note)
+    before = sorted(os.listdir(f"/proc/{writer.pid}/fd"))
+    with WriteProtectTracker().session(writer.pid, {writer.pid: writer.start_time()}, "") as session:
+        session.collect(writer.pid, writer.vmas)
+        session.confirm()
+    assert sorted(os.listdir(f"/proc/{writer.pid}/fd")) == before
+
+
+# -- whole dumps ------------------------------------------------------------------------------------------------------
+
+
+def take(pid: int, parent: MemoryPoint | None, **options) -> MemoryPoint:
+    point = MemoryPoint(parent=parent)
+    dump(pid, point, parent.as_parent() if parent else None, DumpOptions(**options), point.commit)
+    return point
+
+
+def differences(point: MemoryPoint) -> list[str]:
+    """Where the stored pages are not what the (stopped) processes have now."""
+    manifest = codec.parse("manifest", point.images["manifest"])
+    found = []
+    for pid in manifest.pids:
+        if f"mm/{pid}" not in point.images:
+            continue
+        pages = point.spaces[f"mm/{pid}"]
+        image = codec.parse(f"mm/{pid}", point.images[f"mm/{pid}"])
+        thread = codec.parse(f"process/{pid}", point.images[f"process/{pid}"]).threads[0]
+        # Below the red zone of the stack the parasite has been since: nothing of the program's is there.
+        used = Regs.from_bytes(thread.regs).rsp - 128
+        with ProcMem(pid) as mem:
+            for vma in private_vmas(image.vmas):
+                if not vma.prot & 1:
+                    continue
+                data = mem.read(vma.start, vma.end - vma.start)
+                over_file = bool(vma.offset) or vma.kind != 0
+                for at in range(0, len(data), PAGE):
+                    number = (vma.start + at) // PAGE
+                    stored = pages.get(number)
+                    if stored is None and over_file:
+                        continue
+                    below = used - vma.start - at if vma.start <= used < vma.end else 0
+                    skip = min(max(below, 0), PAGE)
+                    if (stored or bytes(PAGE))[skip:] != data[at + skip : at + PAGE]:
+                        found.append(f"task {pid} page {number:#x} of {vma.start:x}-{vma.end:x}")
+    return found
+
+
+@pytest.mark.parametrize("name", [*(kind.name for kind in LIVE), "compare"])
+def test_chain_of_points_is_exact(name, job, compile_program, tmp_path, monkeypatch):
+    """A program that changes its memory in every way: each point has exactly what it had when it was stopped."""
+    monkeypatch.setenv("SNAP_RUNTIME_DIR", str(tmp_path / "run"))
+    job.start([compile_program("mem_churn.c")]).wait_ready()
+    point = None
+    for number in range(8):
+        point = take(job.pid, point, tracker=name, after="stop")
+        assert differences(point) == [], f"point {number}"
+        manifest = codec.parse("manifest", point.images["manifest"])
+        for pid in manifest.pids:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.02)
+        point = take(job.pid, point, tracker=name)
+
+
+def test_idle_job_costs_next_to_nothing(job, compile_program, tmp_path, monkeypatch):
+    if not LIVE:
+        pytest.skip("no tracker but compare works here")
+    monkeypatch.setenv("SNAP_RUNTIME_DIR", str(tmp_path / "run"))
+    job.start([compile_program("sleeps.c")]).wait_ready()
+    first = take(job.pid, None)
+    second = take(job.pid, first)
+    third = take(job.pid, second)
+    assert first.pages_put > 20
+    assert third.pages_put <= 4 * third.result.stats.nr_tasks  # the frames of the parasite on each stack
+    assert second.result.tracker == third.result.tracker == tracking.choose().name
+
+
+def test_reused_pid_takes_nothing_of_the_parent(job, compile_program, tmp_path, monkeypatch):
+    """A fork's child has clean-looking pages; a parent point that names its pid must not be believed."""
+    if not LIVE:
+        pytest.skip("no tracker but compare works here")
+    monkeypatch.setenv("SNAP_RUNTIME_DIR", str(tmp_path / "run"))
+    job.start([compile_program("mem_churn.c")]).wait_ready()
+    first = take(job.pid, None)
+    space = first.spaces[f"mm/{job.pid}"]
+    first.spaces[f"mm/{job.pid}"] = dict.fromkeys(space, b"\xee" * PAGE)
+    # The same pid and even the same tick, but not strictly older than the dump: another process might be meant.
+    first.result.dump_uptime_ns = first.result.tasks[job.pid] * (10**9 // os.sysconf("SC_CLK_TCK"))
+    second = take(job.pid, first)
+    assert not any(page == b"\xee" * PAGE for page in second.spaces[f"mm/{job.pid}"].values())
+
+
+def test_fault_after_collecting_costs_a_full_dump_only(job, compile_program, tmp_path, monkeypatch):
+    from snapshotter.base import faults
+
+    if not LIVE:
+        pytest.skip("no tracker but compare works here")
+    monkeypatch.setenv("SNAP_RUNTIME_DIR", str(tmp_path / "run"))
+    job.start([compile_program("mem_churn.c")]).wait_ready()
+    first = take(job.pid, None)
+    try:
+        for name in ("dump.armed", "dump.collected", "dump.copied", "dump.state", "dump.thawed", "dump.commit"):
+            faults.configure(f"{name}:error")
+            with pytest.raises(faults.FaultInjectedError):
+                take(job.pid, first)
+            faults.configure("")
+            assert "TracerPid:\t0" in pathlib.Path(f"/proc/{job.pid}/status").read_text()
+            first = take(job.pid, first, after="stop")
+            assert differences(first) == [], name
+            for pid in codec.parse("manifest", first.images["manifest"]).pids:
+                os.kill(pid, signal.SIGCONT)
+    finally:
+        faults.configure("")
+    assert len(list(private_vmas(read_space(job.pid).vmas))) > 3
