@@ -59,12 +59,12 @@ def _syscall(number: int, *args: int | ctypes.Array[ctypes.c_char] | None) -> in
 
 
 def kcmp(pid1: int, pid2: int, what: int, index1: int, index2: int) -> int:
-    """kcmp(2): 0 equal, 1 less, 2 greater (a total order while both live), 3 not equal."""
+    """Compare kernel objects, kcmp(2): 0 equal, 1 less, 2 greater (a total order while both live), 3 not equal."""
     return _syscall(SYS_KCMP, pid1, pid2, what, index1, index2)
 
 
 def is_epoll_target(pid: int, fd: int, epoll_pid: int, epoll_fd: int, target_fd: int, nth: int) -> bool:
-    """Is (pid, fd) the file that `epoll_fd` watches under the number `target_fd` (the nth with it)?"""
+    """Whether (pid, fd) is the file that `epoll_fd` watches under the number `target_fd` (the nth with it)."""
     slot = ctypes.create_string_buffer(struct.pack("=III", epoll_fd, target_fd, nth), 12)
     return _syscall(SYS_KCMP, pid, epoll_pid, KCMP_EPOLL_TFD, fd, slot) == 0
 
@@ -75,7 +75,7 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
 
 
 def tee(source: int, target: int, nr_bytes: int) -> int:
-    """tee(2), non-blocking: copies pipe contents without consuming them."""
+    """Non-blocking tee(2): copies pipe contents without consuming them."""
     return _syscall(SYS_TEE, source, target, nr_bytes, SPLICE_F_NONBLOCK)
 
 
@@ -87,10 +87,12 @@ def nr_readable(fd: int) -> int:
 
 
 def timerfd_create(clock_id: int, flags: int) -> int:
+    """A new, disarmed timer."""
     return _syscall(SYS_TIMERFD_CREATE, clock_id, flags)
 
 
 def timerfd_settime(fd: int, flags: int, value_ns: int, interval_ns: int) -> None:
+    """Arms a timer; a value of 0 disarms it."""
     spec = struct.pack("=qqqq", *divmod(interval_ns, 10**9), *divmod(value_ns, 10**9))
     _syscall(SYS_TIMERFD_SETTIME, fd, flags, ctypes.create_string_buffer(spec, 32), None)
 
@@ -101,6 +103,7 @@ def timerfd_set_ticks(fd: int, ticks: int) -> None:
 
 
 def signalfd(mask: int, flags: int) -> int:
+    """A new signalfd for the signals of `mask` (bit n-1 for signal n)."""
     return _syscall(SYS_SIGNALFD4, -1, ctypes.create_string_buffer(struct.pack("=Q", mask), 8), 8, flags)
 
 
@@ -117,6 +120,7 @@ def get_owner(fd: int) -> tuple[int, int]:
 
 
 def set_owner(fd: int, kind: int, pid: int) -> None:
+    """F_SETOWN_EX, see get_owner."""
     fcntl.fcntl(fd, F_SETOWN_EX, struct.pack("=ii", kind, pid))
 
 
@@ -150,7 +154,7 @@ def with_private_table(work: Callable[[], _Result]) -> _Result:
                 code = ctypes.get_errno()
                 raise OSError(code, os.strerror(code))
             results.append(work())
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+        except BaseException as error:  # handed to the caller's thread
             errors.append(error)
 
     thread = threading.Thread(target=body, name="snap-private-table")

@@ -77,10 +77,12 @@ class FdInfo:
 
     @property
     def readable(self) -> bool:
+        """Opened for reading."""
         return self.access in {os.O_RDONLY, os.O_RDWR} and not self.flags & O_PATH
 
     @property
     def writable(self) -> bool:
+        """Opened for writing."""
         return self.access in {os.O_WRONLY, os.O_RDWR} and not self.flags & O_PATH
 
 
@@ -95,7 +97,7 @@ _PAIR = re.compile(rb"\(\s*(-?\d+),\s*(-?\d+)\)")
 
 
 def _kernel_dev_to_stat(sdev: int) -> int:
-    """sdev is the kernel's own dev_t (12 bits of major above 20 of minor); st_dev is makedev's."""
+    """An sdev is the kernel's own dev_t (12 bits of major above 20 of minor); st_dev is makedev's."""
     return os.makedev(sdev >> 20, sdev & 0xFFFFF)
 
 

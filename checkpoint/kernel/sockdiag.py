@@ -23,7 +23,8 @@ STATE_ESTABLISHED, STATE_CLOSE, STATE_LISTEN = 1, 7, 10
 @dataclass(frozen=True, slots=True)
 class UnixSocketInfo:
     """One unix socket. `rqueue` is bytes waiting (of the first datagram only, for SOCK_DGRAM) or, on a
-    listening one, connections waiting; `wqueue` is then its backlog. `peer` is 0 without one."""
+    listening one, connections waiting; `wqueue` is then its backlog. `peer` is 0 without one.
+    """
 
     ino: int
     type: int

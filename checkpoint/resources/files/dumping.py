@@ -14,10 +14,11 @@ at worst (many eventfds share one inode) and none at all in the common case.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
@@ -52,7 +53,7 @@ class FilesDump:
         self._owned: list[int] = []
         self._sockets: dict[int, sockdiag.UnixSocketInfo] | None = None
 
-    def __enter__(self) -> FilesDump:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,7 +109,7 @@ class FilesDump:
         return numbers
 
     def pipe_in_packets(self, pipe: int) -> bool:
-        """Does any write end of the pipe have O_DIRECT, packet mode?"""
+        """Whether any write end of the pipe has O_DIRECT, packet mode."""
         return any(
             d.pipe.id == pipe and d.pipe.write_end and d.flags & O_DIRECT
             for d in self.image.descriptions
@@ -169,8 +170,6 @@ class FilesDump:
 
     def _owner(self, seen: Seen, description: files_pb2.Description) -> None:
         """Who gets SIGIO (F_SETOWN, F_SETSIG)."""
-        import fcntl
-
         with self.borrow(seen) as fd:
             kind, pid = sys.get_owner(fd)
             signal = fcntl.fcntl(fd, sys.F_GETSIG)

@@ -70,7 +70,7 @@ class EpollKind(kind.Kind):
         entries = list(description.epoll.entries)
         if not entries:
             return
-        highest = max(max(entry.fd for entry in entries), fd, opening.highest_local)
+        highest = max([fd, opening.highest_local, *(entry.fd for entry in entries)])
         targets = [opening.fds[entry.target_description] for entry in entries]
 
         def add_all() -> None:

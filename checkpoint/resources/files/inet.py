@@ -134,7 +134,7 @@ class InetKind(kind.Kind):
 
 
 def _connection(pid: int, ino: int) -> str | None:
-    """ "local - remote (state)" in the kernel's hexadecimal, if a TCP socket is connected."""
+    """The ports as text, "local - remote (state)" in the kernel's hexadecimal, if a TCP socket is connected."""
     for name in ("tcp", "tcp6"):
         try:
             with open(f"/proc/{pid}/net/{name}", encoding="ascii") as file:

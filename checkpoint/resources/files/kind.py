@@ -54,7 +54,7 @@ class Seen:
         return self.link.removesuffix(DELETED)
 
     def anonymous(self, name: bytes) -> bool:
-        """Is it the anonymous inode `name`?"""
+        """Whether it is the anonymous inode `name`."""
         return self.link in {b"anon_inode:[" + name + b"]", b"anon_inode:" + name}
 
 
@@ -99,7 +99,7 @@ class Kind:
     """The member of Description's oneof that it fills."""
 
     def claims(self, seen: Seen) -> bool:
-        """Is this descriptor of this kind?"""
+        """Whether this descriptor is of this kind."""
         raise NotImplementedError
 
     def refusal(self, seen: Seen) -> Finding | None:

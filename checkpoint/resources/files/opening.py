@@ -51,7 +51,8 @@ class Opening:
     @property
     def terminal(self) -> str:
         """options.terminal: what to do when a terminal is gone."""
-        return self.ctx.options.terminal
+        policy: str = self.ctx.options.terminal
+        return policy
 
     @property
     def highest_local(self) -> int:
@@ -175,7 +176,7 @@ def _lock(description: files_pb2.Description, lock: files_pb2.FileLock, fd: int)
 
 
 def flock_struct(lock: files_pb2.FileLock) -> bytes:
-    """struct flock of fcntl(2) for a lock."""
+    """The struct flock of fcntl(2) for a lock."""
     length = 0 if lock.to_end else lock.end - lock.start + 1
     return struct.pack(
         "=hh4xqqi4x", fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK, os.SEEK_SET, lock.start, length, 0

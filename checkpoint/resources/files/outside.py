@@ -60,7 +60,7 @@ def look_job(pids: Sequence[int], report: list[Finding]) -> None:
                 link = os.readlink(os.fsencode(f"/proc/{pid}/fd/{fd}"))
             except OSError:
                 continue
-            if link.startswith((b"pipe:", b"socket:")) or link.startswith(b"/"):
+            if link.startswith((b"pipe:", b"socket:", b"/")):
                 seen = see(pid, fd) if not link.startswith(b"/") or _is_fifo(pid, fd) else None
                 if seen is None:
                     continue

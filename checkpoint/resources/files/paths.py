@@ -28,7 +28,7 @@ _TYPES = {
 
 
 def type_name(mode: int) -> str:
-    """ "regular file", "directory" ... for an st_mode."""
+    """What an st_mode is of: "regular file", "directory" and so on."""
     return _TYPES.get(stat.S_IFMT(mode), "file")
 
 
@@ -92,7 +92,7 @@ def open_identity(identity: common_pb2.FileIdentity, flags: int, *, same_inode: 
 
 
 def leads_to(path: bytes, dev: int, ino: int) -> bool:
-    """Does the path, as snap sees it, lead to that file?"""
+    """Whether the path, as snap sees it, leads to that file."""
     try:
         now = os.lstat(path)
     except OSError:

@@ -72,10 +72,13 @@ class UnixKind(kind.Kind):
         if info.name:
             image.address = info.name if info.name.startswith(b"\0") else info.name.rstrip(b"\0")
             self._bound(seen, info, image)
-        with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
-            with socket.socket(socket.AF_UNIX, sock.type) as fresh:
-                for level, name, value in sockets.changed_options(sock, fresh, sockets.GENERIC_OPTIONS):
-                    image.options.add(level=level, name=name, value=value)
+        with (
+            job.borrow(seen) as fd,
+            sockets.borrowed_socket(fd) as sock,
+            socket.socket(socket.AF_UNIX, sock.type) as fresh,
+        ):
+            for level, name, value in sockets.changed_options(sock, fresh, sockets.GENERIC_OPTIONS):
+                image.options.add(level=level, name=name, value=value)
 
     @staticmethod
     def _bound(seen: Seen, info: sockdiag.UnixSocketInfo, image: files_pb2.UnixSocket) -> None:
