@@ -13,8 +13,9 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,27 @@ def reap_all() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+
+
+@contextlib.contextmanager
+def reaping(*pids: int) -> Iterator[None]:
+    """Reap these children of ours as they end, as init would: a rollback that replaces a living job waits for it."""
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.wait(0.01):
+            for pid in pids:
+                if state(pid) == "Z":
+                    with contextlib.suppress(ChildProcessError):
+                        os.waitpid(pid, os.WNOHANG)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @dataclass
@@ -165,7 +187,8 @@ class Job:
 
     def rollback(self, point: str = "latest", *options: str) -> dict[str, Any]:
         """`snap rollback`; the job runs again under the same pids when this returns."""
-        result = snap("rollback", point, *options, store=self.store)
+        with reaping(*tree(self.pid)):
+            result = snap("rollback", point, *options, store=self.store)
         assert result["root_pid"] == self.pid
         return result
 
