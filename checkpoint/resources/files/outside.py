@@ -26,9 +26,13 @@ _TO_SYSTEM_LOG = (b"/run/systemd/journal", b"/dev/log")
 
 
 def holders(links: set[bytes], except_pids: Iterable[int]) -> dict[bytes, tuple[int, int]]:
-    """Who else has one of these pipes or sockets ("pipe:[1]") open: link -> (pid, descriptor)."""
+    """Who else has one of these pipes or sockets ("pipe:[1]") open: link -> (pid, descriptor).
+
+    The job may run: children that were born since its processes were listed belong to it too.
+    """
     found: dict[bytes, tuple[int, int]] = {}
-    skip = {*except_pids, os.getpid()}
+    job = set(except_pids)
+    skip = {*job, os.getpid()}
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) in skip:
             continue
@@ -41,9 +45,25 @@ def holders(links: set[bytes], except_pids: Iterable[int]) -> dict[bytes, tuple[
                 link = os.readlink(os.fsencode(f"/proc/{name}/fd/{number}"))
             except OSError:
                 continue
-            if link in links:
-                found.setdefault(link, (int(name), int(number)))
+            if link not in links or link in found:
+                continue
+            if _descends(int(name), job):
+                break
+            found[link] = (int(name), int(number))
     return found
+
+
+def _descends(pid: int, job: set[int]) -> bool:
+    """Whether an ancestor of `pid` is of the job; also true when it has ended meanwhile."""
+    while pid > 1:
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                pid = int(file.read().rpartition(b")")[2].split()[1])
+        except (OSError, IndexError, ValueError):
+            return True
+        if pid in job:
+            return True
+    return False
 
 
 def look_job(pids: Sequence[int], report: list[Finding]) -> None:
