@@ -18,7 +18,7 @@ from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import PagePlan, Runs
 from checkpoint.resources.memory import identity, shmem
-from checkpoint.resources.memory.mappings import AddressSpace, Range, read_space
+from checkpoint.resources.memory.mappings import AddressSpace, Range, read_mappings, read_space
 from images import codec, mm_pb2
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, wrap_os_error
 from snapshotter.base.pages import PAGE_SIZE, Run
@@ -154,15 +154,8 @@ def plan_pages(
     return space, page_plan(ctx, space, written, need_watch=need_watch)
 
 
-def dump_mm(
-    ctx: DumpContext, proc: FrozenProcess, space: AddressSpace, *, parasite_vma: Range | None = None
-) -> str:
-    """Add the image of an address space; returns its name. The process is frozen.
-
-    Args:
-        parasite_vma: where the parasite's memory is: a fresh mapping tells whether mlockall(MCL_FUTURE) is
-        on.
-    """
+def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace) -> str:
+    """Add the image of an address space; returns its name. The process is frozen."""
     image = mm_pb2.Mm(format_version=FORMAT_VERSION, vmas=space.vmas)
     image.files.extend(space.files)  # type: ignore[arg-type]
     _dump_fields(image, proc.pid)
@@ -172,7 +165,7 @@ def dump_mm(
     for vma in space.vmas:
         if vma.kind == model.VDSO and proc.mem is not None:
             image.vdso_build_id = vdso_build_id(proc.mem, vma.start, vma.end)
-    image.mlockall_flags = _mlockall_flags(proc, parasite_vma)
+    image.mlockall_flags = _mlockall_flags(proc)
     name = space_name(proc.pid)
     ctx.images[name] = image
     return name
@@ -222,14 +215,12 @@ def vdso_build_id(mem: ProcMem, start: int, end: int) -> bytes:
     return identity.elf_build_id(read, in_memory=True)
 
 
-def _mlockall_flags(proc: FrozenProcess, parasite_vma: Range | None) -> int:
-    """MCL_FUTURE has no file in /proc: the kernel locks every new mapping, and the parasite's memory is
-    one."""
-    if parasite_vma is None:
+def _mlockall_flags(proc: FrozenProcess) -> int:
+    """MCL_FUTURE has no file in /proc: the kernel locks every new mapping, and the parasite's memory is one."""
+    if b"VmLck:\t       0 kB" in _read(proc.pid, "status"):
         return 0
-    from checkpoint.resources.memory.mappings import read_mappings
-
-    for mapping in read_mappings(proc.pid) if b"VmLck:\t       0 kB" not in _read(proc.pid, "status") else ():
-        if mapping.start <= parasite_vma[0] < mapping.end and "lo" in mapping.flags:
+    place = proc.parasite.area.start
+    for mapping in read_mappings(proc.pid):
+        if mapping.start <= place < mapping.end and "lo" in mapping.flags:
             return _MCL_FUTURE | (_MCL_ONFAULT if "lf" in mapping.flags else 0)
     return 0

@@ -60,6 +60,8 @@ def check(ctx: RestoreContext) -> None:
             seen.add(process.mm)
             mm = ctx.mm(process)
             _check_files(ctx, mm)
+            _check_objects(ctx, process.mm, mm)
+            _verify_pages(process.mm, mm, pageplan.from_list(ctx.source.runs(process.mm)))
             vdso.base_address(mm)
     shmem.check(ctx)
 
@@ -91,6 +93,18 @@ def _check_files(ctx: RestoreContext, mm: mm_pb2.Mm) -> None:
             ctx.warn(f"{path} {difference.text}; the job maps it shared and gets it as it is now")
     if not mm.exe_shmem:
         identity.require_same(mm.exe, "is the job's executable and")
+
+
+def _check_objects(ctx: RestoreContext, space: str, mm: mm_pb2.Mm) -> None:
+    names = {vma.shmem for vma in mm.vmas if vma.kind in model.SHMEM_KINDS}
+    if mm.exe_shmem:
+        names.add(mm.exe_shmem)
+    for name in names:
+        if name not in ctx.names:
+            raise VerificationError(f"maps shared memory {name!r}, which the point lacks", where=space)
+        ctx.image(name, mm_pb2.Shmem)
+    for file in {vma.file for vma in mm.vmas if vma.kind == model.FILE_SHARED and vma.writable_fd}:
+        os.close(identity.open_mapped(mm.files[file], writable=True))
 
 
 def arena_hole(mms: Iterable[mm_pb2.Mm], size_bytes: int, avoid: Iterable[tuple[int, int]] = ()) -> int:
