@@ -75,16 +75,6 @@ class Regs(user_regs_struct):
         """The interrupted call shows one of the kernel's restart codes: it is issued again, not failed."""
         return self.in_syscall and -ctypes.c_int64(self.rax).value in RESTART_ERRNOS
 
-    def resumable(self) -> Regs:
-        """A copy that user space can be entered with, where the kernel will not restart the call itself: the
-        instruction pointer stands before the interrupted system call again."""
-        regs = self.copy()
-        if self.wants_restart:
-            regs.rax = self.orig_rax
-            regs.rip = self.rip - 2
-        regs.orig_rax = NOT_IN_SYSCALL
-        return regs
-
     @property
     def is_64bit(self) -> bool:
         return bool(self.cs == 0x33)

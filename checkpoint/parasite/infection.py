@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from checkpoint.kernel import proc, ptrace
+from checkpoint.kernel import interrupted, proc, ptrace
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.parasite import frames, gadgets
 from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, MAGIC_SIZE, Area, RemoteTask, blob
@@ -197,7 +197,7 @@ class InfectedTask(RemoteTask):
         self.mem.write(
             place.address,
             frames.build(
-                place.address, self._own_regs.resumable(), self._own_mask, self._xstate, used, space.gadgets, unmap
+                place.address, interrupted.resumable(self._own_regs, self.mem), self._own_mask, self._xstate, used, space.gadgets, unmap
             ),
         )
         self._place = place

@@ -23,7 +23,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import ptrace
+from checkpoint.kernel import interrupted, ptrace
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.resources import signals
 from images import task_pb2
@@ -38,14 +38,7 @@ _MASK = (1 << 64) - 1
 _EINTR = 4
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
 _RESTARTS = {ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK}
-NR_POLL, NR_NANOSLEEP, NR_FUTEX, NR_RESTART_SYSCALL, NR_CLOCK_NANOSLEEP = 7, 35, 202, 219, 230
-_RESTARTABLE = {NR_POLL, NR_NANOSLEEP, NR_FUTEX, NR_CLOCK_NANOSLEEP}
-_TIMER_ABSTIME = 1
-_FUTEX_FLAGS = 128 | 256  # FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME
 _SYSCALL = b"\x0f\x05"
-_MOV_EAX = 0xB8
-_MIN_POINTER = 65536
-_MAX_NFDS = 1 << 20
 _RSEQ_CS = struct.Struct("<IIQQQ")  # version, flags, start_ip, post_commit_offset, abort_ip
 _RSEQ_CS_OFFSET = 8
 _XSTATE_BV_OFFSET, _XCR0_OFFSET = 512, 464
@@ -115,50 +108,13 @@ def final_regs(process: task_pb2.Process, thread: task_pb2.Thread, mem: ProcMem)
     if action is not None and not restarts:
         regs.rax = -_EINTR & _MASK
         return regs
-    if result == ERESTART_RESTARTBLOCK or call == NR_RESTART_SYSCALL:
-        if call == NR_RESTART_SYSCALL:
-            call = restarted_call(regs, _code_before(mem, regs.rip))
-        _use_remainder(regs, call)
+    if result == ERESTART_RESTARTBLOCK or call == interrupted.NR_RESTART_SYSCALL:
+        if call == interrupted.NR_RESTART_SYSCALL:
+            call = interrupted.restarted_call(regs, interrupted.code_before(mem, regs.rip))
+        interrupted.use_remainder(regs, call)
     regs.rax = call
     regs.rip -= len(_SYSCALL)
     return regs
-
-
-def restarted_call(regs: Regs, code: bytes) -> int:
-    """The number of the call that restart_syscall stands for; `code` are the bytes before the return address."""
-    if code.endswith(_SYSCALL) and len(code) >= 7 and code[-7] == _MOV_EAX:
-        (number,) = struct.unpack("<I", code[-6:-2])
-        if number in _RESTARTABLE:
-            return int(number)
-    if regs.rdi < _MIN_POINTER or signed(regs.rdi) < 0:
-        if regs.rdx >= _MIN_POINTER:
-            return NR_CLOCK_NANOSLEEP  # a clock id and a request
-        return NR_POLL  # no array, 0 entries
-    if (
-        regs.rsi & ~_FUTEX_FLAGS in {0, 9, 11}
-        and regs.rsi < 512
-        and regs.r10 >= _MIN_POINTER
-        and not regs.rdi & 3
-    ):
-        return NR_FUTEX  # FUTEX_WAIT, FUTEX_WAIT_BITSET with a timeout
-    if 0 < regs.rsi < _MAX_NFDS:
-        return NR_POLL
-    return NR_NANOSLEEP
-
-
-def _use_remainder(regs: Regs, call: int) -> None:
-    """Sleep only what was left, where the kernel wrote that down."""
-    if call == NR_NANOSLEEP and regs.rsi:
-        regs.rdi = regs.rsi
-    elif call == NR_CLOCK_NANOSLEEP and regs.r10 and not regs.rsi & _TIMER_ABSTIME:
-        regs.rdx = regs.r10
-
-
-def _code_before(mem: ProcMem, rip: int) -> bytes:
-    try:
-        return mem.read(rip - 16, 16)
-    except OSError:
-        return b""
 
 
 def fit_xstate(xstate: bytes, size_bytes: int, where: str) -> bytes:

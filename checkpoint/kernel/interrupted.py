@@ -1,0 +1,80 @@
+"""System calls that were interrupted: which call it was, and how to make it again without its restart block.
+
+A stopped task shows them as orig_rax >= 0 with a restart code in rax. While its own registers go back to it, the
+kernel restarts the call. Where that is not so (a restored task; a task that returns through rt_sigreturn, which
+clears the restart block) the call must be issued again: `resumable` gives the registers for that.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel.ptrace import NOT_IN_SYSCALL
+
+if TYPE_CHECKING:
+    from checkpoint.kernel.mem import ProcMem
+    from checkpoint.kernel.ptrace import Regs
+
+NR_POLL, NR_NANOSLEEP, NR_FUTEX, NR_RESTART_SYSCALL, NR_CLOCK_NANOSLEEP = 7, 35, 202, 219, 230
+ERESTART_RESTARTBLOCK = 516
+_RESTARTABLE = {NR_POLL, NR_NANOSLEEP, NR_FUTEX, NR_CLOCK_NANOSLEEP}
+_TIMER_ABSTIME = 1
+_FUTEX_FLAGS = 128 | 256  # FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME
+_SYSCALL = b"\x0f\x05"
+_MOV_EAX = 0xB8
+_MIN_POINTER = 65536
+_MAX_NFDS = 1 << 20
+
+
+def resumable(regs: Regs, mem: ProcMem) -> Regs:
+    """Registers with which user space can be entered directly: an interrupted call is issued again."""
+    result = regs.copy()
+    result.orig_rax = NOT_IN_SYSCALL
+    if not regs.wants_restart:
+        return result
+    call = int(regs.orig_rax)
+    if regs.rax == 2**64 - ERESTART_RESTARTBLOCK or call == NR_RESTART_SYSCALL:
+        if call == NR_RESTART_SYSCALL:
+            call = restarted_call(regs, code_before(mem, regs.rip))
+        use_remainder(result, call)
+    result.rax = call
+    result.rip -= len(_SYSCALL)
+    return result
+
+
+def restarted_call(regs: Regs, code: bytes) -> int:
+    """The number of the call that restart_syscall stands for; `code` are the bytes before the return address."""
+    if code.endswith(_SYSCALL) and len(code) >= 7 and code[-7] == _MOV_EAX:
+        (number,) = struct.unpack("<I", code[-6:-2])
+        if number in _RESTARTABLE:
+            return int(number)
+    if regs.rdi < _MIN_POINTER or regs.rdi >> 63:
+        if regs.rdx >= _MIN_POINTER:
+            return NR_CLOCK_NANOSLEEP  # a clock id and a request
+        return NR_POLL  # no array, 0 entries
+    if (
+        regs.rsi & ~_FUTEX_FLAGS in {0, 9, 11}
+        and regs.rsi < 512
+        and regs.r10 >= _MIN_POINTER
+        and not regs.rdi & 3
+    ):
+        return NR_FUTEX  # FUTEX_WAIT, FUTEX_WAIT_BITSET with a timeout
+    if 0 < regs.rsi < _MAX_NFDS:
+        return NR_POLL
+    return NR_NANOSLEEP
+
+
+def use_remainder(regs: Regs, call: int) -> None:
+    """Sleep only what was left, where the kernel wrote that down."""
+    if call == NR_NANOSLEEP and regs.rsi:
+        regs.rdi = regs.rsi
+    elif call == NR_CLOCK_NANOSLEEP and regs.r10 and not regs.rsi & _TIMER_ABSTIME:
+        regs.rdx = regs.r10
+
+
+def code_before(mem: ProcMem, rip: int) -> bytes:
+    try:
+        return mem.read(rip - 16, 16)
+    except OSError:
+        return b""
