@@ -85,15 +85,27 @@ def reap_all() -> None:
             pass
 
 
+def session(pid: int) -> int:
+    """The session of a process or zombie, 0 if there is none."""
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[3])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
 @contextlib.contextmanager
-def reaping(*pids: int) -> Iterator[None]:
-    """Reap these children of ours as they end, as init would: a rollback that replaces a living job waits for it."""
+def reaping() -> Iterator[None]:
+    """Reap what jobs leave to us as it ends, as init would: a rollback that replaces a living job waits for that.
+
+    Children in our own session are left alone: they are subprocess's.
+    """
     over = threading.Event()
+    own = os.getsid(0)
 
     def loop() -> None:
         while not over.wait(0.01):
-            for pid in pids:
-                if state(pid) == "Z":
+            for pid in tree(os.getpid())[1:]:
+                if state(pid) == "Z" and session(pid) != own:
                     with contextlib.suppress(ChildProcessError):
                         os.waitpid(pid, os.WNOHANG)
 
@@ -187,7 +199,7 @@ class Job:
 
     def rollback(self, point: str = "latest", *options: str) -> dict[str, Any]:
         """`snap rollback`; the job runs again under the same pids when this returns."""
-        with reaping(*tree(self.pid)):
+        with reaping():
             result = snap("rollback", point, *options, store=self.store)
         assert result["root_pid"] == self.pid
         return result
