@@ -180,13 +180,13 @@ class Assembly:
             batch.call("close", self.ctx.supervisor_fd)
             stub.run(batch)
         for _, process in self.living():
+            task.restore_outside(self.ctx, process)
             for thread in process.threads:
                 stub = self.ctx.threads[thread.tid]
                 batch = stub.batch()
                 task.restore_thread_early(batch, thread)
                 task.restore_thread_late(self.ctx, batch, process, thread)
                 stub.run(batch)
-            task.restore_outside(self.ctx, process)
 
     # -- release ------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,6 @@ _ATTR = struct.Struct("<IIQiIQQQ")  # sched_attr, first version: size .. sched_p
 _NR_SCHED_GETATTR = 315
 _NR_IOPRIO_GET = 252
 _IOPRIO_WHO_PROCESS = 1
-_IOPRIO_BEST_EFFORT = 2
 _POLICY_FIFO, _POLICY_RR, _POLICY_DEADLINE = 1, 2, 6
 _RESET_ON_FORK = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,7 +67,8 @@ def restore(batch: Batch, wanted: task_pb2.Scheduling) -> None:
     batch.call("sched_setattr", 0, attr, 0)
     if wanted.timer_slack_ns and wanted.policy not in {_POLICY_FIFO, _POLICY_RR, _POLICY_DEADLINE}:
         batch.call("prctl", prctl.SET_TIMERSLACK, wanted.timer_slack_ns, 0, 0, 0)
-    if wanted.io_priority and wanted.io_priority != _default_io_priority(wanted.nice):
+    # A task that never set one shows the kernel's default, as snap does: setting it would tie it down.
+    if wanted.io_priority != max(_libc.syscall(_NR_IOPRIO_GET, _IOPRIO_WHO_PROCESS, 0), 0):
         batch.call("ioprio_set", _IOPRIO_WHO_PROCESS, 0, wanted.io_priority)
 
 
@@ -87,8 +87,3 @@ def restore_affinity(tid: int, wanted: task_pb2.Scheduling) -> str:
     if os.sched_getaffinity(tid) != mask:
         return f"task {tid}: some of its CPUs {sorted(mask)} are not here"
     return ""
-
-
-def _default_io_priority(nice: int) -> int:
-    """What ioprio_get answers for a task that never set one: best effort, level from its nice."""
-    return _IOPRIO_BEST_EFFORT << 13 | (nice + 20) // 5

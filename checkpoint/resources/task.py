@@ -173,7 +173,6 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
         statuses[task.tid] = proc.read_status(pid, task.tid)
     for task, thread in zip(process.threads, message.threads, strict=True):
         _dump_thread(process, task, thread, message, statuses[task.tid])
-    message.rlimits.extend(limits.dump(pid))
     message.umask = statuses[pid].umask
     message.cwd.CopyFrom(_directory(pid, "cwd"))
     message.root.CopyFrom(_directory(pid, "root"))
@@ -219,9 +218,10 @@ def _dump_thread(
     if status.sig_pending:
         thread.pending.extend(signals.dump_pending(task.tid, shared=False))
     if leader:
-        actions, asked_timers, subreaper, dumpable, thp = shared
+        actions, asked_timers, asked_limits, subreaper, dumpable, thp = shared
         message.actions.extend(signals.answer_actions(results, actions))
         timers.answer(results, asked_timers, message)
+        message.rlimits.extend(limits.answer(results, asked_limits))
         message.child_subreaper = bool(_u32(results.bytes(subreaper)))
         message.dumpable = results[dumpable]
         message.thp_disabled = results[thp] > 0
@@ -236,7 +236,7 @@ def _ask_process(batch: Batch, process: FrozenProcess, status: Status):  # noqa:
     batch.call("prctl", prctl.GET_CHILD_SUBREAPER, subreaper, 0, 0, 0)
     dumpable = batch.call("prctl", prctl.GET_DUMPABLE, 0, 0, 0, 0)
     thp = batch.call("prctl", prctl.GET_THP_DISABLE, 0, 0, 0, 0, check=False)
-    return actions, asked_timers, subreaper, dumpable, thp
+    return actions, asked_timers, limits.ask(batch), subreaper, dumpable, thp
 
 
 def _directory(pid: int, link: str) -> common_pb2.FileIdentity:

@@ -134,5 +134,8 @@ def restore_arm(batch: Batch, process: task_pb2.Process) -> None:
             spec = _ITIMERSPEC.pack(*divmod(timer.interval_ns, SECOND_NS), *divmod(timer.value_ns, SECOND_NS))
             batch.call("timer_settime", timer.id, 0, spec, 0)
     for timer in process.itimers:
-        value = _ITIMERVAL.pack(*divmod(timer.interval_us, 1000000), *divmod(timer.value_us, 1000000))
+        # Expired, its signal still pending: the kernel starts the next period when that is taken. Value 0 would
+        # disarm it here, so the next period starts now.
+        remaining_us = timer.value_us or timer.interval_us
+        value = _ITIMERVAL.pack(*divmod(timer.interval_us, 1000000), *divmod(remaining_us, 1000000))
         batch.call("setitimer", timer.which, value, 0)
