@@ -31,17 +31,18 @@ from checkpoint.kernel import fdinfo, proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
-from checkpoint.model.vma import private_vmas
+from checkpoint.model.vma import Mapping, private_vmas
 from checkpoint.resources import files, memory, registers, task
 from checkpoint.staging import Staging
 from images import codec, manifest_pb2, task_pb2
 from snapshotter.base import faults
-from snapshotter.base.errors import SnapshotterError, TargetGoneError
+from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
 from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
 
 _NS_PER_S = 1_000_000_000
 _FREEZE_TRIES = 5
 _MIN_STAGED_BYTES = 4 << 20
+_MAPPINGS_FRESH_NS = 50_000_000
 
 Commit = Callable[[DumpResult], None]
 
@@ -87,7 +88,8 @@ class _Precopied:
     """What was read of one process while it ran."""
 
     start_time_ticks: int
-    rounds: int = 0
+    complete: bool
+    """Every page of then is with the sink; False: all must be read in the frozen window."""
 
 
 class _Take:
@@ -100,6 +102,8 @@ class _Take:
         self.tracker = tracker
         self.boot_id = proc.boot_id()
         self.precopied: dict[int, _Precopied] = {}
+        self.mappings: dict[int, tuple[int, list[Mapping]]] = {}
+        """pid -> when (monotonic ns) and what smaps said."""
         self.expected_bytes = _MIN_STAGED_BYTES
         self.dump_uptime_ns = 0
         self.manifest = manifest_pb2.Manifest()
@@ -151,17 +155,29 @@ class _Take:
                 break
             if number == 0 and nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes // 8:
                 break
+        for pid in self.precopied:
+            # Read once more just before the freeze, so that smaps need not be read in it.
+            if time.monotonic_ns() - self.mappings[pid][0] > _MAPPINGS_FRESH_NS:
+                with contextlib.suppress(SnapshotterError):
+                    self.note_mappings(pid, memory.address_space(ctx, pid, frozen=False))
         faults.point("dump.precopied")
+
+    def note_mappings(self, pid: int, space: memory.AddressSpace) -> None:
+        self.mappings[pid] = (time.monotonic_ns(), space.mappings)
 
     def precopy_process(self, pid: int, start: int) -> int:
         """One round of one process; the number of pages that were read."""
         ctx = self.ctx
-        space = memory.address_space(ctx, pid, frozen=False)
+        try:
+            space = memory.address_space(ctx, pid, frozen=False)
+        except UnsupportedError:
+            return 0  # mappings came and went while they were looked at; the frozen window will tell
         written = self.session.collect(pid, _ranges(space))
         faults.point("dump.armed")
         if not self.session.tracks(pid):
             return 0
         known = self.precopied.get(pid)
+        self.note_mappings(pid, space)
         if known is None:
             if written is not None and not self._usable(pid, start):
                 written = None
@@ -171,9 +187,13 @@ class _Take:
             plan = memory.page_plan(ctx, space, None)
             to_read = plan.present if written is None else _only(plan.present, written)
         nr_pages = pageplan.count(to_read)
+        if nr_pages > _plausible_pages(pid):
+            # A large mapping that went away between two looks counts as content.
+            self.precopied[pid] = _Precopied(start, complete=False)
+            return 0
         if nr_pages:
             ctx.sink.put(memory.space_name(pid), pageplan.to_list(to_read), memory.reader(ProcMem(pid)))
-        self.precopied[pid] = _Precopied(start, (known.rounds if known else 0) + 1)
+        self.precopied[pid] = _Precopied(start, complete=known is None or known.complete)
         ctx.stats.pages_dirty += nr_pages
         return nr_pages
 
@@ -220,12 +240,12 @@ class _Take:
         """Collect, plan and copy the pages of one process that are not with the sink yet."""
         ctx, pid = self.ctx, process.pid
         assert process.mem is not None
-        space = memory.address_space(ctx, pid, frozen=True)
+        space = memory.address_space(ctx, pid, frozen=True, known=self.mappings.get(pid, (0, ()))[1])
         self.session.add(pid, process.start_time_ticks)
         written = self.session.collect(pid, _ranges(space), frozen=process)
         faults.point("dump.collected")
         known = self.precopied.get(pid)
-        if known is not None and known.start_time_ticks != process.start_time_ticks:
+        if known is not None and (known.start_time_ticks != process.start_time_ticks or not known.complete):
             written, known = None, None
         if known is not None:
             plan = memory.page_plan(ctx, space, None)
@@ -359,6 +379,12 @@ def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
         finally:
             if enabled:
                 gc.enable()
+
+
+def _plausible_pages(pid: int) -> int:
+    """More pages than a process can have to be read."""
+    swap = proc.read_status(pid).fields.get("VmSwap", "0 kB").split()[0]
+    return 2 * (proc.read_stat(pid).rss_pages + int(swap) // 4) + 4096
 
 
 def _ranges(space: memory.AddressSpace) -> list[tuple[int, int]]:

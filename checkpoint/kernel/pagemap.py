@@ -92,24 +92,22 @@ class PageMap:
     def _scan_content(self, anonymous: Runs, over_files: Runs) -> Content:
         wanted = PRESENT | SWAPPED | (GUARD if _Support.guard else 0)
         try:
-            found = np.concatenate(
-                (
-                    self.scan(
-                        anonymous, inverted=PFNZERO, mask=PFNZERO, any_of=PRESENT | SWAPPED, wanted=wanted
-                    ),
-                    self.scan(over_files, inverted=FILE, mask=FILE, any_of=PRESENT | SWAPPED, wanted=wanted),
-                )
-            )
+            # What has no content is asked for where little of it is expected: four times as fast as asking for what
+            # has. A range that is unmapped meanwhile (in a process that runs) counts as content, and reads as zeros.
+            empty = self.scan(anonymous, inverted=PRESENT, any_of=PRESENT | PFNZERO, wanted=wanted)
+            over = self.scan(over_files, inverted=FILE, mask=FILE, any_of=PRESENT | SWAPPED, wanted=wanted)
         except OSError as error:
             if error.errno != errno.EINVAL or not _Support.guard:
                 raise
             _Support.guard = False
             return self._scan_content(anonymous, over_files)
+        found = np.concatenate((empty, over))
         guarded = (found["categories"] & GUARD) != 0
-        swapped = ((found["categories"] & PRESENT) == 0) & ~guarded
-        present = _pages(found[~swapped & ~guarded])
-        if swapped.any():
-            present = pageplan.union(present, self._read_content(_pages(found[swapped])).present)
+        swapped = found[((found["categories"] & (PRESENT | SWAPPED)) == SWAPPED) & ~guarded]
+        own = over[(over["categories"] & (PRESENT | GUARD)) == PRESENT]
+        present = pageplan.union(_pages(own), pageplan.subtract(anonymous, _pages(empty)))
+        if len(swapped):
+            present = pageplan.union(present, self._read_content(_pages(swapped)).present)
         return Content(present, _pages(found[guarded]))
 
     def scan(

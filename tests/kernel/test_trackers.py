@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import pathlib
+import select
 import signal
 import time
 
@@ -152,9 +153,10 @@ def test_keeper_killed_is_unknown(kind, writer):
         kept = keeper.find(writer.pid, tasks[writer.pid], kind.name)
         assert kept is not None
         signal.pidfd_send_signal(kept.keeper_pidfd, signal.SIGKILL)
+        assert select.select([kept.keeper_pidfd], [], [], 10)[0]
         kept.close()
     with kind().session(writer.pid, tasks, nonce) as session:
-        wait_until(lambda: session.collect(writer.pid, writer.vmas) is None, "unknown")
+        assert session.collect(writer.pid, writer.vmas) is None
 
 
 @pytest.mark.parametrize("kind", LIVE)

@@ -17,6 +17,7 @@ from checkpoint.kernel.pagemap import PageMap
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import PagePlan, Runs
+from checkpoint.model.vma import Mapping
 from checkpoint.resources.memory import identity, shmem
 from checkpoint.resources.memory.mappings import AddressSpace, Range, read_mappings, read_space
 from images import codec, mm_pb2
@@ -54,11 +55,17 @@ def space_name(pid: int) -> str:
 
 
 def address_space(
-    ctx: DumpContext, pid: int, *, frozen: bool = True, hidden: Iterable[Range] = ()
+    ctx: DumpContext,
+    pid: int,
+    *,
+    frozen: bool = True,
+    hidden: Iterable[Range] = (),
+    known: Iterable[Mapping] = (),
 ) -> AddressSpace:
     """Read the VMAs of a process; in the frozen window shared objects are registered as well.
 
     Args:
+        known: the mappings as they were a moment ago, see mappings.refresh_mappings.
         hidden: ranges of the parasite, which are not the job's.
 
     Raises:
@@ -68,7 +75,7 @@ def address_space(
     def register(path: str, stat: os.stat_result, link: bytes) -> str:
         return shmem.register(ctx, path, stat, link).image_name
 
-    space = read_space(pid, register if frozen else None, hidden)
+    space = read_space(pid, register if frozen else None, hidden, known=known)
     for text in space.warnings if frozen else ():
         ctx.warn(text)
     return space
