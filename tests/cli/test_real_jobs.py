@@ -126,7 +126,8 @@ def go_through(job) -> None:
         brackets.append((low, numbers(job)[-1]))
         at = numbers(job)[-1]
         wait_until(lambda at=at: numbers(job)[-1] > at + 3, "the job going on after the take")
-    assert numbers(job) == list(range(1, len(numbers(job)) + 1)), "the takes disturbed the count"
+    seen = numbers(job)
+    assert seen == list(range(1, len(seen) + 1)), "the takes disturbed the count"
     assert [point["parent"] for point in job.points[1:]] == [point["id"] for point in job.points[:2]]
     for index in (1, 0, 2, 1):
         kill_all(job)
