@@ -45,7 +45,7 @@ class _Live:
 
     def pages(self) -> U64:
         """Sorted locations of live pages."""
-        return np.unique(np.concatenate(self.locs)) if self.locs else np.zeros(0, dtype="<u8")
+        return pagemap.ascending(np.concatenate(self.locs)) if self.locs else np.zeros(0, dtype="<u8")
 
 
 def prune(store: Store, *, dry_run: bool = False, wait_s: float = 10.0) -> PruneReport:
@@ -106,7 +106,7 @@ class _Pruner:
             for pack, frame in blobs:
                 self._live.setdefault(pack, _Live()).blobs.add(frame)
             for space in maps.values():
-                locs = np.unique(space.locs[space.locs != 0])
+                locs = pagemap.ascending(space.locs[space.locs != 0])
                 packs = (locs >> np.uint64(32)).astype(np.int64)
                 numbers, starts = np.unique(packs, return_index=True)
                 for pack, part in zip(numbers.tolist(), np.split(locs, starts[1:]), strict=False):

@@ -28,7 +28,7 @@ _KEEP = 8  # resolved maps kept while walking along chains
 def page_frames(maps: pagemap.Maps) -> tuple[U64, U64]:
     """The page frames of a point as sorted location >> 12, and the highest slot used of each."""
     parts = [space.locs[space.locs != 0] for space in maps.values()]
-    locs = np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype="<u8")
+    locs = pagemap.ascending(np.concatenate(parts)) if parts else np.zeros(0, dtype="<u8")
     frames = locs >> np.uint64(12)
     last = np.concatenate((frames[1:] != frames[:-1], [True])) if len(frames) else np.zeros(0, dtype=bool)
     return frames[last], locs[last] & np.uint64(0xFFF)

@@ -126,7 +126,7 @@ class PointWriter:
     def close_space(self, space: str, present: Iterable[Run]) -> None:
         """The space's final set of pages; see snapshotter.base.pages."""
         self._check()
-        pages = np.unique(pagemap.expand(present))
+        pages = pagemap.ascending(pagemap.expand(present))
         put = pagemap.latest([(numbers, numbers) for numbers, _ in self._puts.get(space, [])])
         _, missing = pagemap.overlay(pages, put, self._parent_maps.get(space, pagemap.EMPTY))
         if len(missing):
