@@ -135,7 +135,8 @@ class PageMap:
 
     def _read_content(self, ranges: Runs) -> Content:
         """The same from the entries themselves. The zero page counts as content here: the sink drops zero
-        pages."""
+        pages.
+        """
         present: list[Runs] = []
         guard: list[Runs] = []
         for first, end in ranges.tolist():

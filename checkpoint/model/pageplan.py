@@ -123,7 +123,8 @@ def of_vmas(vmas: Iterable[mm_pb2.Vma]) -> Runs:
 
 def trusted(vmas: Sequence[mm_pb2.Vma], parent: Sequence[mm_pb2.Vma]) -> Runs:
     """Pages that lie in the same VMA as when the parent was dumped: not new, moved, grown or of another
-    file."""
+    file.
+    """
     old = list(private_vmas(parent))
     rows: list[tuple[int, int]] = []
     index = 0

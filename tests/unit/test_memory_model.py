@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
+from checkpoint.resources.memory import restore
 from images import mm_pb2
 
 SMAPS = b"""\
@@ -200,3 +201,14 @@ def test_plan_without_tracker_or_parent_reads_all(now, present):
 def test_holes():
     vmas = [[(0x2000, 0x3000)], [(0x2800, 0x4000), (0x6000, 0x7000)]]
     assert list(model.holes(vmas, 0x1000, 0x9000)) == [(0x1000, 0x2000), (0x4000, 0x6000), (0x7000, 0x9000)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "bloats"), [([(512, 512)], False), ([(512, 100), (1100, 5)], True), ([], False)]
+)
+def test_sparse_memory_is_not_filled_with_huge_pages(monkeypatch, runs, bloats):
+    monkeypatch.setattr(restore, "_huge_pages_for_everybody", lambda: True)
+    mm = mm_pb2.Mm(vmas=[mm_pb2.Vma(start=0x200000, end=0x600000, kind=model.ANON_PRIVATE)])
+    assert restore.huge_pages_would_bloat(mm, pageplan.from_list(runs)) is bloats
+    mm.vmas[0].madvise.append("hg")
+    assert not restore.huge_pages_would_bloat(mm, pageplan.from_list(runs))

@@ -279,8 +279,16 @@ def _with_file(
             stat, link = os.stat(link_path), os.readlink(os.fsencode(link_path))
         except (FileNotFoundError, ProcessLookupError):
             return "changed while it was looked at", "try again"
-        except PermissionError:
-            return "what is mapped cannot be looked at (map_files)", "run as root"
+        except (
+            PermissionError
+        ):  # map_files takes CAP_CHECKPOINT_RESTORE; a path that leads to the inode will do
+            try:
+                stat, link = os.stat(mapping.path), mapping.path
+            except OSError:
+                stat, link = None, b""
+            if stat is None or stat.st_ino != mapping.ino:
+                return "what is mapped cannot be looked at (map_files)", "run as root"
+            link_path = os.fsdecode(mapping.path)
         plain = link.removesuffix(model.DELETED)
         files[key] = stat, link, identity.leads_to(plain, stat)
     stat, link, found = files[key]

@@ -45,6 +45,9 @@ _MADV_EARLY = {"hg": 14, "nh": 15}
 _MADV_LATE = {"dc": 10, "dd": 16, "wf": 18, "mg": 12, "sr": 2, "rr": 1}
 _MADV_GUARD_INSTALL = 102
 _MLOCK_ONFAULT = 1
+_PR_SET_THP_DISABLE = 41
+_HUGE_SIZE = 2 << 20
+_HUGE_NR_PAGES = _HUGE_SIZE // PAGE_SIZE
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 
 
@@ -139,8 +142,13 @@ def restore_mm(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -
         vdso.map_vdso(stub, mm)
         pages = pageplan.from_list(ctx.source.runs(process.mm))
         _verify_pages(process.mm, mm, pages)
+        sparse = huge_pages_would_bloat(mm, pages)
+        if sparse:
+            stub.call("prctl", _PR_SET_THP_DISABLE, 1, 0, 0, 0)
         _map_all(ctx, stub, mm, pages)
         ctx.pages_written += _fill(ctx, stub, process.mm, mm, pages)
+        if sparse:
+            stub.call("prctl", _PR_SET_THP_DISABLE, 0, 0, 0, 0)
         _finish_vmas(stub, mm, pages)
     except OSError as error:
         raise wrap_os_error(error, "cannot rebuild its memory", where=f"process {process.pid}") from error
@@ -148,9 +156,38 @@ def restore_mm(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -
     _lock_down(stub, mm)
 
 
+def huge_pages_would_bloat(mm: mm_pb2.Mm, pages: Runs) -> bool:
+    """Whether filling would make huge pages of which much was never there.
+
+    Only where the system gives huge pages to everybody ("always"), nothing of the job asked for them, and less than
+    nine tenths of the huge pages that the fill would touch are pages of the image.
+    """
+    if any("hg" in vma.madvise for vma in mm.vmas) or not _huge_pages_for_everybody():
+        return False
+    whole = [
+        (-(-vma.start // _HUGE_SIZE) * _HUGE_NR_PAGES, vma.end // _HUGE_SIZE * _HUGE_NR_PAGES)
+        for vma in mm.vmas
+        if vma.kind in {model.ANON_PRIVATE, model.DEV_ZERO_PRIVATE} and "nh" not in vma.madvise
+    ]
+    inside = pageplan.intersect(pages, pageplan.normalise(np.asarray(whole, dtype=np.int64).reshape(-1, 2)))
+    touched = inside.copy()
+    touched[:, 0] -= touched[:, 0] % _HUGE_NR_PAGES
+    touched[:, 1] += -touched[:, 1] % _HUGE_NR_PAGES
+    return 10 * pageplan.count(inside) < 9 * pageplan.count(pageplan.normalise(touched))
+
+
+def _huge_pages_for_everybody() -> bool:
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled", "rb") as file:
+            return b"[always]" in file.read()
+    except OSError:
+        return False
+
+
 def finish(ctx: RestoreContext) -> None:
     """After the last process: the seals that had to wait, and snap's descriptors closed. Also after a
-    failure."""
+    failure.
+    """
     try:
         shmem.seal_late(ctx)
     finally:
@@ -294,7 +331,8 @@ def _finish_vmas(stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
 
 def _lock_down(stub: StubTask, mm: mm_pb2.Mm) -> None:
     """What must come last: sealed VMAs cannot be changed, and mlockall would lock whatever is mapped after
-    it."""
+    it.
+    """
     batch = stub.batch()
     for vma in mm.vmas:
         if "sl" in vma.madvise:

@@ -218,7 +218,8 @@ def close_all(ctx: DumpContext) -> None:
 
 def open_shared(ctx: RestoreContext, name: str) -> int:
     """A read-write descriptor of snap's of the object, made and filled at the first call. Closed by
-    `release`."""
+    `release`.
+    """
     made = ctx.state.setdefault(_KEY, {})
     assert isinstance(made, dict)
     if name not in made:
@@ -290,7 +291,8 @@ def _create(image: mm_pb2.Shmem) -> int:
 
 def _anonymous(size_bytes: int) -> int:
     """Shared anonymous memory as a descriptor; -1 where map_files may not be opened (it takes
-    CAP_SYS_ADMIN)."""
+    CAP_SYS_ADMIN).
+    """
     with mmap.mmap(-1, size_bytes, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE) as area:
         view = ctypes.c_char.from_buffer(area)
         start = ctypes.addressof(view)
@@ -319,7 +321,8 @@ def _fill(ctx: RestoreContext, name: str, image: mm_pb2.Shmem, fd: int) -> None:
 
 def seal_late(ctx: RestoreContext) -> None:
     """Seals that older writable mappings survive (F_SEAL_FUTURE_WRITE), and the seal on seals. After all
-    mappings."""
+    mappings.
+    """
     for name in ctx.state.get(_KEY, {}):
         _add_seals(ctx, name, late=True)
 

@@ -100,7 +100,8 @@ def base_address(mm: mm_pb2.Mm) -> int:
 
 def map_vdso(stub: StubTask, mm: mm_pb2.Mm) -> None:
     """Map it in a stub whose memory is empty: the address is a hint, which the kernel takes only when all is
-    free."""
+    free.
+    """
     base = base_address(mm)
     layout = own_layout()
     if not base or layout is None:
