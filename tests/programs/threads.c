@@ -31,12 +31,9 @@ static void *thread_main(void *argument)
     uint64_t state = (uint64_t)index + 1, steps = 0;
     atomic_fetch_add(&nr_ready, 1);
     while (!atomic_load(&ending)) {
-        if (index % 2)
-            usleep(20000);
         for (int i = 0; i < 2000; i++, steps++)
             state = state * 6364136223846793005u + 1442695040888963407u;
-        if (!(index % 2))
-            sched_yield();
+        usleep(index % 2 ? 20000 : 500);
     }
     uint64_t again = (uint64_t)index + 1;
     for (uint64_t i = 0; i < steps; i++)
