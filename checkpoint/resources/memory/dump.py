@@ -65,6 +65,9 @@ def address_space(
     """Read the VMAs of a process; in the frozen window shared objects are registered as well.
 
     Args:
+        ctx: the dump.
+        pid: the process.
+        frozen: the frozen window; False in pre-copy, which registers nothing.
         known: the mappings as they were a moment ago, see mappings.refresh_mappings.
         hidden: ranges of the parasite, which are not the job's.
 
@@ -108,6 +111,8 @@ def page_plan(
     """Which pages the address space must store, and which must be read.
 
     Args:
+        ctx: the dump; its parent point is compared with.
+        space: the VMAs.
         written: (first page, nr_pages) that the tracker saw written since the parent's dump; None: it cannot
         tell,
             or the parent must not be used for this process.

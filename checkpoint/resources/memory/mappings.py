@@ -202,6 +202,7 @@ def read_space(
     """Read the VMAs of a process.
 
     Args:
+        pid: the process.
         known: what read_mappings() gave a moment ago: spares reading smaps (see refresh_mappings).
         register: takes shared memory objects; None leaves Vma.shmem empty (pre-copy, looking).
         hidden: ranges that are not the job's (the parasite's own memory).
@@ -282,12 +283,13 @@ def _with_file(
         except (
             PermissionError
         ):  # map_files takes CAP_CHECKPOINT_RESTORE; a path that leads to the inode will do
+            hidden = "what is mapped cannot be looked at (map_files)", "run as root"
             try:
                 stat, link = os.stat(mapping.path), mapping.path
             except OSError:
-                stat, link = None, b""
-            if stat is None or stat.st_ino != mapping.ino:
-                return "what is mapped cannot be looked at (map_files)", "run as root"
+                return hidden
+            if stat.st_ino != mapping.ino:
+                return hidden
             link_path = os.fsdecode(mapping.path)
         plain = link.removesuffix(model.DELETED)
         files[key] = stat, link, identity.leads_to(plain, stat)

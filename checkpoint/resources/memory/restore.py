@@ -114,6 +114,8 @@ def arena_hole(mms: Iterable[mm_pb2.Mm], size_bytes: int, avoid: Iterable[tuple[
     """An address where `size_bytes` are free in all address spaces, with room to their stacks.
 
     Args:
+        mms: the address spaces.
+        size_bytes: how much.
         avoid: further ranges that must stay free, such as the stub's own mappings.
 
     Raises:

@@ -87,6 +87,7 @@ def register(ctx: DumpContext, open_path: str, stat: os.stat_result, link: bytes
     """Register an object once; later calls give the same one.
 
     Args:
+        ctx: the dump.
         open_path: a /proc link that opens it (map_files or fd).
         stat: of the object.
         link: what the link reads, such as b"/memfd:name (deleted)".
@@ -245,6 +246,8 @@ def open_read_only(ctx: RestoreContext, name: str, *, drop_writable: bool = Fals
     """The same object as a description opened for reading, which the caller closes.
 
     Args:
+        ctx: the restore.
+        name: of the image.
         drop_writable: the object is to be somebody's executable: the kernel gives ETXTBSY while a descriptor
         can write.
     """
