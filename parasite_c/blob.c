@@ -2,19 +2,19 @@
 // no relocations, general registers only (so that the target's vector state is never touched).
 //
 // It is entered with rdi = batch, rsp = top of its own stack, all signals blocked. It runs the
-// entries, then makes the sentinel call, at whose exit snap holds it. When that call returns, snap
-// is dead: undo what the batch says, and leave through the fail-safe frames into the job.
+// entries, then announces the end, where snap holds it. When it goes on from there, snap is dead: undo what the batch says, and leave through the fail-safe frames into the job.
 
 #include <stddef.h>
 #include <stdint.h>
 #include "protocol.h"
 
 _Static_assert(sizeof(struct snap_entry) == 80, "entries are packed without holes");
-_Static_assert(sizeof(struct snap_batch) == 24, "the header is packed without holes");
+_Static_assert(sizeof(struct snap_batch) == 32, "the header is packed without holes");
 
 #define NR_RT_SIGRETURN 15
 #define NR_EXIT 60
 #define NR_EXIT_GROUP 231
+#define NR_TGKILL 234
 #define IS_ERROR(r) ((uint64_t)(r) >= (uint64_t)-4095L)
 
 __asm__(".section .text.start,\"ax\"\n"
@@ -147,8 +147,15 @@ __attribute__((noreturn, used, visibility("hidden"))) void snap_run(struct snap_
         for (;;)
             call6(NR_EXIT, none);
     batch->stopped_at = i;
-    if (!(batch->flags & SNAP_B_LEAVE))
+    if (batch->flags & SNAP_B_SIGNAL) {
+        // Traced: stops us before it is delivered. Untraced: the target ignores it, so it is never sent.
+        a[0] = (uint64_t)batch->pid;
+        a[1] = (uint64_t)batch->tid;
+        a[2] = (uint64_t)batch->sig;
+        call6(NR_TGKILL, a);
+    } else if (!(batch->flags & SNAP_B_LEAVE)) {
         call6(SNAP_SENTINEL, none);
+    }
 
     // Only reached when nobody traces us any more (or, with SNAP_B_LEAVE, to announce the end).
     if (!(batch->flags & SNAP_B_LEAVE))

@@ -90,6 +90,51 @@ int snap_drive_until(int tid, uint64_t until, struct snap_drive *d)
     }
 }
 
+// The same for a batch that announces its end by signal `sig`: no stop for each call. `ended` is the address
+// of its stopped_at, which tells our signal from one that somebody else sent (which the task ignores).
+int snap_drive_signal(int tid, int sentinel, uint64_t ended, struct snap_drive *d)
+{
+    int sig = 0, status;
+
+    d->new_tid = 0;
+    for (;;) {
+        if (ptrace(PTRACE_CONT, tid, 0, (void *)(long)sig) < 0 && errno != ESRCH)
+            return -errno;
+        do {
+            status = 0;
+        } while (waitpid(tid, &status, __WALL) < 0 && errno == EINTR);
+        d->status = status;
+        sig = 0;
+        if (!WIFSTOPPED(status)) {
+            d->outcome = DRIVE_GONE;
+            return 0;
+        }
+        int event = status >> 16, stop = WSTOPSIG(status);
+        if (event == 0 && stop == sentinel) {
+            errno = 0;
+            long word = ptrace(PTRACE_PEEKDATA, tid, ended, 0);
+            if (errno)
+                return -errno;
+            if ((uint32_t)word != SNAP_NOT_ENDED) {
+                d->outcome = DRIVE_DONE;
+                return 0;
+            }
+        } else if (event == PTRACE_EVENT_STOP) {
+            // an interrupt, or a group-stop that the kernel puts back when we detach: go on
+        } else if (event) {
+            unsigned long message = 0;
+            if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &message) == 0)
+                d->new_tid = (int)message;
+        } else if (stop == SIGSEGV || stop == SIGBUS || stop == SIGILL || stop == SIGFPE || stop == SIGSYS ||
+                   stop == SIGTRAP) {
+            d->outcome = DRIVE_FAULT;
+            return 0;
+        } else {
+            sig = stop;                 // everything that can be blocked is: this is SIGSTOP
+        }
+    }
+}
+
 // -- pages of another process ---------------------------------------------------------------------
 
 struct snap_run_pages {

@@ -14,6 +14,8 @@
 #define SNAP_E_END 0x8000               // last entry of its branch
 
 #define SNAP_B_LEAVE 0x1                // announce the end by rt_sigreturn itself (seccomp'ed target)
+#define SNAP_B_SIGNAL 0x2               // announce it by a signal to itself; without either: the sentinel call
+#define SNAP_NOT_ENDED 0xffffffff       // stopped_at while the batch runs
 
 #define SNAP_NO_CHILD 0xffffffff
 #define SNAP_MAX_OK 4
@@ -32,5 +34,7 @@ struct snap_batch {
     uint32_t flags;
     uint32_t nr_entries;
     uint32_t stopped_at;                // out: index of the entry that failed, or nr_entries
-    uint32_t reserved;
+    int32_t sig;                        // for SNAP_B_SIGNAL: tgkill(pid, tid, sig)
+    int32_t pid;
+    int32_t tid;
 };

@@ -228,16 +228,41 @@ def split(batch: Batch, capacity: int, *, single: bool = False) -> Iterator[Piec
         yield Piece(part, {len(part) - 1} if part else set())
 
 
-def encode(batch: Batch, piece: Piece, data: int, leave_sp: int, flags: int, results: Sequence[int]) -> bytearray:
-    """The bytes of [header][entries] for one piece, whose data is at address `data`. `results` hold those of
-    earlier pieces."""
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a batch announces its end, and where it leaves when nobody listens."""
+
+    leave_sp: int = 0
+    """Address of the fail-safe frame; 0: exit."""
+    leave_only: bool = False
+    """Announce by rt_sigreturn itself."""
+    sig: int = 0
+    """Announce by this signal to itself; 0: by the sentinel call."""
+    pid: int = 0
+    tid: int = 0
+    """As the target's own pid namespace calls it."""
+
+    @property
+    def flags(self) -> int:
+        return (lib.SNAP_B_LEAVE if self.leave_only else 0) | (lib.SNAP_B_SIGNAL if self.sig else 0)
+
+
+STOPPED_AT = ffi.offsetof("struct snap_batch", "stopped_at")
+
+
+def encode(batch: Batch, piece: Piece, data: int, ending: Ending, results: Sequence[int]) -> bytearray:
+    """The bytes of [header][entries] for one piece, whose data is at address `data`.
+
+    `results` hold those of earlier pieces.
+    """
     position = {index: at for at, index in enumerate(piece.indices)}
     out = bytearray(HEADER_SIZE + ENTRY_SIZE * len(piece.indices))
     header = ffi.cast("struct snap_batch *", ffi.from_buffer(out))
-    header.leave_sp = leave_sp
-    header.flags = flags
+    header.leave_sp = ending.leave_sp
+    header.flags = ending.flags
     header.nr_entries = len(piece.indices)
-    header.stopped_at = 0
+    header.stopped_at = lib.SNAP_NOT_ENDED
+    header.sig, header.pid, header.tid = ending.sig, ending.pid, ending.tid
     entries = ffi.cast("struct snap_entry *", header + 1)
     offsets = batch.offsets
     for at, index in enumerate(piece.indices):

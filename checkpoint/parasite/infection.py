@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.kernel import interrupted, proc, ptrace
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.parasite import frames, gadgets
+from checkpoint.parasite.batch import Ending
 from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, MAGIC_SIZE, Area, RemoteTask, blob
-from parasite_c._native import lib
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
 
@@ -159,8 +161,14 @@ class InfectedTask(RemoteTask):
                     "it has a seccomp filter, and that cannot be suspended", where=self.where, hint="run as root"
                 ) from error
             # What is left when snap dies must be as little as possible: one call at a time, out by rt_sigreturn
-            self._batch_flags = lib.SNAP_B_LEAVE
+            self._ending = Ending(leave_only=True)
             self._one_at_a_time = True
+        else:
+            self._ending = Ending(
+                sig=_quiet_signal(status, self._own_mask),
+                pid=_inner_id(status, "NStgid", self.pid),
+                tid=_inner_id(status, "NSpid", self.tid),
+            )
 
     def _abort_rseq(self) -> None:
         """Inside a restartable sequence the kernel would send it to the abort handler at its next preemption; having
@@ -172,7 +180,7 @@ class InfectedTask(RemoteTask):
             section = int.from_bytes(self.mem.read(pointer + 8, 8), "little")
             if not section:
                 return
-            _, _, *words = lib_unpack(self.mem.read(section, 32))
+            _, _, *words = _rseq_section(self.mem.read(section, 32))
             start, length, abort = words
             if start <= self._own_regs.rip < start + length:
                 self._own_regs.rip = abort
@@ -201,12 +209,12 @@ class InfectedTask(RemoteTask):
             ),
         )
         self._place = place
-        self._leave_sp = place.unmap_first
+        self._ending = replace(self._ending, leave_sp=place.unmap_first)
         faults.point("parasite.frames")
         self._aim(place.unmap_first)
         space.inside = self
         faults.point("parasite.redirected")
-        ptrace.set_sigmask(self.tid, ALL_SIGNALS)
+        ptrace.set_sigmask(self.tid, self._inside_mask)
         faults.point("parasite.blocked")
         if not space.mapped:
             try:
@@ -214,6 +222,11 @@ class InfectedTask(RemoteTask):
             except BaseException:
                 self.park()
                 raise
+
+    @property
+    def _inside_mask(self) -> int:
+        """Everything blocked but the signal that announces a batch's end."""
+        return ALL_SIGNALS & ~(1 << (self._ending.sig - 1)) if self._ending.sig else ALL_SIGNALS
 
     def _aim(self, frame: int) -> None:
         """Registers that leave through a frame as soon as the task runs."""
@@ -266,7 +279,7 @@ class InfectedTask(RemoteTask):
         faults.point("parasite.parked")
         self._space.inside = None
         self._place = None
-        self._leave_sp = 0
+        self._ending = replace(self._ending, leave_sp=0)
         self.mem.write(place.address, place.saved)
 
     def cure(self) -> None:
@@ -303,10 +316,24 @@ class InfectedTask(RemoteTask):
         super()._faulted(sig)
 
 
-def lib_unpack(data: bytes) -> tuple[int, ...]:
-    """struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip."""
-    import struct
+def _quiet_signal(status: proc.Status, mask: int) -> int:
+    """A signal that this task would ignore whenever it came, and that cannot be pending for anybody who waits for it:
+    neither caught nor blocked, ignored by default or by choice. 0 when there is none."""
+    ignored_by_default = (signal.SIGURG, signal.SIGWINCH)
+    ignored = [sig for sig in range(1, 32) if status.sig_ignored >> (sig - 1) & 1]
+    for sig in (*ignored_by_default, *ignored, signal.SIGCHLD):
+        if not (status.sig_caught | mask | status.sig_blocked) >> (sig - 1) & 1:
+            return int(sig)
+    return 0
 
+
+def _inner_id(status: proc.Status, field: str, outer: int) -> int:
+    """A pid or tid as the task's own pid namespace calls it."""
+    return int(status.fields.get(field, str(outer)).split()[-1])
+
+
+def _rseq_section(data: bytes) -> tuple[int, ...]:
+    """struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip."""
     return struct.unpack("<IIQQQ", data)
 
 

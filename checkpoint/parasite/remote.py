@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoint.kernel import ptrace, syscalls
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.parasite import batch as encoding
-from checkpoint.parasite.batch import Arg, Batch, RemoteCallError, Results
+from checkpoint.parasite.batch import Arg, Batch, Ending, RemoteCallError, Results
 from parasite_c._native import ffi, lib
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
@@ -23,8 +23,8 @@ from snapshotter.base.errors import SnapshotterError, TargetGoneError
 if TYPE_CHECKING:
     from checkpoint.kernel.mem import ProcMem
 
-CODE_SIZE = lib.SNAP_CODE_SIZE
-MAGIC_SIZE = lib.SNAP_MAGIC_SIZE
+CODE_SIZE: int = lib.SNAP_CODE_SIZE
+MAGIC_SIZE: int = lib.SNAP_MAGIC_SIZE
 STACK_SIZE = 16384
 MIN_DATA_SIZE = 65536
 
@@ -78,8 +78,8 @@ class RemoteTask:
         self._area = area
         self._turn = 0
         self._template: Regs | None = None
-        self._leave_sp = 0
-        self._batch_flags = 0
+        self._entries_turn = 0
+        self._ending = Ending()
         self._one_at_a_time = False
         self.new_tid = 0
         """The task that the last batch made, where PTRACE_O_TRACECLONE and its like tell."""
@@ -124,7 +124,7 @@ class RemoteTask:
         self.new_tid = 0
         for piece in encoding.split(batch, half, single=self._one_at_a_time):
             slot = self.area.data + self._slot() * half
-            raw = encoding.encode(batch, piece, data, self._leave_sp, self._batch_flags, results)
+            raw = encoding.encode(batch, piece, data, self._ending, results)
             self.mem.write(slot, raw)
             faults.point("parasite.written")
             self._go(slot)
@@ -137,7 +137,7 @@ class RemoteTask:
 
     def _slot(self) -> int:
         """The room for entries that the last piece did not use."""
-        self._entries_turn = getattr(self, "_entries_turn", 0) ^ 1
+        self._entries_turn ^= 1
         return self._entries_turn
 
     def _enter(self) -> None:
@@ -159,7 +159,10 @@ class RemoteTask:
         regs.eflags = _EFLAGS
         ptrace.setregs(self.tid, regs)
         faults.point("parasite.started")
-        self._drive(lib.SNAP_SENTINEL)
+        if self._ending.sig:
+            self._drive_signal(slot + encoding.STOPPED_AT)
+        else:
+            self._drive(lib.SNAP_SENTINEL)
 
     def gadget_call(self, gadget: int, rsp: int, name: str, *args: int) -> int:
         """One system call through a `syscall` instruction of the target's own; leaves it at the call's exit."""
@@ -181,7 +184,13 @@ class RemoteTask:
 
     def _drive(self, until: int) -> None:
         state = ffi.new("struct snap_drive *")
-        error = lib.snap_drive_until(self.tid, until, state)
+        self._outcome(lib.snap_drive_until(self.tid, until, state), state)
+
+    def _drive_signal(self, ended: int) -> None:
+        state = ffi.new("struct snap_drive *")
+        self._outcome(lib.snap_drive_signal(self.tid, self._ending.sig, ended, state), state)
+
+    def _outcome(self, error: int, state: Any) -> None:
         if error:
             raise SnapshotterError(f"cannot drive it: errno {-error}", where=self.where)
         if state.new_tid:

@@ -16,7 +16,7 @@ from checkpoint.kernel import proc, ptrace, sys
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.parasite import gadgets
-from checkpoint.parasite.batch import RemoteCallError
+from checkpoint.parasite.batch import Ending, RemoteCallError
 from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, MIN_DATA_SIZE, Area, RemoteTask, blob
 from parasite_c._native import lib
 from snapshotter.base import faults
@@ -40,6 +40,8 @@ class StubTask(RemoteTask):
 
     def __init__(self, tid: int, pid: int, mem: ProcMem, area: Area | None, gadget: int = 0) -> None:
         super().__init__(tid, pid, mem, area)
+        # It cannot be blocked or caught, so it works whatever state was restored already; it is never delivered
+        self._ending = Ending(sig=signal.SIGSTOP, pid=pid, tid=tid)
         self._gadget = gadget
 
     def map_arena(self, addr: int, size: int) -> None:
