@@ -71,9 +71,14 @@ def restore(
     result.warnings = ctx.warnings
     faults.point("restore.planned")
     if options.dry_run:
+        files.close_all(ctx)
         return result
-    with _timed(phases, "replace"):
-        environment.replace(ctx, found)
+    try:
+        with _timed(phases, "replace"):
+            environment.replace(ctx, found)
+    except BaseException:
+        files.close_all(ctx)
+        raise
     faults.point("restore.killed")
     collecting = gc.isenabled()
     gc.disable()

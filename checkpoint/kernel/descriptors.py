@@ -59,7 +59,7 @@ def _syscall(number: int, *args: int | ctypes.Array[ctypes.c_char] | None) -> in
 
 
 def kcmp(pid1: int, pid2: int, what: int, index1: int, index2: int) -> int:
-    """Compare kernel objects, kcmp(2): 0 equal, 1 less, 2 greater (a total order while both live), 3 not equal."""
+    """Compare two kernel objects: 0 equal, 1 less, 2 greater (a total order while both live), 3 not equal."""
     return _syscall(SYS_KCMP, pid1, pid2, what, index1, index2)
 
 
@@ -75,7 +75,7 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
 
 
 def tee(source: int, target: int, nr_bytes: int) -> int:
-    """Non-blocking tee(2): copies pipe contents without consuming them."""
+    """Copies pipe contents without consuming them, without blocking."""
     return _syscall(SYS_TEE, source, target, nr_bytes, SPLICE_F_NONBLOCK)
 
 
@@ -126,7 +126,11 @@ def set_owner(fd: int, kind: int, pid: int) -> None:
 
 def terminal_device(fd: int) -> int:
     """TIOCGDEV: the terminal behind a descriptor (for /dev/tty: the controlling one), as an st_rdev."""
-    raw = struct.unpack("=I", fcntl.ioctl(fd, TIOCGDEV, bytes(4)))[0]
+    return device_number(struct.unpack("=I", fcntl.ioctl(fd, TIOCGDEV, bytes(4)))[0])
+
+
+def device_number(raw: int) -> int:
+    """The kernel's 32-bit device number (TIOCGDEV, tty_nr of /proc/PID/stat) as an st_rdev."""
     return os.makedev((raw >> 8) & 0xFFF, (raw & 0xFF) | ((raw >> 12) & 0xFFF00))
 
 

@@ -185,8 +185,7 @@ def test_pipe_with_contents_capacity_and_both_ends(again):
 
 def test_dump_consumes_nothing():
     def prepare():
-        read_end, write_end = os.pipe()
-        os.write(write_end, b"kept")
+        os.write(os.pipe()[1], b"kept")
         a, b = socket.socketpair()
         a.sendall(b"kept too")
         return a, b
@@ -236,17 +235,18 @@ def test_fifo(again, tmp_path):
     assert os.read(r[3], 100) == b"again"
 
 
-def test_a_pipe_to_the_outside_is_refused():
+def test_a_pipe_to_the_outside_is_recorded():
     read_end, write_end = os.pipe()
-    os.set_inheritable(write_end, True)
-    with child_keeping(write_end) as pid:
+    with child_keeping(read_end) as holder, child_keeping(write_end) as pid:
+        os.close(read_end)
+        os.close(write_end)
         report: list[Finding] = []
         files.look_job([pid], report)
-        # ours is the other end, and our own descriptors are not looked at: the kernel still knows
-        with pytest.raises(UnsupportedError, match="outside"):
-            dump(pid)
-    os.close(read_end)
-    os.close(write_end)
+        assert report == []
+        ctx = dump(pid)
+        (pipe,) = ctx.images["files"].pipes
+        assert [(h.pid, h.fd) for h in pipe.holders] == [(holder, 3)]
+        assert f"process {holder}" in ctx.warnings[0]
 
 
 @contextlib.contextmanager
@@ -343,7 +343,7 @@ def test_socketpairs_with_queues(again, kind):
 def test_descriptors_in_flight_and_shutdown(again):
     def prepare():
         a, b = socket.socketpair()
-        read_end, write_end = os.pipe()
+        _, write_end = os.pipe()
         a.sendall(b"plain text")
         a.sendmsg([b"with fd"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [write_end]))])
         a.sendall(b"after")
@@ -389,7 +389,7 @@ def test_listening_accepted_and_bound_sockets(again, tmp_path):
         accepted, _ = server.accept()
         client.sendall(b"request")
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        bound.bind("\0snap-test-%d" % os.getpid())
+        bound.bind(f"\0snap-test-{os.getpid()}")
         sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         sender.connect(bound.getsockname())
         sender.send(b"datagram")

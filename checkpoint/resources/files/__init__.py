@@ -67,7 +67,7 @@ def look(pid: int, report: list[Finding]) -> None:
 
 
 def look_job(pids: Sequence[int], report: list[Finding]) -> None:
-    """What only the whole job shows: pipes and sockets to processes outside, shared descriptor tables."""
+    """What only the whole job shows: sockets to processes outside, shared descriptor tables."""
     outside.look_job([pid for pid in pids if not _has_ended(pid)], report)
 
 
@@ -83,7 +83,6 @@ def dump_files(ctx: DumpContext) -> None:
     """Dumps the descriptors of the whole frozen job: ctx.images["files"] and one "fdtable/<pid>" per process."""
     with FilesDump(ctx) as job:
         job.run()
-        outside.lone_ends(job)
 
 
 def _opening(ctx: RestoreContext) -> Opening:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
 from checkpoint.kernel.fdinfo import O_DIRECT, EpollTarget, LockLine
-from checkpoint.resources.files import kinds
+from checkpoint.resources.files import kinds, outside
 from checkpoint.resources.files.kind import Seen, descriptors, see
 from images import files_pb2, task_pb2
 from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError, wrap_os_error
@@ -185,9 +185,10 @@ class FilesDump:
         while self._unfinished:
             number = self._unfinished.pop(0)
             description = self.image.descriptions[number - 1]
-            field = description.WhichOneof("kind")
+            field: str | None = description.WhichOneof("kind")
             assert field is not None  # dump() filled it
             kinds.BY_FIELD[field].finish(self, self.examples[number], description)
+        outside.record_outside(self)
         self.image.pipes.extend(self.pipes.values())
         self.ctx.images["files"] = self.image
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _NR_MAX = 0xFFFFFFFF
 _F_SETFD, _F_SETLK = 2, 6
-_TIOCSCTTY, _TIOCSPGRP = 0x540E, 0x5410
+_TIOCSCTTY, _TIOCSPGRP, _TCSETS2 = 0x540E, 0x5410, 0x402C542B
 
 
 def highest_fd(ctx: RestoreContext) -> int:
@@ -140,6 +140,9 @@ def _controlling_terminal(
             if description.terminal.foreground_pgrp > 0:
                 group = description.terminal.foreground_pgrp.to_bytes(4, "little")
                 stub.call("ioctl", entry.fd, _TIOCSPGRP, group)
+            if description.terminal.termios:
+                # The end of the old session hung the terminal up, which reset its settings.
+                fcntl.ioctl(opening.fds[description.id], _TCSETS2, description.terminal.termios)
         except OSError as error:
             ctx.warn(f"{name} is not the job's controlling terminal any more: {error.strerror}")
         return

@@ -39,6 +39,8 @@ class Opening:
         self.pipes = {buffer.id: buffer for buffer in image.pipes}
         self.pipe_ends: dict[int, tuple[int, int]] = {}
         self.pipe_ends_used: set[tuple[int, bool]] = set()
+        self.early: dict[int, int] = {}
+        """description id -> what check() opened already, because it may be gone once the old job is killed."""
         self.far_ends: dict[int, int] = {}
         """description id -> the end of its connection that the job no longer has."""
         sockets = [d for d in image.descriptions if d.HasField("unix")]
@@ -69,6 +71,8 @@ class Opening:
                 kinds.BY_FIELD[_field(description)].check(self, description)
             except RestoreConflictError as error:
                 conflicts.append(error)
+        if conflicts:
+            self.close()
         if len(conflicts) == 1:
             raise conflicts[0]
         if conflicts:
@@ -126,13 +130,14 @@ class Opening:
     def close(self) -> None:
         """Closes what is open here. Descriptions live on where they were installed."""
         self._close_extra()
-        for fd in self.fds.values():
+        for fd in [*self.fds.values(), *self.early.values()]:
             os.close(fd)
         self.fds.clear()
+        self.early.clear()
 
 
 def _field(description: files_pb2.Description) -> str:
-    field = description.WhichOneof("kind")
+    field: str | None = description.WhichOneof("kind")
     if field not in kinds.BY_FIELD:
         raise SnapshotterError(
             f"file description {description.id} is of a kind that this version does not know",

@@ -1,73 +1,79 @@
 """Finds what ties a job to processes outside it: the other ends of its pipes and sockets.
 
-Looks at the whole job at once, before the freeze, reading /proc and unix_diag only. Findings name the
-process at the other end, and what to do.
+Looks at the whole job at once, before the freeze, reading /proc and unix_diag only. A unix socket to the
+outside is a finding that names the process at the other end. A pipe to the outside (`job | tee log`) is
+none: the dump records who holds it, and the restore opens the same pipe again through that process's
+/proc/PID/fd, before the old job is killed. When that process has ended, the job finds the other end
+closed, as it would have if it had gone on, and a warning says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import select
 import stat
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors as sys
-from checkpoint.kernel import sockdiag
+from checkpoint.kernel import proc, sockdiag
 from checkpoint.resources.files.kind import Seen, descriptors, see
-from snapshotter.base.errors import Finding, UnsupportedError
+from snapshotter.base.errors import Finding, SnapshotterError
 
 if TYPE_CHECKING:
     from checkpoint.resources.files.dumping import FilesDump
+    from images import files_pb2
 
 _TO_SYSTEM_LOG = (b"/run/systemd/journal", b"/dev/log")
 
 
-def holders(links: set[bytes], except_pids: Iterable[int]) -> dict[bytes, tuple[int, int]]:
-    """Who else has one of these pipes or sockets ("pipe:[1]") open: link -> (pid, descriptor).
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process outside the job that has one of its pipes or sockets open."""
 
-    The job may run: children that were born since its processes were listed belong to it too.
-    """
-    found: dict[bytes, tuple[int, int]] = {}
-    job = set(except_pids)
-    skip = {*job, os.getpid()}
+    pid: int
+    fd: int
+    start_time_ticks: int
+    comm: str
+
+
+def holders(links: set[bytes], except_pids: Iterable[int]) -> dict[bytes, list[Holder]]:
+    """Who else has these pipes or sockets ("pipe:[1]") open. Snap itself and the job are left out."""
+    found: dict[bytes, list[Holder]] = {}
+    skip = {*except_pids, os.getpid()}
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) in skip:
             continue
         try:
-            numbers = os.listdir(f"/proc/{name}/fd")
-        except OSError:
-            continue
-        for number in numbers:
-            try:
-                link = os.readlink(os.fsencode(f"/proc/{name}/fd/{number}"))
-            except OSError:
-                continue
-            if link not in links or link in found:
-                continue
-            if _descends(int(name), job):
-                break
-            found[link] = (int(name), int(number))
+            mine: dict[bytes, int] = {}
+            for number in os.listdir(f"/proc/{name}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    link = os.readlink(os.fsencode(f"/proc/{name}/fd/{number}"))
+                    if link in links:
+                        mine.setdefault(link, int(number))
+            if mine:
+                state = proc.read_stat(int(name))
+        except (OSError, SnapshotterError):
+            continue  # it ended, or is not ours to see
+        for link, fd in mine.items():
+            comm = state.comm if isinstance(state.comm, str) else os.fsdecode(state.comm)
+            found.setdefault(link, []).append(Holder(int(name), fd, state.start_time_ticks, comm))
     return found
 
 
-def _descends(pid: int, job: set[int]) -> bool:
-    """Whether an ancestor of `pid` is of the job; also true when it has ended meanwhile."""
-    while pid > 1:
-        try:
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                pid = int(file.read().rpartition(b")")[2].split()[1])
-        except (OSError, IndexError, ValueError):
-            return True
-        if pid in job:
-            return True
-    return False
+_found_by_look: dict[bytes, list[Holder]] = {}
+"""What the last look found, for the dump that follows it: the frozen window is no time to walk through /proc."""
 
 
 def look_job(pids: Sequence[int], report: list[Finding]) -> None:
-    """Pipes and unix sockets of the job whose other end is outside it; descriptor tables shared by processes."""
+    """Unix sockets of the job whose other end is outside it; descriptor tables shared by processes.
+
+    Pipes to the outside are no finding: see record_outside.
+    """
     pipes: dict[bytes, Seen] = {}
     sockets: dict[int, Seen] = {}
     for pid in pids:
@@ -88,7 +94,7 @@ def look_job(pids: Sequence[int], report: list[Finding]) -> None:
                     pipes.setdefault(seen.link, seen)
                 elif stat.S_ISSOCK(seen.stat.st_mode):
                     sockets.setdefault(seen.stat.st_ino, seen)
-    _pipes(pids, pipes, report)
+    _pipes(pids, {link: seen for link, seen in pipes.items() if link.startswith(b"pipe:")})
     _sockets(pids, sockets, report)
     _tables(pids, report)
 
@@ -100,27 +106,11 @@ def _is_fifo(pid: int, fd: int) -> bool:
         return False
 
 
-def _name(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as file:
-            return file.read().strip().decode("utf-8", "replace")
-    except OSError:
-        return "?"
-
-
-def _pipes(pids: Sequence[int], pipes: dict[bytes, Seen], report: list[Finding]) -> None:
-    outside = holders(set(pipes), pids) if pipes else {}
-    for link, (pid, fd) in sorted(outside.items()):
-        seen = pipes[link]
-        name = "its standard output" if seen.fd in {1, 2} else "its standard input" if seen.fd == 0 else "it"
-        report.append(
-            Finding(
-                seen.pid,
-                seen.where,
-                f"process {pid} ({_name(pid)}), which is not part of the job, has this pipe open as descriptor {fd}",
-                f"redirect {name} to a file, or take the point of a parent of both",
-            )
-        )
+def _pipes(pids: Sequence[int], pipes: dict[bytes, Seen]) -> None:
+    """Remembers who has the job's pipes open elsewhere: the dump records it, and a restore connects again."""
+    _found_by_look.clear()
+    if pipes:
+        _found_by_look.update(holders(set(pipes), pids))
 
 
 def _sockets(pids: Sequence[int], sockets: dict[int, Seen], report: list[Finding]) -> None:
@@ -144,7 +134,7 @@ def outside_peer(seen: Seen, peer: sockdiag.UnixSocketInfo | None, pids: Iterabl
             "let the program log to a file, or close it first",
         )
     owner = holders({b"socket:[%d]" % peer.ino}, pids) if peer else {}
-    who = "".join(f" (process {pid}, {_name(pid)})" for pid, _ in owner.values())
+    who = "".join(f" (process {found[0].pid}, {found[0].comm})" for found in owner.values())
     at = f" at {_printable(name)}" if name else ""
     return Finding(
         seen.pid,
@@ -175,38 +165,68 @@ def _tables(pids: Sequence[int], report: list[Finding]) -> None:
             report.append(Finding(one, "descriptor table", what, "only threads may share one"))
 
 
-def lone_ends(job: FilesDump) -> None:
-    """In the frozen job: a pipe of which it has one end only must have nobody at the other.
+def record_outside(job: FilesDump) -> None:
+    """In the frozen job: notes in each pipe who holds it outside the job, and warns.
 
-    The kernel says so itself: a read end without writers polls as hung up, a write end without readers
-    as in error. Raises UnsupportedError for a pipe that somebody else keeps alive.
+    A pipe of which the job has one end only and whose other end is alive, by the kernel's own word (a read
+    end without writers polls as hung up, a write end without readers as in error), must be in somebody's
+    hands: if the look did not see whose, /proc is walked again.
     """
-    ends: dict[int, list[Seen]] = {}
-    both: dict[int, set[bool]] = {}
+    examples: dict[int, Seen] = {}
+    sides: dict[int, set[str]] = {}
     for description in job.image.descriptions:
         if description.HasField("pipe"):
             pipe = description.pipe
-            ends.setdefault(pipe.id, []).append(job.examples[description.id])
-            sides = both.setdefault(pipe.id, set())
-            sides.update([True] if pipe.read_end else [], [False] if pipe.write_end else [])
-    for number, sides in both.items():
-        if len(sides) != 1:
-            continue
-        seen = ends[number][0]
+            examples.setdefault(pipe.id, job.examples[description.id])
+            ends = sides.setdefault(pipe.id, set())
+            ends.update(side for side, has in (("read", pipe.read_end), ("write", pipe.write_end)) if has)
+    for number, seen in examples.items():
         if not seen.link.startswith(b"pipe:"):
-            continue  # a FIFO that nobody else has opened yet is an ordinary thing
-        with job.borrow(seen) as fd:
-            poll = select.poll()
-            poll.register(fd, 0)
-            alone = any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
-        if not alone:
-            report: list[Finding] = []
-            _pipes([*job.ctx.processes], {seen.link: seen}, report)
-            finding = (
-                report[0]
-                if report
-                else Finding(seen.pid, seen.where, "the other end of this pipe is outside the job")
+            continue  # a FIFO is found by its path, by everybody
+        found = _found_by_look.get(seen.link, [])
+        if not found and len(sides[number]) == 1 and not _alone(job, seen):
+            found = holders({seen.link}, job.ctx.processes).get(seen.link, [])
+        buffer = job.pipes[number]
+        buffer.link = seen.link
+        for holder in found:
+            buffer.holders.add(
+                pid=holder.pid,
+                fd=holder.fd,
+                start_time_ticks=holder.start_time_ticks,
+                comm=os.fsencode(holder.comm),
             )
-            raise UnsupportedError(
-                finding.what, where=f"task {seen.pid}, {seen.where}", hint=finding.hint, findings=(finding,)
+        if found:
+            job.ctx.warn(
+                f"task {seen.pid}, {seen.where}: process {found[0].pid} ({found[0].comm}), which is not part of the "
+                "job, has this pipe open too; a rollback connects to it again if it is still there"
             )
+
+
+def _alone(job: FilesDump, seen: Seen) -> bool:
+    with job.borrow(seen) as fd:
+        poll = select.poll()
+        poll.register(fd, 0)
+        return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
+
+
+def connect_again(buffer: files_pb2.PipeBuffer, flags: int) -> int | None:
+    """Another descriptor of a pipe that somebody outside the job still has open; None if nobody has.
+
+    The number of a pipe's inode may come back after a reboot or a long time: only those that held it at the
+    dump count.
+    """
+    for holder in buffer.holders:
+        try:
+            if proc.read_stat(holder.pid).start_time_ticks != holder.start_time_ticks:
+                continue
+            numbers = [str(holder.fd), *os.listdir(f"/proc/{holder.pid}/fd")]
+        except (OSError, SnapshotterError):
+            continue
+        for number in numbers:
+            path = f"/proc/{holder.pid}/fd/{number}"
+            try:
+                if os.readlink(os.fsencode(path)) == buffer.link:
+                    return os.open(path, (flags & (os.O_ACCMODE | os.O_NONBLOCK)) | os.O_CLOEXEC)
+            except OSError:
+                continue
+    return None

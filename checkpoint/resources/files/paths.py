@@ -14,7 +14,7 @@ from checkpoint.kernel.fdinfo import O_PATH, O_TMPFILE_BIT
 from images import common_pb2
 from snapshotter.base.errors import RestoreConflictError, wrap_os_error
 
-_NEVER = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_ASYNC | (O_TMPFILE_BIT & ~os.O_DIRECTORY)
+_NEVER = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_ASYNC | os.O_NOFOLLOW
 
 _TYPES = {
     stat.S_IFREG: "regular file",
@@ -74,10 +74,11 @@ def locate(identity: common_pb2.FileIdentity, *, same_inode: bool = True) -> int
 
 def reopen(path_fd: int, flags: int, where: str) -> int:
     """Opens what an O_PATH descriptor stands for, with a description's own flags."""
+    flags &= ~_NEVER
+    if flags & O_TMPFILE_BIT:
+        flags &= ~(O_TMPFILE_BIT | os.O_DIRECTORY)  # O_TMPFILE holds O_DIRECTORY, which this file is not
     try:
-        return os.open(
-            f"/proc/self/fd/{path_fd}", (flags & ~_NEVER & ~os.O_NOFOLLOW) | os.O_CLOEXEC | os.O_NOCTTY
-        )
+        return os.open(f"/proc/self/fd/{path_fd}", flags | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         raise wrap_os_error(error, "cannot open it again", where=where) from error
 

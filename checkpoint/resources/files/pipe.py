@@ -6,7 +6,8 @@ its capacity, writes the bytes back and closes each end that the job did not hav
 writers had gone reads the rest and then end-of-file, as before. A FIFO is opened read-write first, for
 then no open blocks, and each end is reopened from that.
 
-Refused: a pipe whose other end is held by a process outside the job (look_outside in outside.py).
+A pipe that a process outside the job has open too is connected to again, while that process lives
+(outside.py); its bytes are then what they are now, and the recorded ones are not written.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_DIRECT
-from checkpoint.resources.files import kind, paths
+from checkpoint.resources.files import kind, outside, paths
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 
 if TYPE_CHECKING:
@@ -68,10 +69,23 @@ class PipeKind(kind.Kind):
         buffer = opening.pipes[description.pipe.id]
         if buffer.is_fifo:
             os.close(paths.locate(buffer.fifo))
+        elif buffer.holders and description.id not in opening.early:
+            # Before the old job is killed: its end held open here keeps the reader from seeing end-of-file.
+            fd = outside.connect_again(buffer, description.flags)
+            if fd is not None:
+                opening.early[description.id] = fd
+                return
+            holder = buffer.holders[0]
+            opening.warn(
+                f"process {holder.pid} ({os.fsdecode(holder.comm)}) at the other end of {os.fsdecode(buffer.link)} "
+                "has ended: the job finds that end closed"
+            )
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         end = description.pipe
         buffer = opening.pipes[end.id]
+        if description.id in opening.early:
+            return opening.early.pop(description.id)
         ends = opening.pipe_ends.get(end.id)
         if ends is None:
             ends = opening.pipe_ends[end.id] = _make(buffer)

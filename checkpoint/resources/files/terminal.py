@@ -16,7 +16,7 @@ import stat
 import termios
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors
+from checkpoint.kernel import descriptors, proc
 from checkpoint.resources.files import kind, paths
 from snapshotter.base.errors import Finding, RestoreConflictError
 
@@ -62,6 +62,7 @@ class TerminalKind(kind.Kind):
                 terminal.winsize = fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8))
             except OSError as error:  # a terminal that was hung up answers EIO
                 job.ctx.warn(f"terminal {seen.link.decode(errors='replace')} was hung up: {error.strerror}")
+        _record_session(job, terminal)
         if terminal.rdev != seen.stat.st_rdev:
             terminal.identity.path = _path_of(terminal.rdev) or seen.path
 
@@ -84,6 +85,20 @@ class TerminalKind(kind.Kind):
             f"the terminal {paths.shown(terminal.identity.path)} is gone: the job has /dev/null instead"
         )
         return os.open("/dev/null", (description.flags & (os.O_ACCMODE | os.O_NONBLOCK)) | os.O_CLOEXEC)
+
+
+def _record_session(job: FilesDump, terminal: files_pb2.Terminal) -> None:
+    """If it is the controlling terminal of a session that the job leads: of which, and who is in front."""
+    for pid in job.ctx.processes:
+        state = proc.read_stat(pid)
+        if (
+            state.session == pid
+            and state.tty_nr
+            and descriptors.device_number(state.tty_nr & 0xFFFFFFFF) == terminal.rdev
+        ):
+            terminal.session = pid
+            terminal.foreground_pgrp = state.tpgid
+            return
 
 
 def _path_of(rdev: int) -> bytes | None:
