@@ -56,6 +56,10 @@ class Lock:
             os.close(self._fd)
             self._fd = -1
 
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            self.release()
+
     def __enter__(self) -> Lock:
         return self
 
