@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 class ProcMem:
     """Reads and writes memory of process `pid`. A context manager. The open descriptor stays with the address space
-    it was opened for: after an exec, or when the pid was reused, it reads nothing (OSError EIO or b"")."""
+    it was opened for: after an exec or the end of the process everything is TargetGoneError.
+    """
 
     def __init__(self, pid: int, *, cow: bool = False) -> None:
         self.pid = pid
@@ -41,16 +42,16 @@ class ProcMem:
         return self._fd
 
     def read(self, addr: int, n: int) -> bytes:
-        """n bytes at addr; OSError (EIO) when a page of them is not there."""
+        """n bytes at addr; OSError (EIO) when a page of them is not there, TargetGoneError when all is gone."""
         data = os.pread(self._fd, n, addr)
-        if len(data) == n:
+        if len(data) == n:  # n is 0, too
             return data
         parts = [data]
         done = len(data)
         while done < n:
             piece = os.pread(self._fd, n - done, addr + done)
             if not piece:
-                raise OSError(errno.EIO, f"no memory at {addr + done:#x} of task {self.pid}")
+                raise self._gone()
             parts.append(piece)
             done += len(piece)
         return b"".join(parts)
@@ -62,8 +63,12 @@ class ProcMem:
         while done < len(view):
             put = os.pwrite(self._fd, view[done:], addr + done)
             if not put:
-                raise OSError(errno.EIO, f"no memory at {addr + done:#x} of task {self.pid}")
+                raise self._gone()
             done += put
+
+    def _gone(self) -> SnapshotterError:
+        """For a transfer of 0 bytes: an unmapped address is EIO, but this address space exists no more."""
+        return wrap_os_error(ProcessLookupError(errno.ESRCH, "ESRCH"), "its memory is gone", where=f"task {self.pid}")
 
     def read_runs(self, runs: Sequence[Run], buffer: memoryview | bytearray) -> list[int]:
         """Fill `buffer` with the pages of `runs`, in order. Returns the page numbers that could not be read;
