@@ -31,6 +31,7 @@ from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError,
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext
 
+_BORROWED_MAX = 256
 _DESCRIPTION_LOCKS = frozenset({"FLOCK", "OFDLCK"})
 
 
@@ -50,6 +51,7 @@ class FilesDump:
         self._buckets: dict[tuple[object, ...], list[int]] = {}
         self._unfinished: list[int] = []
         self._pidfds: dict[int, int] = {}
+        self._borrowed: dict[tuple[int, int], int] = {}
         self._owned: list[int] = []
         self._sockets: dict[int, sockdiag.UnixSocketInfo] | None = None
 
@@ -57,16 +59,25 @@ class FilesDump:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in [*self._pidfds.values(), *self._owned]:
+        for fd in [*self._pidfds.values(), *self._borrowed.values(), *self._owned]:
             os.close(fd)
+        self._borrowed.clear()
         self._pidfds.clear()
         self._owned.clear()
 
     @contextmanager
     def borrow(self, seen: Seen) -> Iterator[int]:
-        """A duplicate in snap of a descriptor of the job: the same description. Runs no code in the job."""
+        """A duplicate in snap of a descriptor of the job: the same description. Runs no code in the job.
+
+        The first ones stay open until the dump ends, for most descriptions are looked into more than once.
+        """
         if seen.pid == os.getpid():
             yield seen.fd
+            return
+        key = (seen.pid, seen.fd)
+        fd = self._borrowed.get(key)
+        if fd is not None:
+            yield fd
             return
         try:
             if seen.pid not in self._pidfds:
@@ -76,6 +87,10 @@ class FilesDump:
             raise wrap_os_error(
                 error, "cannot fetch a descriptor", where=f"task {seen.pid}, {seen.where}"
             ) from error
+        if len(self._borrowed) < _BORROWED_MAX:
+            self._borrowed[key] = fd
+            yield fd
+            return
         try:
             yield fd
         finally:
@@ -147,10 +162,10 @@ class FilesDump:
         return number
 
     def _dump(self, seen: Seen) -> int:
-        finding = kinds.refusal(seen)
         kind = kinds.kind_of(seen)
+        finding = kinds.unknown(seen) if kind is None else kind.refusal(seen)
         if finding is not None or kind is None:
-            finding = finding or kinds.unknown(seen)
+            assert finding is not None  # unknown() gives one
             raise UnsupportedError(
                 finding.what, where=f"task {seen.pid}, {seen.where}", hint=finding.hint, findings=(finding,)
             )

@@ -100,9 +100,8 @@ class InetKind(kind.Kind):
                     job.ctx.warn(
                         f"datagrams that wait in the UDP socket at {sock.getsockname()} are not saved"
                     )
-            with socket.socket(sock.family, sock.type, sock.proto) as fresh:
-                for level, name, value in sockets.changed_options(sock, fresh, _OPTIONS):
-                    image.options.add(level=level, name=name, value=value)
+            for level, name, value in sockets.changed_options(sock, _OPTIONS):
+                image.options.add(level=level, name=name, value=value)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         image = description.inet

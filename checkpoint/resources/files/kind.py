@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from images import files_pb2
 
 DELETED = b" (deleted)"
+_ONE_READ_BYTES = 3500
+"""A file of /proc gives whole records up to a page per read: less than this was all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,23 @@ def see(pid: int, fd: int) -> Seen | None:
     try:
         link = os.readlink(os.fsencode(base))
         state = os.stat(base)
-        with open(f"/proc/{pid}/fdinfo/{fd}", "rb", buffering=0) as file:
-            data = b"".join(iter(lambda: file.read(1 << 16), b""))
+        data = _read(f"/proc/{pid}/fdinfo/{fd}")
     except (FileNotFoundError, ProcessLookupError):
         return None
     return Seen(pid, fd, link, state, parse_fdinfo(data))
+
+
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.read(fd, 1 << 16)
+        if len(data) < _ONE_READ_BYTES:
+            return data
+        while more := os.read(fd, 1 << 16):
+            data += more
+        return data
+    finally:
+        os.close(fd)
 
 
 def descriptors(pid: int) -> list[int]:

@@ -38,6 +38,16 @@ KINDS: tuple[Kind, ...] = (
 )
 """In the order in which they are asked."""
 
+_ANONYMOUS: tuple[Kind, ...] = (eventfd.KIND, timerfd.KIND, signalfd.KIND, epoll.KIND, pidfd.KIND)
+_BY_TYPE: dict[int, tuple[Kind, ...]] = {
+    stat.S_IFREG: (directory.PATH_ONLY, pidfd.KIND, regular.KIND),
+    stat.S_IFIFO: (directory.PATH_ONLY, pipe.KIND),
+    stat.S_IFSOCK: (directory.PATH_ONLY, unixsock.KIND, inet.KIND),
+    stat.S_IFCHR: (directory.PATH_ONLY, terminal.KIND, device.KIND),
+    0: _ANONYMOUS,
+}
+"""The frozen window asks only those that can claim a descriptor of this file type; anonymous inodes have none."""
+
 BY_FIELD: dict[str, Kind] = {kind.field: kind for kind in KINDS}
 
 _REASONS = {
@@ -66,7 +76,7 @@ _REASONS = {
 
 def kind_of(seen: Seen) -> Kind | None:
     """The kind that a descriptor is of, or None."""
-    for kind in KINDS:
+    for kind in _BY_TYPE.get(seen.format, KINDS):
         if kind.claims(seen):
             return kind
     return None

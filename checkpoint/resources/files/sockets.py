@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -70,18 +72,28 @@ def borrowed_socket(fd: int) -> Iterator[socket.socket]:
         sock.detach()
 
 
+@functools.cache
+def _defaults(
+    family: int, kind: int, protocol: int, names: tuple[tuple[int, int], ...]
+) -> dict[tuple[int, int], bytes]:
+    """What a fresh socket answers; without the options that this type of socket does not have."""
+    found = {}
+    with socket.socket(family, kind, protocol) as fresh:
+        for level, name in names:
+            with contextlib.suppress(OSError):
+                found[level, name] = fresh.getsockopt(level, name, _OPTION_MAX_BYTES)
+    return found
+
+
 def changed_options(
-    sock: socket.socket, fresh: socket.socket, names: Iterable[tuple[int, int]]
+    sock: socket.socket, names: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[int, int, bytes]]:
     """(level, name, value) of the options that differ from those of a fresh socket of the same type."""
-    for level, name in names:
-        try:
+    for (level, name), default in _defaults(sock.family, sock.type, sock.proto, names).items():
+        with contextlib.suppress(OSError):
             value = sock.getsockopt(level, name, _OPTION_MAX_BYTES)
-            default = fresh.getsockopt(level, name, _OPTION_MAX_BYTES)
-        except OSError:
-            continue  # this type of socket has no such option
-        if value != default:
-            yield level, name, value
+            if value != default:
+                yield level, name, value
 
 
 def apply_options(sock: socket.socket, options: Iterable[files_pb2.SocketOption]) -> None:

@@ -72,12 +72,8 @@ class UnixKind(kind.Kind):
         if info.name:
             image.address = info.name if info.name.startswith(b"\0") else info.name.rstrip(b"\0")
             self._bound(seen, info, image)
-        with (
-            job.borrow(seen) as fd,
-            sockets.borrowed_socket(fd) as sock,
-            socket.socket(socket.AF_UNIX, sock.type) as fresh,
-        ):
-            for level, name, value in sockets.changed_options(sock, fresh, sockets.GENERIC_OPTIONS):
+        with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
+            for level, name, value in sockets.changed_options(sock, sockets.GENERIC_OPTIONS):
                 image.options.add(level=level, name=name, value=value)
 
     @staticmethod
