@@ -19,9 +19,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint.kernel import proc
 from checkpoint.resources import registers
 from checkpoint.restore_context import RestoreContext
-from snapshotter.base.errors import RestoreConflictError
+from snapshotter.base.errors import RestoreConflictError, TargetGoneError
 
 # Flags of /proc/cpuinfo that name instructions a program may have chosen at its start.
 _INSTRUCTIONS = frozenset(
@@ -301,8 +302,19 @@ def _stop_all(found: Survey, stack: contextlib.ExitStack) -> dict[int, int]:
                 pidfds[holder.pid] = -1
                 continue
             _signal(pidfd, signal.SIGSTOP)
-        found.processes = _processes()
-        _add_descendants(found)
+        for holder in fresh:
+            for child in _children(holder.pid):
+                if child.pid not in found.old:
+                    found.old[child.pid] = child
+
+
+def _children(pid: int) -> list[Holder]:
+    """Of all threads of a process that is stopping: those forked after the survey too."""
+    try:
+        pids = proc.children(pid)
+    except TargetGoneError:
+        return []
+    return [holder for holder in map(_parse, pids) if holder is not None]
 
 
 def _signal(pidfd: int, number: int) -> None:

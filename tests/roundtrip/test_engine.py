@@ -79,6 +79,7 @@ def kill(pid: int) -> None:
 def test_counter_goes_on_from_the_point(start, tmp_path):
     pid = start(sys.executable, "-c", COUNTER)
     wait_until(lambda: number(tmp_path / "n") > 5, "counting")
+    low = number(tmp_path / "n")
     point = memory_store.take(pid)
     at = number(tmp_path / "n")
     wait_until(lambda: number(tmp_path / "n") > at + 50, "counting on after the take")
@@ -87,7 +88,7 @@ def test_counter_goes_on_from_the_point(start, tmp_path):
     result = memory_store.rollback(point)
     assert result.root_pid == pid
     first = wait_until(lambda: number(tmp_path / "n"), "counting again")
-    assert at <= first <= at + 40
+    assert low <= first < at + 50
     wait_until(lambda: number(tmp_path / "n") > at + 60, "counting on")
 
 
@@ -103,7 +104,7 @@ def test_any_number_of_times_and_in_any_order(start, tmp_path):
     for point in (first, second, first, second):
         known.append(memory_store.rollback(point, known_tasks=known).tasks)
         if point is first:
-            wait_until(lambda: low <= number(tmp_path / "n") <= middle + 50, "counting again from the first point")
+            wait_until(lambda: low <= number(tmp_path / "n") < middle + 100, "counting again from the first point")
         else:
             wait_until(lambda: number(tmp_path / "n") > middle + 100, "counting again from the second point")
         assert is_running(pid)
