@@ -26,7 +26,7 @@ while true; do i=$((i+1)); echo "line $i"; sleep 0.05; done | sed -u 's/line/num
     sum=$(( (sum * 31 + n) % 1000003 )); echo "$n $sum"
 done >>"$1"
 """
-POINTS = 6
+POINTS = 5
 MIDDLE = 3
 
 
@@ -46,7 +46,7 @@ def show(*args: str, env: dict[str, str]) -> None:
     subprocess.run([SNAP, *args], env=env, check=True)
 
 
-def wait(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def wait(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Until it is so, or the demo has failed."""
     end = time.monotonic() + seconds
     while not condition():
