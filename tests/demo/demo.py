@@ -97,26 +97,34 @@ def demo(name: str, command: list[str], folder: pathlib.Path, env: dict[str, str
             cwd=folder,
         )
     job.returncode = 0  # we reap it ourselves
+    try:
+        follow(name, job.pid, log, env)
+    finally:
+        kill(job.pid)
+
+
+def follow(name: str, pid: int, log: pathlib.Path, env: dict[str, str]) -> None:
+    """Points, the kill, the rollback, and what the log says of them."""
     wait(lambda: len(lines(log)) > 3, "the job's first lines")
     at_point = []
     for _ in range(POINTS):
         at_point.append(key(lines(log)[-1]))
-        run("take", str(job.pid), "--job", name, env=env)
+        run("take", str(pid), "--job", name, env=env)
         time.sleep(1)
     show("list", "--job", name, env=env)
     before = {key(line): line for line in lines(log)}
     last = max(before)
-    kill(job.pid)
+    kill(pid)
     print(f"killed at {before[last]!r}; rolling back to point {MIDDLE} of {POINTS}", flush=True)
     middle = f"{name}~{POINTS - MIDDLE}"
     end = log.stat().st_size
     result = run("rollback", middle, env=env)
-    if result["root_pid"] != job.pid:
+    if result["root_pid"] != pid:
         sys.exit("demo: the job came back under another pid")
     wait(
         lambda: any(key(line) > last for line in lines(log, end)),
         "the job passing the step it was killed at",
-        60,
+        240,
     )
     after = {key(line): line for line in lines(log, end)}
     first = min(after)
@@ -132,8 +140,7 @@ def demo(name: str, command: list[str], folder: pathlib.Path, env: dict[str, str
     print(
         f"it went on at {after[first]!r}; {same} steps done again, every one with the same result", flush=True
     )
-    run("take", str(job.pid), "--job", name, env=env)
-    kill(job.pid)
+    run("take", str(pid), "--job", name, env=env)
 
 
 def main() -> None:
