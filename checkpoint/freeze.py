@@ -350,11 +350,17 @@ class FrozenTree:
 
 
 @contextlib.contextmanager
-def stopped_process(pid: int, *, timeout_s: float = 5.0) -> Iterator[None]:
-    """All threads of one process stand still for the time of the context; its children go on."""
-    tree = _OneProcess(pid, timeout_s=timeout_s)
-    with tree:
-        yield
+def stopped_process(pid: int, *, timeout_s: float = 5.0) -> Iterator[FrozenProcess]:
+    """All threads of one process stand still for the time of the context; its children go on.
+
+    Raises:
+        TargetGoneError: it has ended, or is a zombie.
+    """
+    with _OneProcess(pid, timeout_s=timeout_s) as tree:
+        process = tree.processes[pid]
+        if process.is_zombie:
+            raise TargetGoneError("has ended", where=f"task {pid}")
+        yield process
 
 
 class _OneProcess(FrozenTree):

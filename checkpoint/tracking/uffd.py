@@ -88,16 +88,16 @@ class Scanner:
         # touched; asking for "present or swapped" besides leaves those alone.
         return self._scan(pagemap, start, end, _PM_SCAN_WP_MATCHING)
 
-    def peek(self, pagemap: int, start: int, end: int) -> Runs:
-        """The same without protecting them again."""
-        return self._scan(pagemap, start, end, 0)
+    def marked(self, pagemap: int, start: int, end: int) -> Runs:
+        """Pages of [start, end) that are marked as protected; changes nothing."""
+        return self._scan(pagemap, start, end, 0, inverted=_PAGE_IS_WRITTEN)
 
-    def _scan(self, pagemap: int, start: int, end: int, flags: int) -> Runs:
+    def _scan(self, pagemap: int, start: int, end: int, flags: int, inverted: int = 0) -> Runs:
         parts: list[Runs] = []
         while start < end:
             _ARG.pack_into(
                 self._arg, 0, _ARG.size, flags, start, end, 0, self._address, self._max, 0,
-                0, _PAGE_IS_WRITTEN, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_WRITTEN,
+                inverted, _PAGE_IS_WRITTEN, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_WRITTEN,
             )  # fmt: skip
             found = fcntl.ioctl(pagemap, PAGEMAP_SCAN, self._arg, True)
             if found:

@@ -8,14 +8,18 @@ Why the answers are right:
 
 - The kernel keeps the state per page: "written" is the absence of a mark that only a scan sets. A VMA that is new,
   was moved, or is of another program since exec or fork is not registered, which PAGEMAP_SCAN tells (EPERM with
-  CHECK_WPASYNC). Such a VMA is written from end to end, and is registered, unmarked and scanned from then on. Pages
-  that a registered VMA grew by have no mark and are written.
+  CHECK_WPASYNC). Such a VMA is written from end to end; it is registered in the next frozen window. Pages that a
+  registered VMA grew by have no mark and are written.
 - Marks that are left in a VMA that was never ours (kernels before 6.13 keep them over mremap) would look clean and
-  stay so: they are cleared right after registering.
+  stay so: they are looked for right after registering, and cleared.
 - A VMA that another userfaultfd has (EBUSY: the program's own, or another snap) is never scanned, so that its
   owner's marks stay, and counts as written at every take.
 - A scan takes only what is registered. A VMA that was replaced between the look and the scan while the job runs is
   missed by that scan, but not by the one of the frozen window, where nothing changes.
+
+Registering happens only while every thread of the process stands still, with the VMAs as they are then: registering
+a range that is no longer exactly a VMA would split one, and mremap(2) refuses ranges of several VMAs. (What a program
+maps later beside a registered VMA does not merge with it; only a program that mremaps two mappings as one can tell.)
 
 Not seen are writes by a device into a page that was pinned before the scan (O_DIRECT in flight). None is in
 flight when every task is stopped; so dump.py does not scan a running job that has O_DIRECT files.
@@ -34,9 +38,10 @@ from typing import ClassVar
 import numpy as np
 
 from checkpoint.context import FrozenProcess
+from checkpoint.freeze import stopped_process
 from checkpoint.kernel import proc
 from checkpoint.kernel import sys as ksys
-from checkpoint.parasite import Parasite, RemoteTask
+from checkpoint.parasite import RemoteTask
 from checkpoint.tracking import keeper, uffd
 from checkpoint.tracking.base import EMPTY, Probe, Runs, Session, Tracker, new_nonce, pages_of
 from snapshotter.base import faults
@@ -57,6 +62,8 @@ class WriteProtectSession(Session):
         self._scanner = uffd.Scanner()
         self._pagemaps: dict[int, int] = {}
         self._refused: set[int] = set()
+        self._foreign: dict[int, set[int]] = {}
+        self._fresh: dict[int, set[tuple[int, int]]] = {}
         self._changed = False
         self._valid: set[int] = set()
         """Processes whose marks tell what was written since the last collect that counts."""
@@ -86,19 +93,17 @@ class WriteProtectSession(Session):
         if kept.nonce:
             kept.nonce = ""
         try:
-            descriptor = kept.uffds.get(pid)
-            if descriptor is None:
-                descriptor = self._create(pid, frozen)
-            runs, alive = self._scan(pid, descriptor, vmas)
-            if not alive:
+            if pid not in kept.uffds:
+                self._begin(pid, vmas, frozen)
+            elif frozen is not None and not self._register(pid, vmas):
                 # The address space of this userfaultfd is gone: the process has made an exec.
                 os.close(kept.uffds.pop(pid))
-                self._valid.discard(pid)
-                runs, alive = self._scan(pid, self._create(pid, frozen), vmas)
+                self._begin(pid, vmas, frozen)
+            runs = self._scan(pid, vmas)
         except TargetGoneError:
             raise
         except (OSError, SnapshotterError):
-            # Not allowed in this process (seccomp, no descriptor free ...): it is read in full at every take.
+            # Not allowed in this process (no descriptor free ...): it is read in full at every take.
             self._refused.add(pid)
             self._valid.discard(pid)
             return None
@@ -107,17 +112,24 @@ class WriteProtectSession(Session):
         self._valid.add(pid)
         return None
 
-    def _create(self, pid: int, frozen: FrozenProcess | None) -> int:
+    def _begin(self, pid: int, vmas: Sequence[tuple[int, int]], frozen: FrozenProcess | None) -> None:
+        """Make a userfaultfd in the process and register everything."""
+        self._valid.discard(pid)
+        if frozen is not None:
+            self._create(pid, frozen)
+            self._register(pid, vmas)
+            return
+        with stopped_process(pid) as process:
+            exact = private_ranges(pid)
+            self._create(pid, process)
+            self._register(pid, exact)
+
+    def _create(self, pid: int, process: FrozenProcess) -> None:
         """A userfaultfd of the process, made and closed inside it, open here."""
         assert self._kept is not None
-        status = proc.read_status(pid)
-        if status.seccomp:
+        if process.status.seccomp:
             raise SnapshotterError("a seccomp filter could kill the task for userfaultfd", where=f"task {pid}")
-        if frozen is not None:
-            descriptor = _create_inside(pid, frozen.parasite)
-        else:
-            with Parasite(pid) as remote:
-                descriptor = _create_inside(pid, remote)
+        descriptor = _create_inside(pid, process.parasite)
         try:
             uffd.enable(descriptor)
         except OSError:
@@ -125,32 +137,44 @@ class WriteProtectSession(Session):
             raise
         self._kept.uffds[pid] = descriptor
         self._changed = True
-        return descriptor
 
-    def _scan(self, pid: int, descriptor: int, vmas: Sequence[tuple[int, int]]) -> tuple[Runs, bool]:
-        """Register what is new, then scan. False besides: the descriptor's address space has ended."""
-        pagemap = self._pagemap(pid)
-        whole: list[tuple[int, int]] = []
-        foreign = False
+    def _register(self, pid: int, vmas: Sequence[tuple[int, int]]) -> bool:
+        """Register what is not yet ours; the process stands still. False: our descriptor is of another address space."""
+        assert self._kept is not None
+        descriptor, pagemap = self._kept.uffds[pid], self._pagemap(pid)
+        foreign = self._foreign[pid] = set()
+        fresh = self._fresh.setdefault(pid, set())
         for start, end in vmas:
             watched = self._scanner.is_watched(pagemap, start)
             try:
                 uffd.register(descriptor, start, end)
-                if not watched:
-                    uffd.unprotect(descriptor, start, end)
-                    whole.append((start, end))
             except OSError as error:
-                whole.append((start, end))
                 if error.errno in {errno.ENOMEM, errno.ESRCH} and not watched:
-                    return EMPTY, False
-                foreign = foreign or watched
+                    return False
+                if watched:
+                    foreign.add(start)
+                continue
+            if not watched:
+                fresh.add((start, end))
+                if len(self._scanner.marked(pagemap, start, end)):
+                    uffd.unprotect(descriptor, start, end)
+        return True
+
+    def _scan(self, pid: int, vmas: Sequence[tuple[int, int]]) -> Runs:
+        """Read and reset. What is not registered, was registered just now, or is somebody else's is written."""
+        pagemap = self._pagemap(pid)
+        foreign = self._foreign.get(pid, set())
+        whole = list(self._fresh.pop(pid, ()))
+        whole += [
+            pair for pair in vmas if pair[0] in foreign or not self._scanner.is_watched(pagemap, pair[0])
+        ]
         if foreign:
-            taken = {pair[0] for pair in whole}
+            taken = {pair[0] for pair in whole if pair[0] in foreign}
             parts = [self._scanner.take(pagemap, *pair) for pair in vmas if pair[0] not in taken]
             runs = np.concatenate(parts) if parts else EMPTY
         else:
             runs = self._scanner.take(pagemap)
-        return (np.concatenate((runs, pages_of(whole))) if whole else runs), True
+        return np.concatenate((runs, pages_of(whole))) if whole else runs
 
     def _pagemap(self, pid: int) -> int:
         # Opened anew for each scan, not once: a pagemap descriptor stays with the address space it was opened on.
@@ -187,6 +211,15 @@ class WriteProtectSession(Session):
             self._kept.close()
             self._kept = None
         self._lock.release()
+
+
+def private_ranges(pid: int) -> list[tuple[int, int]]:
+    """Private mappings of a process that stands still."""
+    return [
+        (entry.start, entry.end)
+        for entry in proc.read_maps(pid)
+        if entry.perms.endswith("p") and not entry.path.startswith("[v")
+    ]
 
 
 def _create_inside(pid: int, remote: RemoteTask) -> int:

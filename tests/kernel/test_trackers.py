@@ -216,6 +216,8 @@ def differences(point: MemoryPoint) -> list[str]:
         thread = codec.parse(f"process/{pid}", point.images[f"process/{pid}"]).threads[0]
         # Below the red zone of the stack the parasite has been since: nothing of the program's is there.
         used = Regs.from_bytes(thread.regs).rsp - 128
+        # And the kernel writes into the rseq area each time it lets the task run.
+        rseq = range(thread.rseq_pointer, thread.rseq_pointer + 32)
         with ProcMem(pid) as mem:
             for vma in private_vmas(image.vmas):
                 if not vma.prot & 1:
@@ -229,7 +231,10 @@ def differences(point: MemoryPoint) -> list[str]:
                         continue
                     below = used - vma.start - at if vma.start <= used < vma.end else 0
                     skip = min(max(below, 0), PAGE)
-                    if (stored or bytes(PAGE))[skip:] != data[at + skip : at + PAGE]:
+                    then, now = bytearray(stored or bytes(PAGE)), bytearray(data[at : at + PAGE])
+                    if rseq.start >> 12 == number:
+                        then[rseq.start & 4095 : rseq.stop & 4095] = now[rseq.start & 4095 : rseq.stop & 4095] = b""
+                    if then[skip:] != now[skip:]:
                         found.append(f"task {pid} page {number:#x} of {vma.start:x}-{vma.end:x}")
     return found
 

@@ -32,6 +32,14 @@ static uint64_t any(uint64_t below)
 	return seed % below;
 }
 
+static void must(int ok, const char *what)
+{
+	if (ok)
+		return;
+	perror(what);
+	abort();
+}
+
 static void step(void)
 {
 	int i = (int)any(SLOTS);
@@ -51,7 +59,7 @@ static void step(void)
 	}
 	switch (any(40)) {
 	case 0:
-		munmap(slots[i].at, slots[i].pages * PAGE);
+		must(!munmap(slots[i].at, slots[i].pages * PAGE), "munmap");
 		slots[i].at = NULL;
 		break;
 	case 1:
@@ -66,7 +74,8 @@ static void step(void)
 		break;
 	case 3:
 		slots[i].writable = (int)any(4) > 0;
-		mprotect(slots[i].at, slots[i].pages * PAGE, PROT_READ | (slots[i].writable ? PROT_WRITE : 0));
+		must(!mprotect(slots[i].at, slots[i].pages * PAGE, PROT_READ | (slots[i].writable ? PROT_WRITE : 0)),
+		     "mprotect");
 		break;
 	case 4:
 		/* Away and back to the same address: marks of the page tables travel with it. */
@@ -76,12 +85,15 @@ static void step(void)
 			break;
 		if (slots[i].writable)
 			*((uint64_t *)moved + any(slots[i].pages) * PAGE / 8) = seed;
-		mremap(moved, slots[i].pages * PAGE, slots[i].pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, slots[i].at);
+		must(mremap(moved, slots[i].pages * PAGE, slots[i].pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
+			    slots[i].at) == slots[i].at,
+		     "mremap back");
 		break;
 	case 5:
 		/* The same address, other pages. */
-		mmap(slots[i].at, slots[i].pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
-		     -1, 0);
+		must(mmap(slots[i].at, slots[i].pages * PAGE, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == slots[i].at,
+		     "mmap at the same address");
 		slots[i].writable = 1;
 		break;
 	case 6:
