@@ -18,11 +18,22 @@ HERE = Path(__file__).resolve().parent
 SOURCES = ("native.c", "frames.c", "pages.c")
 CODE_SIZE_BYTES = 4096
 
-_BLOB_FLAGS = (
-    "-Os -ffreestanding -nostdlib -fPIC -fno-stack-protector -fcf-protection=none -mgeneral-regs-only "
-    "-fno-asynchronous-unwind-tables -fno-jump-tables -fno-tree-loop-distribute-patterns -std=gnu11 "
-    "-Wall -Wextra -Werror"
-).split()
+_BLOB_FLAGS = [
+    "-Os",
+    "-ffreestanding",
+    "-nostdlib",
+    "-fPIC",
+    "-fno-stack-protector",
+    "-fcf-protection=none",
+    "-mgeneral-regs-only",
+    "-fno-asynchronous-unwind-tables",
+    "-fno-jump-tables",
+    "-fno-tree-loop-distribute-patterns",
+    "-std=gnu11",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
 
 
 class BlobError(Exception):
@@ -52,7 +63,14 @@ def _make_ffibuilder() -> FFI:
         preamble,
         sources=[os.path.relpath(HERE / name, HERE.parent) for name in sources],
         include_dirs=[str(HERE)],
-        extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-pthread"],
+        extra_compile_args=[
+            "-O2",
+            "-std=gnu11",
+            "-Wall",
+            "-Wextra",
+            "-Wno-missing-field-initializers",
+            "-pthread",
+        ],
         extra_link_args=["-pthread"],
         py_limited_api=False,  # one name for the module, whoever builds it
     )

@@ -14,11 +14,12 @@ import mmap
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from checkpoint.kernel import sys
 from parasite_c._native import ffi
+
+from checkpoint.kernel import sys
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,11 @@ def _pagemap_scan() -> None:
     area[0] = 1
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         found = sys.pagemap_scan(
-            pagemap.fileno(), addr, addr + 2 * _PAGE, mask=sys.PAGE_IS_PRESENT, return_mask=sys.PAGE_IS_PRESENT
+            pagemap.fileno(),
+            addr,
+            addr + 2 * _PAGE,
+            mask=sys.PAGE_IS_PRESENT,
+            return_mask=sys.PAGE_IS_PRESENT,
         )
     if [(start, end) for start, end, _ in found] != [(addr, addr + _PAGE)]:
         raise _NoEffectError(f"one page was written, the scan says {found}")
@@ -194,7 +199,7 @@ def _suspend_seccomp() -> None:
 
 
 @contextlib.contextmanager
-def _traced_child():  # type: ignore[no-untyped-def]
+def _traced_child() -> Iterator[int]:
     """A child of ours, seized and stopped. Errors of ours become the OSErrors they were."""
     from checkpoint.kernel import ptrace
     from snapshotter.base.errors import SnapshotterError

@@ -11,9 +11,10 @@ import errno
 import os
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from parasite_c._native import ffi, lib
+
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 from snapshotter.base.pages import PAGE_SIZE, Run
 
@@ -42,7 +43,7 @@ class ProcMem:
         return self._fd
 
     def read(self, addr: int, n: int) -> bytes:
-        """n bytes at addr; OSError (EIO) when a page of them is not there, TargetGoneError when all is gone."""
+        """N bytes at addr; OSError (EIO) when a page of them is not there, TargetGoneError when all is gone."""
         data = os.pread(self._fd, n, addr)
         if len(data) == n:  # n is 0, too
             return data
@@ -68,11 +69,14 @@ class ProcMem:
 
     def _gone(self) -> SnapshotterError:
         """For a transfer of 0 bytes: an unmapped address is EIO, but this address space exists no more."""
-        return wrap_os_error(ProcessLookupError(errno.ESRCH, "ESRCH"), "its memory is gone", where=f"task {self.pid}")
+        return wrap_os_error(
+            ProcessLookupError(errno.ESRCH, "ESRCH"), "its memory is gone", where=f"task {self.pid}"
+        )
 
     def read_runs(self, runs: Sequence[Run], buffer: memoryview | bytearray) -> list[int]:
         """Fill `buffer` with the pages of `runs`, in order. Returns the page numbers that could not be read;
-        their place in the buffer is zeroed."""
+        their place in the buffer is zeroed.
+        """
         return self._move(runs, buffer, writing=False)
 
     def write_runs(self, runs: Sequence[Run], data: bytes | bytearray | memoryview) -> None:
@@ -80,10 +84,13 @@ class ProcMem:
         bad = self._move(runs, data, writing=True)
         if bad:
             raise SnapshotterError(
-                f"{len(bad)} pages cannot be written, the first at {bad[0] * PAGE_SIZE:#x}", where=f"task {self.pid}"
+                f"{len(bad)} pages cannot be written, the first at {bad[0] * PAGE_SIZE:#x}",
+                where=f"task {self.pid}",
             )
 
-    def _move(self, runs: Sequence[Run], buffer: bytes | bytearray | memoryview, *, writing: bool) -> list[int]:
+    def _move(
+        self, runs: Sequence[Run], buffer: bytes | bytearray | memoryview, *, writing: bool
+    ) -> list[int]:
         nr_pages = int(sum(int(run[1]) for run in runs))
         view = memoryview(buffer)
         if view.nbytes < nr_pages * PAGE_SIZE:
@@ -107,7 +114,7 @@ class ProcMem:
     def close(self) -> None:
         self._finalizer()
 
-    def __enter__(self) -> ProcMem:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

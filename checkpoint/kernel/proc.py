@@ -275,7 +275,14 @@ def _maps_entry(line: bytes) -> MapsEntry:
     # maps escapes the newline only; a backslash may be the path's own
     name = path.replace(rb"\012", b"\n").decode(errors="surrogateescape")
     return MapsEntry(
-        int(start, 16), int(end, 16), perms.decode(), int(offset, 16), int(major, 16), int(minor, 16), int(inode), name
+        int(start, 16),
+        int(end, 16),
+        perms.decode(),
+        int(offset, 16),
+        int(major, 16),
+        int(minor, 16),
+        int(inode),
+        name,
     )
 
 
@@ -353,7 +360,13 @@ def parse_timers(data: bytes) -> list[TimerEntry]:
         kind, _, number = target.partition(".")
         found.append(
             TimerEntry(
-                int(fields["ID"]), int(signo), int(sigval, 16), notify, kind, int(number), int(fields["ClockID"])
+                int(fields["ID"]),
+                int(signo),
+                int(sigval, 16),
+                notify,
+                kind,
+                int(number),
+                int(fields["ClockID"]),
             )
         )
 
@@ -386,7 +399,9 @@ def parse_limits(data: bytes) -> list[LimitEntry]:
         soft, hard = line[26:47].strip(), line[47:68].strip()
         found.append(
             LimitEntry(
-                line[:26].strip(), None if soft == "unlimited" else int(soft), None if hard == "unlimited" else int(hard)
+                line[:26].strip(),
+                None if soft == "unlimited" else int(soft),
+                None if hard == "unlimited" else int(hard),
             )
         )
     return found

@@ -39,7 +39,11 @@ O_TRACEEXIT = func.PTRACE_O_TRACEEXIT
 O_EXITKILL = 1 << 20
 O_SUSPEND_SECCOMP = 1 << 21
 
-EVENT_FORK, EVENT_VFORK, EVENT_CLONE = func.PTRACE_EVENT_FORK, func.PTRACE_EVENT_VFORK, func.PTRACE_EVENT_CLONE
+EVENT_FORK, EVENT_VFORK, EVENT_CLONE = (
+    func.PTRACE_EVENT_FORK,
+    func.PTRACE_EVENT_VFORK,
+    func.PTRACE_EVENT_CLONE,
+)
 EVENT_EXEC, EVENT_STOP = func.PTRACE_EVENT_EXEC, 128
 
 NT_PRSTATUS, NT_X86_XSTATE = 1, 0x202
@@ -53,17 +57,19 @@ RESTART_ERRNOS = {512, 513, 514, 516}
 """ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK (include/linux/errno.h)."""
 
 
-class Regs(user_regs_struct):
+class Regs(user_regs_struct):  # type: ignore[misc]  # python-ptrace has no types
     """struct user_regs_struct: mutable, 27 words of 64 bits, r15 .. gs as attributes; bytes(regs) are 216."""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Regs:
         if len(data) != ctypes.sizeof(cls):
             raise ValueError(f"registers have {ctypes.sizeof(cls)} bytes, not {len(data)}")
-        return cls.from_buffer_copy(data)
+        regs: Regs = cls.from_buffer_copy(data)
+        return regs
 
     def copy(self) -> Regs:
-        return type(self).from_buffer_copy(self)
+        regs: Regs = type(self).from_buffer_copy(self)
+        return regs
 
     @property
     def in_syscall(self) -> bool:
@@ -80,7 +86,11 @@ class Regs(user_regs_struct):
         return bool(self.cs == 0x33)
 
     def __repr__(self) -> str:
-        return "Regs(" + ", ".join(f"{name}={getattr(self, name):#x}" for name, _ in user_regs_struct._fields_) + ")"
+        return (
+            "Regs("
+            + ", ".join(f"{name}={getattr(self, name):#x}" for name, _ in user_regs_struct._fields_)
+            + ")"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +244,11 @@ def peek_siginfo(tid: int, shared: bool) -> list[bytes]:
         flags = _PEEKSIGINFO_SHARED if shared else 0
         args = ctypes.create_string_buffer(struct.pack("<QIi", len(found), flags, _SIGINFO_AT_ONCE))
         got = _ptrace(
-            PTRACE_PEEKSIGINFO, tid, ctypes.addressof(args), ctypes.addressof(buffer), "cannot read pending signals"
+            PTRACE_PEEKSIGINFO,
+            tid,
+            ctypes.addressof(args),
+            ctypes.addressof(buffer),
+            "cannot read pending signals",
         )
         raw = buffer.raw
         found += [raw[i * _SIGINFO_SIZE : (i + 1) * _SIGINFO_SIZE] for i in range(got)]
@@ -256,14 +270,19 @@ def get_rseq(tid: int) -> tuple[int, int, int, int]:
     """(pointer, size, signature, flags) of the registered rseq area; pointer 0: none."""
     conf = _RseqConfiguration()
     _ptrace(
-        PTRACE_GET_RSEQ_CONFIGURATION, tid, ctypes.sizeof(conf), ctypes.addressof(conf), "cannot read rseq registration"
+        PTRACE_GET_RSEQ_CONFIGURATION,
+        tid,
+        ctypes.sizeof(conf),
+        ctypes.addressof(conf),
+        "cannot read rseq registration",
     )
     return conf.pointer, conf.size, conf.signature, conf.flags
 
 
 def wait(tid: int, flags: int = WALL) -> WaitStatus:
     """waitpid(2) for one task; TargetGoneError when it is no child or tracee any more. With WNOHANG and nothing
-    to tell, the result's tid is 0."""
+    to tell, the result's tid is 0.
+    """
     try:
         got, status = os.waitpid(tid, flags)
     except ChildProcessError as error:

@@ -10,8 +10,9 @@ import os
 import struct
 from collections.abc import Iterable
 
-from checkpoint.kernel import syscalls
 from parasite_c._native import ffi, lib
+
+from checkpoint.kernel import syscalls
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -28,9 +29,7 @@ Region = tuple[int, int, int]
 
 def syscall(name: str, *args: int | bytes | ctypes.Array[ctypes.c_char]) -> int:
     """Any system call by name. bytes are passed by address (read only)."""
-    converted: list[object] = []
-    for arg in args:
-        converted.append(ctypes.c_long(arg) if isinstance(arg, int) else arg)
+    converted = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
     result = int(_libc.syscall(ctypes.c_long(syscalls.number(name)), *converted))
     if result < 0:
         code = ctypes.get_errno()
@@ -72,12 +71,22 @@ def clone_args(
 ) -> bytes:  # fmt: skip
     """The bytes of a struct clone_args."""
     return CLONE_ARGS.pack(
-        flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup
+        flags,
+        pidfd,
+        child_tid,
+        parent_tid,
+        exit_signal,
+        stack,
+        stack_size,
+        tls,
+        set_tid,
+        set_tid_size,
+        cgroup,
     )
 
 
 def clone3(args: bytes) -> int:
-    """clone3(2) of ourselves: 0 in the child. Without CLONE_VM only (Python goes on in the child)."""
+    """Run clone3(2) in ourselves: 0 in the child. Without CLONE_VM only (Python goes on in the child)."""
     return syscall("clone3", args, len(args))
 
 
@@ -89,15 +98,26 @@ def get_robust_list(tid: int) -> tuple[int, int]:
 
 
 def sched_getattr(tid: int) -> dict[str, int]:
-    """struct sched_attr of a task by field name (sizes that the kernel knows)."""
-    names = ("size", "policy", "flags", "nice", "priority", "runtime", "deadline", "period", "util_min", "util_max")
+    """Struct sched_attr of a task by field name (sizes that the kernel knows)."""
+    names = (
+        "size",
+        "policy",
+        "flags",
+        "nice",
+        "priority",
+        "runtime",
+        "deadline",
+        "period",
+        "util_min",
+        "util_max",
+    )
     buffer = ctypes.create_string_buffer(56)
     syscall("sched_getattr", tid, buffer, 56, 0)
     return dict(zip(names, struct.unpack("<IIQiIQQQII", buffer.raw), strict=True))
 
 
 def process_madvise(pidfd: int, ranges: Iterable[tuple[int, int]], advice: int) -> int:
-    """madvise of (address, length) ranges of another process; returns bytes advised."""
+    """Madvise of (address, length) ranges of another process; returns bytes advised."""
     packed = b"".join(struct.pack("<QQ", start, size) for start, size in ranges)
     return syscall("process_madvise", pidfd, packed, len(packed) // 16, advice, 0)
 
@@ -107,7 +127,8 @@ def pagemap_scan(
     return_mask: int = 0, max_regions: int = 65536,
 ) -> list[Region]:  # fmt: skip
     """All matching regions of [start, end) of the address space behind `fd` (/proc/PID/pagemap). OSError ENOTTY where
-    the kernel has no PAGEMAP_SCAN."""
+    the kernel has no PAGEMAP_SCAN.
+    """
     found: list[Region] = []
     at = ffi.new("uint64_t *", start)
     out = ffi.new("struct snap_region[]", max_regions)

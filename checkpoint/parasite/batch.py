@@ -16,8 +16,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import syscalls
 from parasite_c._native import ffi, lib
+
+from checkpoint.kernel import syscalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,7 +34,9 @@ class RemoteCallError(OSError):
     """A system call in a target failed. `errno` and `name` say which and why; `tid` where."""
 
     def __init__(self, name: str, code: int, tid: int = 0) -> None:
-        super().__init__(code, f"{name} in task {tid}: {os.strerror(code)} ({errno.errorcode.get(code, '?')})")
+        super().__init__(
+            code, f"{name} in task {tid}: {os.strerror(code)} ({errno.errorcode.get(code, '?')})"
+        )
         self.name = name
         self.tid = tid
 
@@ -140,14 +143,16 @@ class Batch:
 
     def undo(self, name: str, *args: Arg) -> None:
         """A call for the case that snap dies before the next batch of this task: closes what this one opened.
-        Left out when one of its references failed or did not run."""
+        Left out when one of its references failed or did not run.
+        """
         self._add(name, args, lib.SNAP_E_UNDO, ())
 
     def clone(self, clone3_args: bytes | Buffer, child: Callable[[Batch], object] | None = None, *,
               ok: Collection[int] = (), check: bool = True) -> Ref:  # fmt: skip
         """clone3 whose child stays in the blob: it runs the calls that `child(batch)` adds, then exits (thread-wise,
         status 0). With CLONE_VM give it a stack of its own. child=None: it exits at once, or, when it is traced
-        from birth, waits to be driven."""
+        from birth, waits to be driven.
+        """
         if isinstance(clone3_args, bytes):
             clone3_args = self.data(clone3_args)
         size = clone3_args.size
@@ -323,7 +328,8 @@ def is_error(result: int) -> bool:
 
 class Results:
     """What a batch gave: results[ref] as signed 64-bit values (negative errno on failure), bytes(buffer) as they
-    were when the batch ended."""
+    were when the batch ended.
+    """
 
     def __init__(self, batch: Batch, values: list[int], data: bytes) -> None:
         self._batch = batch

@@ -17,8 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import syscalls
 from parasite_c._native import ffi, lib
+
+from checkpoint.kernel import syscalls
 from snapshotter.base.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 MAGIC = b"snap-frames\0\0\0\0\1"
 _ALIGN = 64
 _FIRST = _ALIGN
-_SECOND = _FIRST + (-(-lib.snap_frame_size(0) // _ALIGN)) * _ALIGN
+_SECOND: int = _FIRST + (-(-lib.snap_frame_size(0) // _ALIGN)) * _ALIGN
 _RED_ZONE = 128
 _PAGE = 4096
 _STACK_RESERVE = 16 * _PAGE
@@ -70,9 +71,12 @@ def used_xstate(xstate: bytes) -> int:
     return used
 
 
-def build(address: int, regs: Regs, sigmask: int, xstate: bytes, used: int, gadgets: Gadgets, area: Area | None) -> bytes:
+def build(
+    address: int, regs: Regs, sigmask: int, xstate: bytes, used: int, gadgets: Gadgets, area: Area | None
+) -> bytes:
     """The bytes of magic and both frames for `address`. `regs` are those to return to. area None: frame 1 only
-    leads to frame 2 (munmap of nothing is not asked for)."""
+    leads to frame 2 (munmap of nothing is not asked for).
+    """
     out = ffi.new("char[]", size(used))
     ffi.buffer(out)[: len(MAGIC)] = MAGIC
     first = regs.copy()
@@ -88,7 +92,9 @@ def build(address: int, regs: Regs, sigmask: int, xstate: bytes, used: int, gadg
     return bytes(ffi.buffer(out))
 
 
-def _put(out: object, address: int, offset: int, regs: Regs, mask: int, restorer: int, xstate: bytes, used: int) -> None:
+def _put(
+    out: object, address: int, offset: int, regs: Regs, mask: int, restorer: int, xstate: bytes, used: int
+) -> None:
     raw = ffi.from_buffer("char[]", bytes(regs))
     lib.snap_put_frame(
         ffi.cast("char *", out) + offset, address + offset, ffi.cast("struct snap_regs *", raw), mask, restorer,

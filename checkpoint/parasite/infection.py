@@ -158,7 +158,9 @@ class InfectedTask(RemoteTask):
                 ptrace.setoptions(self.tid, ptrace.O_TRACESYSGOOD | ptrace.O_SUSPEND_SECCOMP)
             except SnapshotterError as error:
                 raise UnsupportedError(
-                    "it has a seccomp filter, and that cannot be suspended", where=self.where, hint="run as root"
+                    "it has a seccomp filter, and that cannot be suspended",
+                    where=self.where,
+                    hint="run as root",
                 ) from error
             # What is left when snap dies must be as little as possible: one call at a time, out by rt_sigreturn
             self._ending = Ending(leave_only=True)
@@ -172,7 +174,8 @@ class InfectedTask(RemoteTask):
 
     def _abort_rseq(self) -> None:
         """Inside a restartable sequence the kernel would send it to the abort handler at its next preemption; having
-        run something else in between, that is where it must go on."""
+        run something else in between, that is where it must go on.
+        """
         pointer, size, _, _ = ptrace.get_rseq(self.tid)
         if not pointer or size < 16:
             return
@@ -205,7 +208,13 @@ class InfectedTask(RemoteTask):
         self.mem.write(
             place.address,
             frames.build(
-                place.address, interrupted.resumable(self._own_regs, self.mem), self._own_mask, self._xstate, used, space.gadgets, unmap
+                place.address,
+                interrupted.resumable(self._own_regs, self.mem),
+                self._own_mask,
+                self._xstate,
+                used,
+                space.gadgets,
+                unmap,
             ),
         )
         self._place = place
@@ -318,7 +327,8 @@ class InfectedTask(RemoteTask):
 
 def _quiet_signal(status: proc.Status, mask: int) -> int:
     """A signal that this task would ignore whenever it came, and that cannot be pending for anybody who waits for it:
-    neither caught nor blocked, ignored by default or by choice. 0 when there is none."""
+    neither caught nor blocked, ignored by default or by choice. 0 when there is none.
+    """
     ignored_by_default = (signal.SIGURG, signal.SIGWINCH)
     ignored = [sig for sig in range(1, 32) if status.sig_ignored >> (sig - 1) & 1]
     for sig in (*ignored_by_default, *ignored, signal.SIGCHLD):
@@ -333,7 +343,7 @@ def _inner_id(status: proc.Status, field: str, outer: int) -> int:
 
 
 def _rseq_section(data: bytes) -> tuple[int, ...]:
-    """struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip."""
+    """Struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip."""
     return struct.unpack("<IIQQQ", data)
 
 
@@ -365,7 +375,8 @@ class _Stopped:
 
 class Parasite:
     """Runs batches in a running process: all of its threads are stopped for the time, `tid` (default: the main
-    thread) runs them. A context manager; leaving it cures and lets the process go on."""
+    thread) runs them. A context manager; leaving it cures and lets the process go on.
+    """
 
     def __init__(self, pid: int, tid: int = 0) -> None:
         self.pid = pid

@@ -12,11 +12,12 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from parasite_c._native import ffi, lib
+
 from checkpoint.kernel import ptrace, syscalls
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.parasite import batch as encoding
 from checkpoint.parasite.batch import Arg, Batch, Ending, RemoteCallError, Results
-from parasite_c._native import ffi, lib
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
 
@@ -172,7 +173,9 @@ class RemoteTask:
         regs.rax = syscalls.number(name)
         regs.orig_rax = ptrace.NOT_IN_SYSCALL
         regs.eflags = _EFLAGS
-        for register, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), (*args, *[0] * (6 - len(args))), strict=True):
+        for register, value in zip(
+            ("rdi", "rsi", "rdx", "r10", "r8", "r9"), (*args, *[0] * (6 - len(args))), strict=True
+        ):
             setattr(regs, register, value & ALL_SIGNALS)
         ptrace.setregs(self.tid, regs)
         self._drive(syscalls.number(name))

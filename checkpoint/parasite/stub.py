@@ -12,13 +12,14 @@ import os
 import signal
 from importlib.resources import as_file, files
 
+from parasite_c._native import lib
+
 from checkpoint.kernel import proc, ptrace, sys
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.parasite import gadgets
 from checkpoint.parasite.batch import Ending, RemoteCallError
 from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, MIN_DATA_SIZE, Area, RemoteTask, blob
-from parasite_c._native import lib
 from snapshotter.base import faults
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError, TargetGoneError, wrap_os_error
 
@@ -53,7 +54,15 @@ class StubTask(RemoteTask):
         try:
             self.gadget_call(self._gadget, 0, "mmap", addr, CODE_SIZE, _PROT_READ | _PROT_EXEC, _MAP, -1, 0)
             self.gadget_call(
-                self._gadget, 0, "mmap", addr + CODE_SIZE, size - CODE_SIZE, _PROT_READ | _PROT_WRITE, _MAP, -1, 0
+                self._gadget,
+                0,
+                "mmap",
+                addr + CODE_SIZE,
+                size - CODE_SIZE,
+                _PROT_READ | _PROT_WRITE,
+                _MAP,
+                -1,
+                0,
             )
         except RemoteCallError as error:
             raise SnapshotterError(f"cannot map an arena at {addr:#x}: {error}", where=self.where) from error
@@ -65,7 +74,10 @@ class StubTask(RemoteTask):
         area = self.area
         batch = self.batch()
         for entry in proc.read_maps(self.pid):
-            for start, end in ((entry.start, min(entry.end, area.start)), (max(entry.start, area.end), entry.end)):
+            for start, end in (
+                (entry.start, min(entry.end, area.start)),
+                (max(entry.start, area.end), entry.end),
+            ):
                 if start < end <= _END_OF_USER:
                     batch.call("munmap", start, end - start)
         self.run(batch)
@@ -110,7 +122,8 @@ class StubTask(RemoteTask):
 
     def unmap_arena(self) -> None:
         """Take the arena away: the last call of the last task of this address space, which then has no code to
-        run until finish()."""
+        run until finish().
+        """
         area = self.area
         regs = self._registers()
         regs.rip = area.start + _syscall_offset()
@@ -120,7 +133,8 @@ class StubTask(RemoteTask):
 
     def finish(self, regs: Regs, *, unmap_arena: bool = False) -> None:
         """Set the registers to go on with; the task stays stopped until it is detached. `unmap_arena` for the last
-        task of an address space: from then on nothing can be run in it."""
+        task of an address space: from then on nothing can be run in it.
+        """
         if unmap_arena and self._area is not None:
             self.unmap_arena()
         ptrace.setregs(self.tid, regs)
@@ -147,7 +161,9 @@ def _syscall_offset() -> int:
 
 def _pid_error(pid: int, error: OSError) -> SnapshotterError:
     if error.errno == 17:  # EEXIST
-        return RestoreConflictError(f"pid {pid} is taken", where=f"task {pid}", hint="see which process has it: ps")
+        return RestoreConflictError(
+            f"pid {pid} is taken", where=f"task {pid}", hint="see which process has it: ps"
+        )
     return wrap_os_error(error, f"cannot make a task with pid {pid}")
 
 
@@ -171,7 +187,9 @@ def spawn_root_stub(pid: int = 0) -> StubTask:
         os.write(go_write, b"!")
         status = ptrace.wait(made)
         if not status.stopped or status.event != ptrace.EVENT_EXEC:
-            raise SnapshotterError("the restore stub does not start", where=f"task {made}", hint="is it installed?")
+            raise SnapshotterError(
+                "the restore stub does not start", where=f"task {made}", hint="is it installed?"
+            )
     finally:
         os.close(go_read)
         os.close(go_write)
