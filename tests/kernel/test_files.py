@@ -431,6 +431,30 @@ def test_tcp_listener_and_udp(again):
         assert udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 200_000
 
 
+def test_an_address_that_somebody_else_has_is_a_conflict(tmp_path):
+    def prepare():
+        tcp = socket.socket()
+        tcp.bind(("127.0.0.1", 0))
+        tcp.listen()
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(str(tmp_path / "sock"))
+        unix.listen()
+        return tcp, unix
+
+    with child(prepare) as pid:
+        ctx = dump(pid)
+        with open(f"/proc/{pid}/net/tcp", encoding="ascii") as file:
+            assert file.read()
+        (tcp,) = [d.inet for d in ctx.images["files"].descriptions if d.HasField("inet")]
+        with pytest.raises(RestoreConflictError, match=f"process {pid}.*; .*process {pid}"):
+            Restored(ctx, pid)
+    port = int(tcp.source.split()[1])
+    r = Restored(ctx, pid)
+    with r.socket(3) as again:
+        assert again.getsockname() == ("127.0.0.1", port)
+    r.opening.close()
+
+
 def test_locks_and_owner(again, tmp_path):
     path = tmp_path / "locked"
 

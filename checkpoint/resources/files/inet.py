@@ -13,7 +13,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
-from checkpoint.resources.files import kind, sockets
+from checkpoint.resources.files import kind, outside, sockets
 from images import files_pb2
 from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
 
@@ -103,6 +103,22 @@ class InetKind(kind.Kind):
             for level, name, value in sockets.changed_options(sock, _OPTIONS):
                 image.options.add(level=level, name=name, value=value)
 
+    def check(self, opening: Opening, description: files_pb2.Description) -> None:
+        """The address must be free, or held by the living job that is to be replaced."""
+        image = description.inet
+        address = _parsed(image.source)
+        shared = any((o.level, o.name) == (socket.SOL_SOCKET, socket.SO_REUSEPORT) for o in image.options)
+        if not address[1] or shared or (image.type == socket.SOCK_STREAM and image.state != TCP_LISTEN):
+            return
+        links = {b"socket:[%d]" % ino for ino in _users(image, address[0], address[1])}
+        others = outside.holders(links, opening.ctx.processes) if links else {}
+        for found in others.values():
+            raise RestoreConflictError(
+                f"process {found[0].pid} ({found[0].comm}) uses the address of the job's socket",
+                where=f"{address[0]} port {address[1]}",
+                hint="end it",
+            )
+
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         image = description.inet
         with socket.socket(image.family, image.type, image.protocol) as sock:
@@ -145,6 +161,30 @@ def _connection(pid: int, ino: int) -> str | None:
             if int(words[9]) == ino and int(words[3], 16) not in {TCP_LISTEN, TCP_CLOSE}:
                 return f"local port {int(words[1].split(':')[1], 16)}, remote port {int(words[2].split(':')[1], 16)}"
     return None
+
+
+def _users(image: files_pb2.InetSocket, host: str, port: int) -> list[int]:
+    """Inodes of the sockets that stand in the way of binding this address."""
+    stream = image.type == socket.SOCK_STREAM
+    name = ("tcp" if stream else "udp") + ("6" if image.family == socket.AF_INET6 else "")
+    packed = socket.inet_pton(image.family, host.partition("%")[0])
+    # The kernel prints the address as 32-bit words in host order.
+    wanted = b"".join(packed[at : at + 4][::-1] for at in range(0, len(packed), 4)).hex().upper()
+    any_address = "0" * len(wanted)
+    found = []
+    try:
+        with open(f"/proc/self/net/{name}", encoding="ascii") as file:
+            lines = file.read().splitlines()[1:]
+    except OSError:
+        return []
+    for line in lines:
+        words = line.split()
+        local, _, number = words[1].partition(":")
+        if int(number, 16) != port or (stream and int(words[3], 16) != TCP_LISTEN):
+            continue
+        if wanted == any_address or local in {wanted, any_address}:
+            found.append(int(words[9]))
+    return found
 
 
 def _address(address: tuple[object, ...]) -> bytes:

@@ -8,6 +8,7 @@ them are close-on-exec here, and all of them are closed by close().
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import resource
 import struct
@@ -55,6 +56,11 @@ class Opening:
         """options.terminal: what to do when a terminal is gone."""
         policy: str = self.ctx.options.terminal
         return policy
+
+    @functools.cached_property
+    def unix_now(self) -> dict[int, sockdiag.UnixSocketInfo]:
+        """The unix sockets that there are before the restore."""
+        return sockdiag.unix_sockets()
 
     @property
     def highest_local(self) -> int:

@@ -70,7 +70,7 @@ class UnixKind(kind.Kind):
         image.shutdown = info.shutdown
         image.backlog = info.wqueue if info.state == sockdiag.STATE_LISTEN else 0
         if info.name:
-            image.address = info.name if info.name.startswith(b"\0") else info.name.rstrip(b"\0")
+            image.address = _name(info.name)
             self._bound(seen, info, image)
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
             for level, name, value in sockets.changed_options(sock, sockets.GENERIC_OPTIONS):
@@ -128,7 +128,20 @@ class UnixKind(kind.Kind):
                 )
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
+        """The address must be free, or held by the living job that is to be replaced."""
         image = description.unix
+        if image.address and image.state != sockdiag.STATE_ESTABLISHED:
+            links = {
+                b"socket:[%d]" % info.ino
+                for info in opening.unix_now.values()
+                if info.state != sockdiag.STATE_ESTABLISHED and _name(info.name) == image.address
+            }
+            for found in (outside.holders(links, opening.ctx.processes) if links else {}).values():
+                raise RestoreConflictError(
+                    f"process {found[0].pid} ({found[0].comm}) serves the address of the job's socket",
+                    where=paths.shown(image.address),
+                    hint="end it",
+                )
         if not image.HasField("bound"):
             return
         parent = os.path.dirname(image.address)
@@ -200,6 +213,11 @@ class UnixKind(kind.Kind):
                 if peer.unix.peer_ino != image.ino:
                     sock.connect(peer.unix.address)
             sockets.apply_options(sock, (o for o in image.options if o.name == sockets.SO_PEEK_OFF))
+
+
+def _name(name: bytes) -> bytes:
+    """An address without the NUL that ends a path; in an abstract one every byte counts."""
+    return name if name.startswith(b"\0") else name.rstrip(b"\0")
 
 
 def _unsupported(seen: Seen, what: str, hint: str) -> UnsupportedError:
