@@ -20,6 +20,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 SYS_EPOLL_CTL = 233
+SYS_INOTIFY_ADD_WATCH, SYS_INOTIFY_RM_WATCH = 254, 255
+SYS_INOTIFY_INIT1 = 294
+SYS_OPEN_BY_HANDLE_AT = 304
 SYS_TEE = 276
 SYS_TIMERFD_CREATE = 283
 SYS_TIMERFD_SETTIME = 286
@@ -111,6 +114,27 @@ def epoll_add(epoll_fd: int, fd: int, events: int, data: int) -> None:
     """EPOLL_CTL_ADD with all 64 bits of user data (select.epoll keeps the descriptor number there)."""
     event = struct.pack("=IQ", events, data)  # struct epoll_event is packed on x86-64
     _syscall(SYS_EPOLL_CTL, epoll_fd, 1, fd, ctypes.create_string_buffer(event, 12))
+
+
+def inotify_init(flags: int) -> int:
+    """A new inotify instance."""
+    return _syscall(SYS_INOTIFY_INIT1, flags)
+
+
+def inotify_add_watch(fd: int, path: bytes, mask: int) -> int:
+    """The number of the watch, which counts up by one from 1."""
+    return _syscall(SYS_INOTIFY_ADD_WATCH, fd, ctypes.create_string_buffer(path), mask)
+
+
+def inotify_rm_watch(fd: int, wd: int) -> None:
+    """Ends a watch; queues IN_IGNORED."""
+    _syscall(SYS_INOTIFY_RM_WATCH, fd, wd)
+
+
+def open_by_handle(mount_fd: int, handle_type: int, handle: bytes, flags: int) -> int:
+    """open_by_handle_at(2): a file of the file system of `mount_fd` by its handle (CAP_DAC_READ_SEARCH)."""
+    packed = struct.pack("=Ii", len(handle), handle_type) + handle
+    return _syscall(SYS_OPEN_BY_HANDLE_AT, mount_fd, ctypes.create_string_buffer(packed, len(packed)), flags)
 
 
 def get_owner(fd: int) -> tuple[int, int]:

@@ -30,6 +30,18 @@ class EpollTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchLine:
+    """One watch of an inotify instance; `handle` is the file's handle for open_by_handle_at(2)."""
+
+    wd: int
+    ino: int
+    dev: int
+    mask: int
+    handle_type: int
+    handle: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class LockLine:
     """One "lock:" line: FLOCK, POSIX, OFDLCK or LEASE; bytes [start, end], end None for the end of the file."""
 
@@ -67,6 +79,7 @@ class FdInfo:
     sigmask: int | None = None
     timer: TimerState | None = None
     epoll: tuple[EpollTarget, ...] = ()
+    inotify: tuple[WatchLine, ...] = ()
     pid: int | None = None
     extra: dict[str, str] = field(default_factory=dict)
 
@@ -90,6 +103,10 @@ _TFD = re.compile(
     rb"tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)"
     rb"(?:\s+pos:\s*(-?\d+)\s+ino:\s*([0-9a-f]+)\s+sdev:\s*([0-9a-f]+))?"
 )
+_WATCH = re.compile(
+    rb"inotify wd:([0-9a-f]+) ino:([0-9a-f]+) sdev:([0-9a-f]+) mask:([0-9a-f]+) ignored_mask:[0-9a-f]+"
+    rb"(?: fhandle-bytes:[0-9a-f]+ fhandle-type:([0-9a-f]+) f_handle:([0-9a-f]+))?"
+)
 _LOCK = re.compile(
     rb"lock:\s+\d+:\s+(?:->\s+)?(\S+)\s+(\S+)\s+(\S+)\s+(-?\d+)\s+[0-9a-f]+:[0-9a-f]+:\d+\s+(\d+)\s+(\d+|EOF)"
 )
@@ -111,6 +128,7 @@ def parse_fdinfo(data: bytes) -> FdInfo:
     plain: dict[str, bytes] = {}
     locks: list[LockLine] = []
     epoll: list[EpollTarget] = []
+    watches: list[WatchLine] = []
     extra: dict[str, str] = {}
     for line in data.splitlines():
         if line.startswith(b"tfd:") and (found := _TFD.match(line)):
@@ -119,6 +137,18 @@ def parse_fdinfo(data: bytes) -> FdInfo:
             epoll.append(
                 EpollTarget(
                     int(fd), int(events, 16), int(token, 16), int(pos or 0), int(ino or b"0", 16), dev
+                )
+            )
+        elif line.startswith(b"inotify ") and (found := _WATCH.match(line)):
+            wd, ino, sdev, mask, handle_type, handle = found.groups()
+            watches.append(
+                WatchLine(
+                    int(wd, 16),
+                    int(ino, 16),
+                    _kernel_dev_to_stat(int(sdev, 16)),
+                    int(mask, 16),
+                    int(handle_type or b"0", 16),
+                    bytes.fromhex((handle or b"").decode()),
                 )
             )
         elif line.startswith(b"lock:") and (found := _LOCK.match(line)):
@@ -158,6 +188,7 @@ def parse_fdinfo(data: bytes) -> FdInfo:
         sigmask=None if sigmask is None else int(sigmask, 16),
         timer=timer,
         epoll=tuple(epoll),
+        inotify=tuple(watches),
         pid=None if pid_text is None else int(pid_text),
         extra=extra,
     )

@@ -509,20 +509,44 @@ def test_two_processes_share_descriptions(tmp_path):
     assert tables[0][5] == tables[1][5] and 4 not in tables[1]
 
 
+def test_inotify_watches_keep_their_numbers(again, tmp_path):
+    (tmp_path / "file").touch()
+
+    def prepare():
+        fd = sys.inotify_init(0)
+        for number in range(1, 6):
+            assert sys.inotify_add_watch(fd, b"/", 2) == number
+            sys.inotify_rm_watch(fd, number)
+        os.read(fd, 4096)
+        sys.inotify_add_watch(fd, os.fsencode(tmp_path), 0x100)
+        sys.inotify_add_watch(fd, os.fsencode(tmp_path / "file"), 0x2 | 0x80000000)
+
+    r = again(prepare)
+    assert [(w.wd, w.mask & 0xFFF) for w in sorted(r.info(3).inotify, key=lambda w: w.wd)] == [
+        (6, 0x100),
+        (7, 0x2),
+    ]
+    assert not fcntl.fcntl(r[3], fcntl.F_GETFL) & os.O_NONBLOCK
+    (tmp_path / "new").touch()
+    wd, mask, _, length = struct.unpack_from("=iIII", os.read(r[3], 4096))
+    assert (wd, mask) == (6, 0x100) and length
+    assert r.warnings == []
+
+
 def test_what_cannot_be_dumped_is_named():
     def prepare():
         import ctypes
 
         libc = ctypes.CDLL(None)
-        assert libc.inotify_init1(0) == 3
+        assert libc.fanotify_init(0, 0) == 3
         os.openpty()
 
     with child(prepare) as pid:
         report: list[Finding] = []
         files.look(pid, report)
         said = " ".join(map(str, report))
-        assert "inotify" in said and "master side" in said
-        with pytest.raises(UnsupportedError, match="inotify"):
+        assert "fanotify" in said and "master side" in said
+        with pytest.raises(UnsupportedError, match="fanotify"):
             dump(pid)
 
 

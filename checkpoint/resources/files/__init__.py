@@ -1,7 +1,7 @@
 """File descriptors: what the job has open, dumped and made again.
 
 One module per kind of descriptor (regular, directory, device, terminal, pipe, eventfd, timerfd, signalfd,
-epoll, unixsock, inet, pidfd), each with its refusals, dump and restore side by side; kinds.py is their
+epoll, inotify, unixsock, inet, pidfd), each with its refusals, dump and restore side by side; kinds.py is their
 table. Dump: dumping.py (and outside.py, which finds what ties a job to other processes). Restore:
 opening.py makes every description once in snap, install.py hands them to the stubs.
 

@@ -10,6 +10,7 @@ from checkpoint.resources.files import (
     epoll,
     eventfd,
     inet,
+    inotify,
     pidfd,
     pipe,
     regular,
@@ -33,12 +34,20 @@ KINDS: tuple[Kind, ...] = (
     timerfd.KIND,
     signalfd.KIND,
     epoll.KIND,
+    inotify.KIND,
     unixsock.KIND,
     inet.KIND,
 )
 """In the order in which they are asked."""
 
-_ANONYMOUS: tuple[Kind, ...] = (eventfd.KIND, timerfd.KIND, signalfd.KIND, epoll.KIND, pidfd.KIND)
+_ANONYMOUS: tuple[Kind, ...] = (
+    eventfd.KIND,
+    timerfd.KIND,
+    signalfd.KIND,
+    epoll.KIND,
+    inotify.KIND,
+    pidfd.KIND,
+)
 _BY_TYPE: dict[int, tuple[Kind, ...]] = {
     stat.S_IFREG: (directory.PATH_ONLY, pidfd.KIND, regular.KIND),
     stat.S_IFIFO: (directory.PATH_ONLY, pipe.KIND),
@@ -51,7 +60,6 @@ _BY_TYPE: dict[int, tuple[Kind, ...]] = {
 BY_FIELD: dict[str, Kind] = {kind.field: kind for kind in KINDS}
 
 _REASONS = {
-    "inotify": ("is an inotify instance", "close it, or let the program watch by polling"),
     "fanotify": ("is a fanotify group", "close it first"),
     "userfaultfd": ("is a userfaultfd", "close it first"),
     "io_uring": (

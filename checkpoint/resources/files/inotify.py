@@ -1,0 +1,154 @@
+"""inotify(7): the watches, with their numbers and masks.
+
+A watch is of an inode; its path is found through the file handle that fdinfo shows, and must lead to that inode.
+Restore counts the watch numbers up as the job had: they are given one after the other, and cannot be
+chosen. Events that were queued at the dump cannot be put back; a warning says so.
+
+Refused: a watch of a file that no path leads to (deleted), or on a file system without handles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import descriptors
+from checkpoint.kernel.fdinfo import O_PATH, WatchLine
+from checkpoint.resources.files import kind, paths
+from images import common_pb2
+from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError, wrap_os_error
+
+if TYPE_CHECKING:
+    from checkpoint.resources.files.dumping import FilesDump
+    from checkpoint.resources.files.kind import Seen
+    from checkpoint.resources.files.opening import Opening
+    from images import files_pb2
+
+_WD_MAX = 1 << 20
+_IN_UNMOUNT = 0x2000
+_DRAIN_EVERY = 4096
+_ADD_FLAGS = 0x33000000
+"""IN_ONLYDIR, IN_DONT_FOLLOW, IN_MASK_CREATE, IN_MASK_ADD: how to add a watch, no part of it."""
+
+
+class InotifyKind(kind.Kind):
+    field = "inotify"
+
+    def claims(self, seen: Seen) -> bool:
+        return seen.anonymous(b"inotify")
+
+    def refusal(self, seen: Seen) -> Finding | None:
+        for watch in seen.info.inotify:
+            if watch.wd > _WD_MAX:
+                return Finding(
+                    seen.pid, seen.where, f"is an inotify instance that has used {watch.wd} watches"
+                )
+            if _path_of(watch) is None:
+                return Finding(
+                    seen.pid,
+                    seen.where,
+                    f"is an inotify instance with a watch ({watch.wd}) of a file without a path (inode {watch.ino})",
+                    "let the program remove that watch",
+                )
+        return None
+
+    def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
+        description.inotify.SetInParent()
+        for watch in seen.info.inotify:
+            path = _path_of(watch)
+            if path is None:
+                finding = Finding(seen.pid, seen.where, f"watches a file without a path (inode {watch.ino})")
+                raise UnsupportedError(finding.what, where=finding.where, findings=(finding,))
+            now = os.lstat(path)
+            identity = common_pb2.FileIdentity(path=path, dev=now.st_dev, ino=now.st_ino, mode=now.st_mode)
+            description.inotify.watches.add(wd=watch.wd, mask=watch.mask, file=identity)
+        with job.borrow(seen) as fd:
+            if descriptors.nr_readable(fd):
+                job.ctx.warn(
+                    f"task {seen.pid}, {seen.where}: inotify events that were not read yet are not saved"
+                )
+
+    def check(self, opening: Opening, description: files_pb2.Description) -> None:
+        for watch in description.inotify.watches:
+            os.close(paths.locate(watch.file))
+
+    def open(self, opening: Opening, description: files_pb2.Description) -> int:
+        fd = descriptors.inotify_init(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            reached = 0
+            for watch in sorted(description.inotify.watches, key=lambda watch: watch.wd):
+                if not reached < watch.wd <= _WD_MAX:
+                    raise SnapshotterError(f"a watch with the number {watch.wd}", where="inotify")
+                while reached < watch.wd - 1:
+                    reached = descriptors.inotify_add_watch(fd, b"/", _IN_UNMOUNT)
+                    descriptors.inotify_rm_watch(fd, reached)
+                    if reached % _DRAIN_EVERY == 0:
+                        _drain(fd)
+                _drain(fd)
+                place = paths.locate(watch.file)
+                try:
+                    reached = descriptors.inotify_add_watch(
+                        fd, b"/proc/self/fd/%d" % place, watch.mask & ~_ADD_FLAGS
+                    )
+                finally:
+                    os.close(place)
+                if reached != watch.wd:
+                    raise SnapshotterError(
+                        f"watch {watch.wd} became {reached}", where=paths.shown(watch.file.path)
+                    )
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise wrap_os_error(error, "cannot watch it again", where="inotify") from error
+            raise
+        return fd
+
+
+def _drain(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while os.read(fd, 1 << 16):
+            pass
+
+
+def _path_of(watch: WatchLine) -> bytes | None:
+    """Where the watched inode is, if a path leads there."""
+    if not watch.handle:
+        return None
+    for mount in _mounts(watch.dev):
+        try:
+            mount_fd = os.open(mount, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fd = descriptors.open_by_handle(mount_fd, watch.handle_type, watch.handle, O_PATH | os.O_CLOEXEC)
+        except OSError:
+            continue
+        finally:
+            os.close(mount_fd)
+        try:
+            path = os.readlink(b"/proc/self/fd/%d" % fd)
+        finally:
+            os.close(fd)
+        try:
+            now = os.lstat(path)
+        except OSError:
+            continue
+        if now.st_ino == watch.ino:
+            return path
+    return None
+
+
+def _mounts(dev: int) -> list[bytes]:
+    """Mount points of a file system, by device number."""
+    wanted = b"%d:%d" % (os.major(dev), os.minor(dev))
+    found = []
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            words = line.split()
+            if words[2] == wanted:
+                found.append(words[4].decode("unicode_escape").encode("latin-1"))
+    return found
+
+
+KIND = InotifyKind()
