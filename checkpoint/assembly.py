@@ -8,11 +8,13 @@ its registers and mask, stopped processes enter their group-stop, and all are de
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from checkpoint import environment
 from checkpoint.kernel import ptrace
 from checkpoint.model import tree
 from checkpoint.parasite import StubTask, spawn_root_stub
@@ -78,7 +80,7 @@ class Assembly:
         return found
 
     def _spawn_root(self, pid: int) -> None:
-        stub = spawn_root_stub(pid)
+        stub = self._until_free(pid, lambda: spawn_root_stub(pid))
         self._adopt(pid, stub)
         mms = [self.ctx.mm(process) for process in self.ctx.processes.values() if process.mm]
         avoid = [(mapping.start, mapping.end) for mapping in memory.read_mappings(pid)]
@@ -116,7 +118,8 @@ class Assembly:
         # The kernel takes the sibling's signal from the maker: it must not be given.
         exit_signal = 0 if step.sibling else step.exit_signal
         if step.pid > 0:
-            self._adopt(step.pid, maker.fork_child(step.pid, exit_signal, flags))
+            made = self._until_free(step.pid, lambda: maker.fork_child(step.pid, exit_signal, flags))
+            self._adopt(step.pid, made)
             return
         wanted = {thread.tid for process in self.ctx.processes.values() for thread in process.threads}
         wanted.update(self.plan.tree.helper_pids)
@@ -128,6 +131,9 @@ class Assembly:
             self._kill(stub)
             maker.call("wait4", stub.pid, 0, _WALL, 0)
         raise SnapshotterError("no free pid for a helper", where=f"task {step.maker}")
+
+    def _until_free(self, pid: int, make: Callable[[], StubTask]) -> StubTask:
+        return environment.until_free(pid, self.ctx.options.reap_timeout_s, make)
 
     def _dismiss(self, pid: int, reaper: int) -> None:
         stub = self.helpers.pop(pid)
@@ -160,7 +166,8 @@ class Assembly:
         """All threads but the leaders, with their tids."""
         for stub, process in self.living():
             for thread in process.threads[1:]:
-                self.ctx.threads[thread.tid] = stub.clone_thread(thread.tid)
+                tid = thread.tid
+                self.ctx.threads[tid] = self._until_free(tid, functools.partial(stub.clone_thread, tid))
 
     # -- state --------------------------------------------------------------------------------------------------
 

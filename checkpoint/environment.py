@@ -15,9 +15,10 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from checkpoint.kernel import proc
 from checkpoint.resources import registers
@@ -85,6 +86,7 @@ _INSTRUCTIONS = frozenset(
 _INSTRUCTION_PREFIXES = ("avx512", "amx")
 _XGETBV = bytes.fromhex("31c9 0f01d0 48c1e220 4809d0 c3")  # xor ecx,ecx; xgetbv; shl rdx,32; or rax,rdx; ret
 _POLL_S = 0.005
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def _check_ids(ctx: RestoreContext, found: Survey) -> None:
                 f"pid {wanted} is beyond kernel.pid_max ({pid_max})",
                 hint=f"sysctl kernel.pid_max={wanted + 1}",
             )
-        holder = _holder_of(wanted)
+        holder = holder_of(wanted)
         if holder is not None and holder.pid not in found.old:
             raise RestoreConflictError(
                 f"pid {wanted} is needed but held by {holder}, which is not the job",
@@ -191,7 +193,7 @@ def check_free(pids: Iterable[int], found: Survey) -> None:
         RestoreConflictError: one is held.
     """
     for pid in pids:
-        holder = _holder_of(pid)
+        holder = holder_of(pid)
         users = [
             other
             for other in found.processes.values()
@@ -296,7 +298,7 @@ def _stop_all(found: Survey, stack: contextlib.ExitStack) -> dict[int, int]:
             if pidfd < 0:
                 continue
             stack.callback(os.close, pidfd)
-            now = _holder_of(holder.pid)
+            now = holder_of(holder.pid)
             # The pidfd is open: if the start time is right now, it is that process for good.
             if now is None or now.start_time_ticks != holder.start_time_ticks:
                 pidfds[holder.pid] = -1
@@ -355,16 +357,37 @@ def _await_free(wanted: Iterable[int], pids: set[int], deadline: float) -> None:
 
 
 def _still_held(pid: int) -> None:
-    holder = _holder_of(pid)
+    holder = holder_of(pid)
     if holder is None:
         return
     if holder.state in "ZX":
-        parent = _holder_of(holder.ppid)
+        parent = holder_of(holder.ppid)
         raise RestoreConflictError(
             f"pid {pid} is still held by a zombie ({holder.comm}) that its parent has not reaped",
             hint=f"{parent or f'task {holder.ppid}'} must wait for it (or end); then run the rollback again",
         )
     raise RestoreConflictError(f"pid {pid} is needed but held by {holder}", hint="nothing was restored")
+
+
+def until_free(pid: int, timeout_s: float, make: Callable[[], T]) -> T:
+    """Make a task with a certain pid, again and again while the kernel still keeps the number of a dead one.
+
+    A task leaves /proc some instructions before its number is free, and under load (SCHED_IDLE) those take long.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return make()
+        except RestoreConflictError as error:
+            holder = holder_of(pid)
+            if holder is not None:
+                raise RestoreConflictError(
+                    f"pid {pid} was taken by {holder} while the job was being replaced",
+                    hint="run the rollback again when it has ended",
+                ) from error
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_S)
 
 
 # -- /proc ------------------------------------------------------------------------------------------------------
@@ -380,7 +403,7 @@ def _processes() -> dict[int, Holder]:
     return found
 
 
-def _holder_of(tid: int) -> Holder | None:
+def holder_of(tid: int) -> Holder | None:
     """The process that `tid` is, or is a thread of."""
     try:
         with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as file:
