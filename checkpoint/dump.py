@@ -42,6 +42,7 @@ from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
 _NS_PER_S = 1_000_000_000
 _FREEZE_TRIES = 5
 _MIN_STAGED_BYTES = 4 << 20
+_FROZEN_NICE = -20
 _MAPPINGS_FRESH_NS = 50_000_000
 
 Commit = Callable[[DumpResult], None]
@@ -356,7 +357,7 @@ class _Take:
 
 @contextlib.contextmanager
 def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
-    """The frozen tree without garbage collection; a tree that does not stop is tried again."""
+    """The frozen tree, at the highest priority and without garbage collection; a tree that does not stop is tried again."""
     for number in range(_FREEZE_TRIES):
         tree = FrozenTree(
             ctx.root_pid,
@@ -365,6 +366,7 @@ def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
         )
         enabled = gc.isenabled()
         gc.disable()
+        nice = _set_nice(_FROZEN_NICE)
         try:
             try:
                 tree.__enter__()
@@ -377,8 +379,20 @@ def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
                 yield tree
             return
         finally:
+            if nice is not None:
+                _set_nice(nice)
             if enabled:
                 gc.enable()
+
+
+def _set_nice(value: int) -> int | None:
+    """On a busy machine others would run while the job stands still. The value before; None: not allowed to."""
+    try:
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, value)
+    except OSError:
+        return None
+    return before
 
 
 def _plausible_pages(pid: int) -> int:

@@ -188,6 +188,7 @@ def test_keeper_leaves_with_the_job(kind, tmp_path, monkeypatch):
 def test_nothing_is_left_to_see_in_the_job(writer):
     if WriteProtectTracker not in LIVE:
         pytest.skip(WriteProtectTracker.probe().note)
+    writer.write(0)  # it has closed what it does not need
     before = sorted(os.listdir(f"/proc/{writer.pid}/fd"))
     with WriteProtectTracker().session(writer.pid, {writer.pid: writer.start_time()}, "") as session:
         session.collect(writer.pid, writer.vmas)
