@@ -3,11 +3,11 @@
 Use::
 
     store = Store.open("/var/lib/snap", create=True)
-    with store.lock_job("sim"), store.writer("sim", parent) as writer:   # writer is a PageSink
-        ...                                                              # put, drain, close_space
+    with store.lock_job("sim"), store.writer("sim", parent) as writer:  # writer is a PageSink
+        ...  # put, drain, close_space
         writer.add_images({"manifest": b"..."})
         point = writer.commit(PointMeta(pid=..., boot_id=..., dump_uptime_ns=..., tracker=...))
-    reader = store.reader(store.resolve("latest"))                       # reader is a PageSource
+    reader = store.reader(store.resolve("latest"))  # reader is a PageSource
 
 Importing this package imports neither SQLAlchemy nor numpy nor Alembic: opening a store loads the first,
 reading or writing pages the second, and only a new or an old catalog the third. See FORMAT.md.
@@ -50,7 +50,7 @@ __all__ = [
 _LAZY = {"Store": "store.repository", "PointWriter": "store.writer", "PointReader": "store.reader"}
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562)
+def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

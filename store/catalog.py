@@ -47,7 +47,7 @@ class PackRow:
     nr_pages: int
 
 
-def _sqlite_setup(connection: Any, _record: object) -> None:  # noqa: ANN401  (DBAPI connection)
+def _sqlite_setup(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # transactions are ours (see _sqlite_begin), not the driver's guess
     for pragma in ("foreign_keys=ON", "synchronous=EXTRA", "journal_mode=DELETE", "busy_timeout=20000"):
         connection.execute(f"PRAGMA {pragma}")
@@ -137,7 +137,9 @@ class Catalog:
         import migrations
 
         config = Config()
-        config.set_main_option("script_location", str(Path(next(iter(migrations.__path__)))).replace("%", "%%"))
+        config.set_main_option(
+            "script_location", str(Path(next(iter(migrations.__path__)))).replace("%", "%%")
+        )
         current = self.revision()
         try:
             known = current is None or ScriptDirectory.from_config(config).get_revision(current) is not None
@@ -158,7 +160,11 @@ class Catalog:
     def points(self, job: str | None = None, ids: Sequence[str] | None = None) -> list[Point]:
         """Points in the order of their commits."""
         table = schema.points
-        query = sa.select(table, schema.jobs.c.name.label("job")).join_from(table, schema.jobs).order_by(table.c.seq)
+        query = (
+            sa.select(table, schema.jobs.c.name.label("job"))
+            .join_from(table, schema.jobs)
+            .order_by(table.c.seq)
+        )
         if job is not None:
             query = query.where(schema.jobs.c.name == job)
         if ids is not None:
@@ -174,7 +180,7 @@ class Catalog:
         return [self._point(row, by_point.get(row.seq, {})) for row in rows]
 
     @staticmethod
-    def _point(row: Any, tasks: dict[int, int]) -> Point:  # noqa: ANN401  (a SQLAlchemy row)
+    def _point(row: Any, tasks: dict[int, int]) -> Point:
         names = (
             "id", "parent", "job", "pid", "dump_uptime_ns", "boot_id", "tracker", "nonce", "nr_tasks", "frozen_us",
             "duration_us", "pages_dirty", "pages_new", "pages_total", "bytes_logical", "bytes_stored",
@@ -277,7 +283,9 @@ class Catalog:
 
     def _insert_packs(self, connection: sa.Connection, packs: Iterable[PackRow]) -> None:
         for pack in packs:
-            self._insert(connection, schema.packs, id=pack.id, size_bytes=pack.size_bytes, nr_pages=pack.nr_pages)
+            self._insert(
+                connection, schema.packs, id=pack.id, size_bytes=pack.size_bytes, nr_pages=pack.nr_pages
+            )
 
     def _file_id(self, connection: sa.Connection, record: FileRecord) -> int:
         values = {
@@ -300,10 +308,14 @@ class Catalog:
         removed = []
         with self._write() as connection:
             for point_id in ids:
-                row = connection.execute(sa.select(table.c.seq, table.c.parent).where(table.c.id == point_id)).first()
+                row = connection.execute(
+                    sa.select(table.c.seq, table.c.parent).where(table.c.id == point_id)
+                ).first()
                 if row is None:
                     continue
-                connection.execute(sa.update(table).where(table.c.parent == point_id).values(parent=row.parent))
+                connection.execute(
+                    sa.update(table).where(table.c.parent == point_id).values(parent=row.parent)
+                )
                 for child in (schema.page_maps, schema.tasks, schema.point_files):
                     connection.execute(sa.delete(child).where(child.c.point_seq == row.seq))
                 connection.execute(sa.delete(table).where(table.c.seq == row.seq))

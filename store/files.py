@@ -48,7 +48,7 @@ def wrapped(what: str, where: str | Path) -> Iterator[None]:
 
 
 def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """pwrite() until everything is written; ENOSPC and friends raise as OSError."""
+    """Write until everything is written; ENOSPC and friends raise as OSError."""
     view = memoryview(data).cast("B")
     while view.nbytes:
         count = os.pwrite(fd, view, offset)
@@ -57,7 +57,7 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def fsync(fd: int) -> None:
-    """fsync(); an error is final: the kernel drops the dirty pages, so the file must be thrown away."""
+    """Flush a file; an error is final: the kernel drops the dirty pages, so the file must be thrown away."""
     os.fsync(fd)
 
 

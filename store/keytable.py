@@ -15,12 +15,15 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from store import native
 from store.files import TEMP_SUFFIX, fsync, fsync_dir, open_new, pwrite_all
+
+if TYPE_CHECKING:
+    from store.pagemap import U64
 
 KEY_BYTES = native.KEY_BYTES
 MAX_FANOUT_BITS = 20
@@ -52,7 +55,7 @@ def table_size(nr_keys: int, bits: int) -> int:
     return _align8(4 * ((1 << bits) + 1)) + nr_keys * (KEY_BYTES + 8)
 
 
-def encode_table(keys: bytearray, locs: native.U64) -> tuple[bytes, int]:
+def encode_table(keys: bytearray, locs: U64) -> tuple[bytes, int]:
     """Sorts (in place) and encodes. Returns the bytes and the fanout's bits."""
     native.sort_table(keys, locs)
     bits = fanout_bits(len(locs))
@@ -84,7 +87,7 @@ class KeyTable:
         """As native.Tables wants it."""
         return self.keys, self.locs, self.fanout, self.nr_keys, self.bits
 
-    def locations(self) -> native.U64:
+    def locations(self) -> U64:
         """Locations in the order of the keys."""
         return np.frombuffer(self.locs, dtype="<u8")
 
@@ -116,7 +119,11 @@ class IndexFile:
         if magic != INDEX_MAGIC or version != INDEX_VERSION:
             raise BadTableError("no index file of a known version")
         start = _align8(_INDEX_HEADER.size + 4 * nr_packs)
-        if bits > MAX_FANOUT_BITS or nr_keys > MAX_KEYS or start + table_size(nr_keys, bits) + KEY_BYTES != size:
+        if (
+            bits > MAX_FANOUT_BITS
+            or nr_keys > MAX_KEYS
+            or start + table_size(nr_keys, bits) + KEY_BYTES != size
+        ):
             raise BadTableError("counts do not agree with the file's size")
         if native.checksum(store_key, data[:-KEY_BYTES]) != data[-KEY_BYTES:]:
             raise BadTableError("checksum does not match")
@@ -124,7 +131,7 @@ class IndexFile:
         return cls(path.name, frozenset(packs), KeyTable.parse(data[start:-KEY_BYTES], nr_keys, bits))
 
 
-def encode_index(packs: Iterable[int], keys: bytearray, locs: native.U64, store_key: bytes) -> bytes:
+def encode_index(packs: Iterable[int], keys: bytearray, locs: U64, store_key: bytes) -> bytes:
     """A whole index file."""
     table, bits = encode_table(keys, locs)
     ids = sorted(packs)
@@ -134,7 +141,7 @@ def encode_index(packs: Iterable[int], keys: bytearray, locs: native.U64, store_
     return body + native.checksum(store_key, body)
 
 
-def merge(tables: Sequence[KeyTable]) -> tuple[bytearray, native.U64]:
+def merge(tables: Sequence[KeyTable]) -> tuple[bytearray, U64]:
     """Keys and locations of several tables together, each key once (which copy it names does not matter)."""
     keys = bytearray().join(table.keys for table in tables)
     locs = np.concatenate([np.zeros(0, dtype="<u8"), *(table.locations() for table in tables)]).astype("<u8")

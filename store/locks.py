@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from snapshotter.base.errors import LockedError
 from store.files import wrapped
@@ -60,7 +61,7 @@ class Lock:
         with contextlib.suppress(AttributeError, OSError):
             self.release()
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    U64 = npt.NDArray[np.uint64]
+    from store.pagemap import U64
 
 KEY_BYTES = 16
 Buffer = Any  # anything with the buffer protocol
@@ -97,7 +97,11 @@ class Tables:
                 ffi.from_buffer("uint64_t[]", locs),
                 ffi.from_buffer("uint32_t[]", prefixes),
             ]
-            if len(views[0]) < nr_keys * KEY_BYTES or len(views[1]) < nr_keys or len(views[2]) < (1 << bits) + 1:
+            if (
+                len(views[0]) < nr_keys * KEY_BYTES
+                or len(views[1]) < nr_keys
+                or len(views[2]) < (1 << bits) + 1
+            ):
                 raise ValueError("key table shorter than its counts")
             entry.keys, entry.locs, entry.fanout = views
             entry.nr_keys, entry.fanout_bits = nr_keys, bits

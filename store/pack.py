@@ -65,7 +65,7 @@ FrameRef = tuple[int, int]
 
 
 def location(pack: int, frame: int, slot: int = 0) -> int:
-    """pack << 32 | frame << 12 | slot; 0 is the all-zero page."""
+    """Pack << 32 | frame << 12 | slot; 0 is the all-zero page."""
     return pack << 32 | frame << 12 | slot
 
 
@@ -311,7 +311,7 @@ class PackFile:
         return found
 
     def page_keys(self) -> dict[int, bytes]:
-        """frame number -> keys of its pages in slot order, out of the key table."""
+        """Frame number -> keys of its pages in slot order, out of the key table."""
         locs = self.table.locations()
         order = np.argsort(locs, kind="stable")
         keys = self.table.key_bytes()[order]

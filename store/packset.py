@@ -188,7 +188,7 @@ class PackSet:
         while (pack := self._sealing.get()) is not None:
             try:
                 pack.seal()
-            except BaseException as error:  # noqa: BLE001  (re-raised by publish)
+            except BaseException as error:
                 self._error = self._error or error
 
     def _join(self) -> None:

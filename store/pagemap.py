@@ -61,7 +61,10 @@ def expand(runs: Iterable[tuple[int, int]]) -> U64:
         raise ValueError("a run needs a page number >= 0 and at least one page")
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
-    return (np.arange(total, dtype=np.int64) + np.repeat(firsts - (ends - counts), counts)).astype("<u8")
+    pages: U64 = (np.arange(total, dtype=np.int64) + np.repeat(firsts - (ends - counts), counts)).astype(
+        "<u8"
+    )
+    return pages
 
 
 def to_runs(pages: U64) -> list[tuple[int, int]]:
@@ -75,7 +78,7 @@ def to_runs(pages: U64) -> list[tuple[int, int]]:
 
 
 def ascending(array: U64) -> U64:
-    """Sorted, each value once. (np.unique hashes first, which costs more than everything else in here.)"""
+    """Sorted, each value once; np.unique hashes first, which costs more than everything else in here."""
     if len(array) < 2 or (array[1:] > array[:-1]).all():
         return array
     array = np.sort(array)
@@ -162,7 +165,10 @@ def _decode_extents(data: memoryview, nr: int) -> Space:
     ends = starts + counts.astype("<u8")
     if (starts[1:] < ends[:-1]).any():
         raise BadMapError("extents overlap or are not sorted")
-    if int(bases.max()) >= 1 << 63 or (((bases & np.uint64(0xFFF)).astype(np.int64) + counts)[bases != 0] > 4096).any():
+    if (
+        int(bases.max()) >= 1 << 63
+        or (((bases & np.uint64(0xFFF)).astype(np.int64) + counts)[bases != 0] > 4096).any()
+    ):
         raise BadMapError("a location is out of bounds")
     if ((bases != 0) & (bases < np.uint64(1 << 32))).any():
         raise BadMapError("a location names no pack")

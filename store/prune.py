@@ -28,7 +28,7 @@ from store.staging import BIG_FRAME, SMALL_FRAME
 from store.types import PruneReport
 
 if TYPE_CHECKING:
-    from store.native import U64
+    from store.pagemap import U64
     from store.repository import Store
 
 LIVE_ENOUGH = 0.5
@@ -78,7 +78,9 @@ class _Pruner:
             added = self._swap(dead, repack)
             new_bytes = sum(row.size_bytes for row in added)
             self._remove(dead | repack, garbage)
-        kept = sum(row.size_bytes for pack, row in self._rows.items() if pack not in dead | repack) + new_bytes
+        kept = (
+            sum(row.size_bytes for pack, row in self._rows.items() if pack not in dead | repack) + new_bytes
+        )
         return PruneReport(
             packs_removed=len(dead),
             packs_repacked=len(repack),
@@ -280,7 +282,9 @@ class _Pruner:
         if base is not None:
             packed = compress.blob(raw, base[1])[1]
             if len(packed) * 2 < len(data):
-                ref = packs.append(packed, raw=len(raw), codec=CODEC_ZSTD_BASE, kind=KIND_IMAGES, base=base[0])
+                ref = packs.append(
+                    packed, raw=len(raw), codec=CODEC_ZSTD_BASE, kind=KIND_IMAGES, base=base[0]
+                )
                 return ref, base
         ref = packs.append(data, raw=len(raw), codec=codec, kind=KIND_IMAGES)
         return ref, (ref, raw)

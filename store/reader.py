@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from store import native, pagemap
 from store.pack import KIND_PAGES
 
 if TYPE_CHECKING:
-    from store.native import U64
+    from store.pagemap import U64
     from store.repository import Store
     from store.types import Point
 
@@ -54,7 +54,7 @@ class PointReader:
         """Lets a prune go on. Idempotent."""
         self._lock.release()
 
-    def __enter__(self) -> PointReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -75,7 +75,9 @@ class PointReader:
             return self._image_set()[name]
         except KeyError:
             raise VerificationError(
-                f"the point has no image {name!r}", where=f"point {self.point.id[:12]}", hint="run `snap verify`"
+                f"the point has no image {name!r}",
+                where=f"point {self.point.id[:12]}",
+                hint="run `snap verify`",
             ) from None
 
     def image_names(self) -> list[str]:
@@ -163,7 +165,7 @@ class PointReader:
                     frame = int(frames[lo])
                     self._one_frame(frame >> 20, frame & 0xFFFFF, pages[lo:hi], slots[lo:hi], piece)
                 piece.flush()
-            except BaseException as error:  # noqa: BLE001  (re-raised below, in the caller's thread)
+            except BaseException as error:
                 errors.append(error)
 
         threads = [threading.Thread(target=run, name="snap-fill", daemon=True) for _ in range(NR_THREADS - 1)]

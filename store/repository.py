@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from snapshotter.base.errors import NoStoreError, NoSuchPointError, SnapshotterError, VerificationError
 from store.catalog import BlobRefs, Catalog
@@ -53,7 +53,9 @@ class Store:
     # -- opening --------------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], create: bool = False, catalog_url: str | None = None) -> Store:  # noqa: FBT001, FBT002
+    def open(
+        cls, path: str | os.PathLike[str], create: bool = False, catalog_url: str | None = None
+    ) -> Store:
         """Opens the store in a directory, making or migrating it as needed.
 
         Raises:
@@ -84,7 +86,9 @@ class Store:
             names = {name for name in os.listdir(root) if not name.endswith(".tmp")}
             if names - {*_DIRECTORIES, _KEY, _CATALOG}:
                 raise NoStoreError(
-                    "the directory is not empty and not a store", where=str(root), hint="name another with --store"
+                    "the directory is not empty and not a store",
+                    where=str(root),
+                    hint="name another with --store",
                 )
             if not names and os.stat(root).st_uid == os.geteuid():
                 root.chmod(0o700)  # an empty directory made for us with `mkdir`
@@ -146,7 +150,7 @@ class Store:
             self.readers.forget_all()
         self.catalog.close()
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -161,7 +165,9 @@ class Store:
         from store.pack import PackKeys
 
         return PackKeys(
-            bytes.fromhex(self.id), digest(self._secret, b"snap frames 1"), digest(self._secret, b"snap pages 1")
+            bytes.fromhex(self.id),
+            digest(self._secret, b"snap frames 1"),
+            digest(self._secret, b"snap pages 1"),
         )
 
     @cached_property
@@ -253,7 +259,9 @@ class Store:
                 return found[0]
             if found:
                 ids = ", ".join(point.id[:12] for point in found[:8])
-                raise NoSuchPointError(f"{len(found)} points begin with {text}: {ids}", hint="give more digits")
+                raise NoSuchPointError(
+                    f"{len(found)} points begin with {text}: {ids}", hint="give more digits"
+                )
         of_job = [point for point in points if point.job == name]
         if of_job:
             return self._back(of_job, int(back or 0), text, name)
@@ -269,7 +277,9 @@ class Store:
     def _back(self, points: Sequence[Point], back: int, text: str, job: str | None) -> Point:
         if back >= len(points):
             of = f" of job {job!r}" if job else ""
-            raise NoSuchPointError(f"{text}: there are only {len(points)} points{of}", hint="`snap list` shows them")
+            raise NoSuchPointError(
+                f"{text}: there are only {len(points)} points{of}", hint="`snap list` shows them"
+            )
         return points[-1 - back]
 
     def writer(self, job: str, parent: Point | None = None) -> PointWriter:

@@ -32,9 +32,7 @@ metadata = MetaData(
     }
 )
 
-alembic_version = Table(
-    "alembic_version", MetaData(), Column("version_num", String(32), primary_key=True)
-)
+alembic_version = Table("alembic_version", MetaData(), Column("version_num", String(32), primary_key=True))
 """Alembic's own table, for reading; not part of `metadata`, Alembic makes it."""
 
 jobs = Table(

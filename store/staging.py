@@ -19,8 +19,9 @@ from store.native import KEY_BYTES
 from store.pack import KIND_PAGES, location
 
 if TYPE_CHECKING:
-    from store.native import U64, Stager
+    from store.native import Stager
     from store.packset import PackSet
+    from store.pagemap import U64
 
 CHUNK_PAGES = 256
 BIG_FRAME, SMALL_FRAME = 256, 16
@@ -109,10 +110,11 @@ class Worker:
         self._frames.append((location(pack, frame), count))
 
     def final_locations(self) -> U64:
-        """serial number -> location, once finished."""
+        """Serial number -> location, once finished."""
         if not self._frames:
             return np.zeros(0, dtype="<u8")
         bases = np.array([base for base, _ in self._frames], dtype="<u8")
         counts = np.array([count for _, count in self._frames], dtype=np.int64)
         slots = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(bases, counts) + slots.astype("<u8")
+        final: U64 = np.repeat(bases, counts) + slots.astype("<u8")
+        return final

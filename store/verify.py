@@ -19,7 +19,7 @@ from store.types import Damage, Point, VerifyReport
 
 if TYPE_CHECKING:
     from store.catalog import BlobRefs
-    from store.native import U64
+    from store.pagemap import U64
     from store.repository import Store
 
 _KEEP = 8  # resolved maps kept while walking along chains

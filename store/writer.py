@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -29,7 +29,8 @@ from store.staging import CHUNK_PAGES, PROVISIONAL, Worker
 from store.types import Point, PointMeta, WriterStats
 
 if TYPE_CHECKING:
-    from store.native import U64, Stager
+    from store.native import Stager
+    from store.pagemap import U64
     from store.repository import Store
 
 NR_THREADS = 2
@@ -88,7 +89,9 @@ class PointWriter:
             Worker(i, self._stager, self._packs, big_frames=self._parent is None) for i in range(NR_THREADS)
         ]
         self._threads = [
-            threading.Thread(target=self._run, args=(worker,), name=f"snap-store-{worker.number}", daemon=True)
+            threading.Thread(
+                target=self._run, args=(worker,), name=f"snap-store-{worker.number}", daemon=True
+            )
             for worker in self._workers
         ]
         for thread in self._threads:
@@ -243,7 +246,7 @@ class PointWriter:
                 worker.stage(task.locs, contiguous=len(task.runs) == 1)
             if self._error is None:
                 worker.finish()
-        except BaseException as error:  # noqa: BLE001  (raised in the caller's thread by _check)
+        except BaseException as error:
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()
@@ -318,7 +321,7 @@ class PointWriter:
         self._done = True
         self._lock.release()
 
-    def __enter__(self) -> PointWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -340,4 +343,3 @@ def _chunks(runs: Sequence[Run]) -> Iterable[list[Run]]:
                 chunk, room = [], CHUNK_PAGES
     if chunk:
         yield chunk
-

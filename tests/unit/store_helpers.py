@@ -5,7 +5,13 @@ from __future__ import annotations
 from store import PointMeta
 
 PAGE = 4096
-META = {"pid": 42, "boot_id": "b" * 36, "dump_uptime_ns": 7, "tracker": "compare", "tasks": {42: 1000, 43: 1001}}
+META = {
+    "pid": 42,
+    "boot_id": "b" * 36,
+    "dump_uptime_ns": 7,
+    "tracker": "compare",
+    "tasks": {42: 1000, 43: 1001},
+}
 
 
 class Memory:

@@ -68,8 +68,8 @@ def test_every_write_may_fail(store, call, code, kind):
             try:
                 take(store, SECOND, point, runs=[(0, 20)])
             except kind as error:
-                assert errno.errorcode[code] in error.what  # noqa: PT017
-                assert error.hint  # noqa: PT017
+                assert errno.errorcode[code] in error.what
+                assert error.hint
             else:
                 assert nth > 1
                 assert not failed()
@@ -186,7 +186,7 @@ def test_a_wrong_page_in_a_right_frame_is_found(store):
 
     verifier = _Verifier(store, {})
     with pytest.raises(VerificationError, match="digests"):
-        verifier._check_frame(pack, frame, keys, 0)  # noqa: SLF001
+        verifier._check_frame(pack, frame, keys, 0)
     assert reader.read(frame, KIND_PAGES)
 
 
@@ -240,7 +240,7 @@ def test_migrations_make_the_tables_that_the_code_uses(store):
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    with store.catalog._engine.connect() as connection:  # noqa: SLF001
+    with store.catalog._engine.connect() as connection:
         context = MigrationContext.configure(connection)
         assert compare_metadata(context, schema.metadata) == []
         assert context.get_current_revision() == schema.SCHEMA_REVISION

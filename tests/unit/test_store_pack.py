@@ -186,13 +186,13 @@ def test_no_damaged_pack_reads_wrong(tmp_path_factory, data):
     try:
         pack = PackFile(directory, 0x1234, KEYS)
     except VerificationError as error:
-        assert "pack 00001234" in error.where  # noqa: PT017
+        assert "pack 00001234" in error.where
         return
     for frame, kind, expected in ((0, KIND_PAGES, b"ab" * 2048 * 3), (1, KIND_IMAGES, b"images")):
         try:
             assert pack.read(frame, kind) == expected
         except VerificationError as error:
-            assert f"frame {frame}" in error.where  # noqa: PT017
+            assert f"frame {frame}" in error.where
             wrong += 1
     # Padding before the footer is the one place that nothing depends on.
     start = struct.unpack_from("<Q", whole, len(whole) - 64 + 24)[0]

@@ -1,5 +1,7 @@
 """Page maps and image sets: what is encoded is decoded, and hostile bytes only ever raise their one error."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -82,7 +84,7 @@ def test_runs_and_pages_are_each_others_inverse(numbers):
     pages = np.array(sorted(numbers), dtype="<u8")
     runs = pagemap.to_runs(pages)
     assert pagemap.expand(runs).tolist() == pages.tolist()
-    assert all(a + n < b for (a, n), (b, _) in zip(runs, runs[1:], strict=False))
+    assert all(a + n < b for (a, n), (b, _) in itertools.pairwise(runs))
 
 
 def test_bad_runs_are_refused():
@@ -93,7 +95,9 @@ def test_bad_runs_are_refused():
 
 def test_golden_bytes_of_a_map():
     """FORMAT.md: header, space, then columns in byte planes."""
-    space = pagemap.Space(np.array([5, 6, 9], dtype="<u8"), np.array([1 << 32, (1 << 32) + 1, 0], dtype="<u8"))
+    space = pagemap.Space(
+        np.array([5, 6, 9], dtype="<u8"), np.array([1 << 32, (1 << 32) + 1, 0], dtype="<u8")
+    )
     data = pagemap.encode_keyframe({"mm/1": space})
     assert data[:24] == b"SNAPMAPS" + bytes([1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
     assert data[24:40] == bytes([4, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]) + b"mm/1"

@@ -80,7 +80,9 @@ def test_an_idle_increment_is_small_on_disk(store):
     before = on_disk()
     for step in range(16):
         data = page(3, step) + data[PAGE:]
-        point = take(store, data, point, runs=[(0, 1)], images={"manifest": b"%d" % step, "x": os.urandom(10)})
+        point = take(
+            store, data, point, runs=[(0, 1)], images={"manifest": b"%d" % step, "x": os.urandom(10)}
+        )
     assert (on_disk() - before) / 16 <= 16 * 1024
 
 
