@@ -220,6 +220,9 @@ class InfectedTask(RemoteTask):
         self._place = place
         self._ending = replace(self._ending, leave_sp=place.unmap_first)
         faults.point("parasite.frames")
+        # Inside sigsuspend and its like another mask is in force. It must end before the registers change: a signal
+        # that it lets through would run its handler and yet not end the call, which waits for just that signal.
+        ptrace.set_sigmask(self.tid, self._own_mask)
         self._aim(place.unmap_first)
         space.inside = self
         faults.point("parasite.redirected")
@@ -257,13 +260,15 @@ class InfectedTask(RemoteTask):
             faults.point("parasite.mapped_code")
             size = area.size - CODE_SIZE
             self._gadget(frame, "mmap", area.data, size, _PROT_READ | _PROT_WRITE, _MAP, -1, 0)
-        except OSError as error:
-            with contextlib.suppress(OSError):
+            faults.point("parasite.mapped")
+            self.mem.write(area.start, blob())
+            faults.point("parasite.loaded")
+        except BaseException as error:
+            with contextlib.suppress(OSError, SnapshotterError):
                 self._gadget(self._place.context_only, "munmap", area.start, area.size)
-            raise SnapshotterError(f"cannot map memory in it: {error}", where=self.where) from error
-        faults.point("parasite.mapped")
-        self.mem.write(area.start, blob())
-        faults.point("parasite.loaded")
+            if isinstance(error, OSError):
+                raise SnapshotterError(f"cannot map memory in it: {error}", where=self.where) from error
+            raise
         space.mapped = True
         for old in space.leftovers:
             with contextlib.suppress(OSError):

@@ -79,7 +79,7 @@ class Job:
 
     def goes_on(self, when):
         before = self.counts()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not all(now > then for then, now in zip(before, self.counts(), strict=True)):
             if self.process.poll() is not None:
                 pytest.fail(f"the job died {when}: {self.process.returncode} {self.process.stderr.read()}")
@@ -129,6 +129,8 @@ def test_killed_at_random_instants(job):
 
 @pytest.mark.parametrize("action", ["kill", "error"])
 def test_killed_at_every_fault_point(job, action):
+    if action == "error" and job.mode not in {"sleep", "threads"}:
+        pytest.skip("errors are tried in two modes only")
     for point in POINTS:
         injector = inject(job.pid, 2, f"{point}:{action}")
         _, said = injector.communicate(timeout=30)
