@@ -9,6 +9,7 @@ stand for something this engine cannot rebuild are named by `refusal`.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -152,9 +153,15 @@ def _mapping(head: tuple[bytes, ...], flags: bytes, pkey: int) -> Mapping:
         dev=int(major, 16) << 20 | int(minor, 16),
         ino=int(ino),
         path=path,
-        flags=frozenset(flags.decode().split()),
+        flags=_flag_set(flags),
         pkey=pkey,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _flag_set(flags: bytes) -> frozenset[str]:
+    """Few different ones among thousands of VMAs."""
+    return frozenset(flags.decode().split())
 
 
 def refusal(mapping: Mapping) -> tuple[str, str] | None:
@@ -174,9 +181,8 @@ def refusal(mapping: Mapping) -> tuple[str, str] | None:
         )
     if mapping.path.startswith((b"/anon_hugepage", b"/memfd:")) and "ht" in mapping.flags:
         return _REFUSED_FLAGS["ht"]
-    for flag, found in _REFUSED_FLAGS.items():
-        if flag in mapping.flags:
-            return found
+    if not mapping.flags.isdisjoint(_REFUSED_FLAGS):
+        return next(found for flag, found in _REFUSED_FLAGS.items() if flag in mapping.flags)
     if mapping.path == b"[uprobes]":
         return "a probe of perf or BPF (uprobe) is active", "remove the probe before the take"
     if mapping.path.startswith(b"[") and not mapping.path.startswith((b"[heap]", b"[stack", b"[anon")):
@@ -186,11 +192,12 @@ def refusal(mapping: Mapping) -> tuple[str, str] | None:
     return None
 
 
+_KERNEL_NAMES = {b"[vdso]": VDSO, b"[vvar]": VVAR, b"[vvar_vclock]": VVAR_VCLOCK, b"[vsyscall]": VSYSCALL}
+
+
 def kernel_kind(mapping: Mapping) -> Kind | None:
     """VDSO, VVAR, VVAR_VCLOCK or VSYSCALL when the kernel made it."""
-    return {b"[vdso]": VDSO, b"[vvar]": VVAR, b"[vvar_vclock]": VVAR_VCLOCK, b"[vsyscall]": VSYSCALL}.get(
-        mapping.path
-    )
+    return _KERNEL_NAMES.get(mapping.path)
 
 
 def anon_name(path: bytes) -> bytes:

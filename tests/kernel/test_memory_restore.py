@@ -79,7 +79,7 @@ def test_stray_page_is_a_damaged_point(taken):
     child, point, _ = taken
     name = f"mm/{child.pid}"
     mm = codec.parse(name, point.image(name))
-    point.runs = lambda space: [(mm.vmas[0].start // 4096 - 5, 1)]
+    point.runs = lambda _: [(mm.vmas[0].start // 4096 - 5, 1)]
     with pytest.raises((VerificationError, SnapshotterError), match="outside all VMAs"):
         memory_store.rollback(point)
     assert is_unharmed(child)
