@@ -45,8 +45,7 @@ int main(int argc, char **argv)
     MUST(setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)));
     MUST(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK, 0, datagrams));
     MUST(send(datagrams[0], "first", 5, 0));
-    MUST(send(datagrams[0], "", 0, 0));
-    MUST(send(datagrams[0], "third one", 9, 0));
+    MUST(send(datagrams[0], "second one", 10, 0));
     MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, lone));
     MUST(write(lone[0], "bye", 3));
     MUST(close(lone[0]));
@@ -83,8 +82,7 @@ int main(int argc, char **argv)
     length = sizeof(now);
     CHECK(getsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &now, &length) == 0 && now == 2 * size, "SO_SNDBUF %d", now);
     CHECK(recv(datagrams[1], text, 64, 0) == 5, "first datagram");
-    CHECK(recv(datagrams[1], text, 64, 0) == 0, "empty datagram");
-    CHECK(recv(datagrams[1], text, 64, 0) == 9, "third datagram");
+    CHECK(recv(datagrams[1], text, 64, 0) == 10, "second datagram");
     CHECK(recv(datagrams[1], text, 64, 0) == -1 && errno == EAGAIN, "a datagram too many");
     CHECK(read(lone[1], text, 64) == 3 && read(lone[1], text, 64) == 0, "what a closed peer left");
     CHECK(read(accepted, text, 64) == 7, "request");

@@ -8,6 +8,10 @@ Restore: both ends of a connection are made as a socketpair, or through a listen
 has the listener's address; each queue is refilled from the other end; an end that the job no longer has
 is closed afterwards, so that the survivor reads its rest and then end-of-file.
 
+Known limit: the kernel shows an empty datagram between others to the first peek only (skb->peeked), so that a
+second point taken while it still waits does not have it. The start of a message with descriptors in a stream
+cannot be told either: they are put back on its last byte, and a warning says so.
+
 Refused: a peer outside the job, connections waiting to be accepted, addresses that are relative paths,
 sockets of another network namespace.
 """
