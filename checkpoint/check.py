@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from checkpoint.freeze import children, task_ids
 from checkpoint.kernel import proc
 from checkpoint.resources import files, memory, task
-from snapshotter.base.errors import Finding, PermissionDeniedError, SnapshotterError, TargetGoneError, UnsupportedError
+from snapshotter.base.errors import (
+    Finding,
+    PermissionDeniedError,
+    SnapshotterError,
+    TargetGoneError,
+    UnsupportedError,
+)
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD
 _LOOKS: tuple[Callable[[int, list[Finding]], None], ...] = (task.look, memory.look, files.look)
@@ -33,6 +39,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
+        """Nothing was found."""
         return not self.findings
 
     def raise_if_refused(self) -> None:
@@ -82,8 +89,12 @@ def _check_root(pid: int, report: CheckReport) -> None:
     if not tids or pid not in tids:
         owner = _process_of(pid)
         if owner:
-            raise TargetGoneError("is a thread, not a process", where=f"task {pid}", hint=f"take its process, {owner}")
-        raise TargetGoneError("no such process", where=f"task {pid}", hint="`ps -e` lists the processes that run")
+            raise TargetGoneError(
+                "is a thread, not a process", where=f"task {pid}", hint=f"take its process, {owner}"
+            )
+        raise TargetGoneError(
+            "no such process", where=f"task {pid}", hint="`ps -e` lists the processes that run"
+        )
     stat = proc.read_stat(pid)
     if stat.flags & _KERNEL_THREAD:
         report.findings.append(
@@ -91,12 +102,16 @@ def _check_root(pid: int, report: CheckReport) -> None:
         )
         return
     if stat.state in {"Z", "X"}:
-        report.findings.append(Finding(pid, "task", "has ended (zombie)", f"its parent, task {stat.ppid}, must reap it"))
+        report.findings.append(
+            Finding(pid, "task", "has ended (zombie)", f"its parent, task {stat.ppid}, must reap it")
+        )
         return
     if pid in _own_line():
         what = "is snap itself" if pid == os.getpid() else "is an ancestor of snap"
         report.findings.append(
-            Finding(pid, "task", f"{what}: whoever freezes itself cannot thaw", "run snap from outside of the job")
+            Finding(
+                pid, "task", f"{what}: whoever freezes itself cannot thaw", "run snap from outside of the job"
+            )
         )
     if not os.access(f"/proc/{pid}/map_files", os.R_OK):
         raise PermissionDeniedError(
@@ -138,7 +153,9 @@ def _walk(report: CheckReport, max_tasks: int) -> None:
         if not tids:
             continue
         if pid == own:
-            report.findings.append(Finding(pid, "task", "snap itself is part of the job", "run it from outside of the job"))
+            report.findings.append(
+                Finding(pid, "task", "snap itself is part of the job", "run it from outside of the job")
+            )
             continue
         report.pids.append(pid)
         report.nr_tasks += len(tids)

@@ -76,6 +76,7 @@ class FrozenProcess:
 
     @property
     def is_zombie(self) -> bool:
+        """It has ended and waits for its parent."""
         return self.state == "zombie"
 
 

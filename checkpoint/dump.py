@@ -80,8 +80,7 @@ def dump(
     ctx = DumpContext(root_pid=pid, sink=sink, parent=parent, options=options)
     with tracker.session(pid, found.tasks, nonce) as session:
         take = _Take(ctx, session, found, tracker.name)
-        result = take.run(commit, started)
-    return result
+        return take.run(commit, started)
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ import signal
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Self
 
 from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
 from checkpoint.kernel import proc, ptrace
@@ -67,15 +67,19 @@ class FrozenTree:
         self.frozen_at_ns = 0
         """CLOCK_MONOTONIC just before the first task was interrupted."""
         self.thawed_at_ns = 0
-        self._seized: dict[int, tuple[int, bool, int]] = {}  # tid -> pid, group_stopped, stop_signal; stopped ones
+        self._seized: dict[
+            int, tuple[int, bool, int]
+        ] = {}  # tid -> pid, group_stopped, stop_signal; stopped ones
         self._order: list[int] = []  # tids in the order of seizing
         self._tasks: dict[int, FrozenTask] = {}
-        self._vforked: dict[int, int] = {}  # tid -> parent, children of vfork that were let go on for a moment
+        self._vforked: dict[
+            int, int
+        ] = {}  # tid -> parent, children of vfork that were let go on for a moment
         self._left: Literal["run", "stop", "kill"] = "run"
 
     # -- the context -------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> FrozenTree:
+    def __enter__(self) -> Self:
         try:
             self.freeze()
         except BaseException:
@@ -112,7 +116,9 @@ class FrozenTree:
             self._stop([item for item in fresh if self._seize(*item)], deadline)
         else:
             raise TreeChangedError(
-                f"new tasks kept appearing in {_MAX_PASSES} passes", where=f"task {self.root_pid}", hint="try again"
+                f"new tasks kept appearing in {_MAX_PASSES} passes",
+                where=f"task {self.root_pid}",
+                hint="try again",
             )
         self._describe(tree)
 
@@ -255,11 +261,22 @@ class FrozenTree:
                     where=f"task {pid}",
                     hint="such a process cannot be made again exactly",
                 )
-            threads = [self._task(pid, tid, stat.start_time_ticks) for tid in [pid, *(t for t in stopped if t != pid)]]
+            threads = [
+                self._task(pid, tid, stat.start_time_ticks)
+                for tid in [pid, *(t for t in stopped if t != pid)]
+            ]
             leader = threads[0]
             state: ProcessState = "stopped" if leader.group_stopped else "running"
             self.processes[pid] = FrozenProcess(
-                pid, leader, threads, stat, status, ProcMem(pid), state, leader.stop_signal, stat.start_time_ticks
+                pid,
+                leader,
+                threads,
+                stat,
+                status,
+                ProcMem(pid),
+                state,
+                leader.stop_signal,
+                stat.start_time_ticks,
             )
 
     def _task(self, pid: int, tid: int, leader_start: int) -> FrozenTask:
@@ -370,7 +387,11 @@ class _OneProcess(FrozenTree):
         tids = task_ids(self.root_pid)
         if not tids:
             raise TargetGoneError("no such process", where=f"task {self.root_pid}")
-        fresh = [(self.root_pid, tid) for tid in tids if tid not in self._seized and not _is_dead(self.root_pid, tid)]
+        fresh = [
+            (self.root_pid, tid)
+            for tid in tids
+            if tid not in self._seized and not _is_dead(self.root_pid, tid)
+        ]
         return {self.root_pid: tids}, fresh
 
 
@@ -427,7 +448,9 @@ def _seize_error(pid: int, tid: int, error: Exception) -> SnapshotterError:
         tracer = 0
     if tracer:
         return UnsupportedError(
-            f"traced by task {tracer} already", where=where, hint="stop the debugger, strace or other snap first"
+            f"traced by task {tracer} already",
+            where=where,
+            hint="stop the debugger, strace or other snap first",
         )
     hint = "run as root, or set kernel.yama.ptrace_scope=0"
     cause = error if isinstance(error, OSError) else error.__cause__

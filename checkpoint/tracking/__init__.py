@@ -27,8 +27,12 @@ def choose(name: str = "auto") -> Tracker:
             if found.ok:
                 return kind()
             if name != "auto":
-                raise UsageError(f"the tracker {name} does not work here: {found.note}", hint="use auto or compare")
-    raise UsageError(f"no tracker is called {name!r}", hint="auto, " + ", ".join(kind.name for kind in TRACKERS))
+                raise UsageError(
+                    f"the tracker {name} does not work here: {found.note}", hint="use auto or compare"
+                )
+    raise UsageError(
+        f"no tracker is called {name!r}", hint="auto, " + ", ".join(kind.name for kind in TRACKERS)
+    )
 
 
 __all__ = ["EMPTY", "TRACKERS", "Probe", "Runs", "Session", "Tracker", "choose"]

@@ -71,10 +71,10 @@ class Session(ABC):
             Rows of pages, or None: not known, all pages count as written; from now on it is watched if it can be.
         """
 
-    def add(self, pid: int, start_time_ticks: int) -> None:
+    def add(self, pid: int, start_time_ticks: int) -> None:  # noqa: B027 - nothing to do for who knows no tasks
         """A process of the job that was found only in the frozen window."""
 
-    def forget(self, pid: int) -> None:
+    def forget(self, pid: int) -> None:  # noqa: B027
         """A process that has ended during the take."""
 
     @abstractmethod

@@ -52,9 +52,13 @@ def state_dir() -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat()
     except OSError as error:
-        raise SnapshotterError(f"cannot make {path}: {error.strerror}", hint="set SNAP_RUNTIME_DIR") from error
+        raise SnapshotterError(
+            f"cannot make {path}: {error.strerror}", hint="set SNAP_RUNTIME_DIR"
+        ) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise SnapshotterError(f"{path} is not a folder of ours alone", hint="remove it, or set SNAP_RUNTIME_DIR")
+        raise SnapshotterError(
+            f"{path} is not a folder of ours alone", hint="remove it, or set SNAP_RUNTIME_DIR"
+        )
     return path
 
 
@@ -123,6 +127,7 @@ class JobLock:
 
 
 def state_path(root_pid: int) -> Path:
+    """Where the state file of a job is."""
     return state_dir() / f"{root_pid}.json"
 
 

@@ -157,7 +157,9 @@ def _probe() -> Probe:
     except (OSError, SnapshotterError) as error:
         return Probe(SoftDirtyTracker.name, ok=False, note=str(error))
     if found != b"1,5":
-        return Probe(SoftDirtyTracker.name, ok=False, note="no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY is not set)")
+        return Probe(
+            SoftDirtyTracker.name, ok=False, note="no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY is not set)"
+        )
     return Probe(SoftDirtyTracker.name, ok=True)
 
 

@@ -41,7 +41,9 @@ _REGION = 24  # struct page_region: start, end, categories
 
 def enable(uffd: int) -> None:
     """UFFDIO_API with the features of asynchronous write-protection. Raises OSError (EINVAL: the kernel lacks them)."""
-    fcntl.ioctl(uffd, UFFDIO_API, bytearray(struct.pack("<QQQ", _API, _FEATURE_WP_ASYNC | _FEATURE_WP_UNPOPULATED, 0)))
+    fcntl.ioctl(
+        uffd, UFFDIO_API, bytearray(struct.pack("<QQQ", _API, _FEATURE_WP_ASYNC | _FEATURE_WP_UNPOPULATED, 0))
+    )
 
 
 def register(uffd: int, start: int, end: int) -> None:

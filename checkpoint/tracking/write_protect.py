@@ -128,7 +128,9 @@ class WriteProtectSession(Session):
         """A userfaultfd of the process, made and closed inside it, open here."""
         assert self._kept is not None
         if process.status.seccomp:
-            raise SnapshotterError("a seccomp filter could kill the task for userfaultfd", where=f"task {pid}")
+            raise SnapshotterError(
+                "a seccomp filter could kill the task for userfaultfd", where=f"task {pid}"
+            )
         descriptor = _create_inside(pid, process.parasite)
         try:
             uffd.enable(descriptor)

@@ -96,7 +96,7 @@ def test_signal_that_arrives_meanwhile_is_delivered(job, compile_program):
     job.start([compile_program("sleeps.c")]).wait_ready()
     with FrozenTree(job.pid):
         os.kill(job.pid, signal.SIGTERM)
-    wait_until(lambda: (job.directory / "out").exists(), "SIGTERM arrived after the thaw")
+    wait_until((job.directory / "out").exists, "SIGTERM arrived after the thaw")
 
 
 def test_too_many_tasks(busy):
