@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from snapshotter.base import faults
 from snapshotter.base.errors import StoreError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE
 from store import native
@@ -177,11 +178,14 @@ class PackWriter:
         footer += native.checksum(self._keys.frames, footer)
         self._write(footer, start)
         self.size = start + len(footer)
+        faults.point("store.pack_written")
         with wrapped("cannot make a pack durable", self._temp):
             fsync(self._fd)
+            faults.point("store.pack_synced")
             os.close(self._fd)
             self._fd = -1
             self._temp.rename(self._path)
+        faults.point("store.pack_renamed")
 
     def discard(self) -> None:
         """Removes the file, whatever state it is in. Never raises."""

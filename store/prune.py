@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE
 from store import compress, native, pagemap
@@ -185,8 +186,10 @@ class _Pruner:
             old, new = self._copy_pages(packs, repack)
             moved = self._rewrite(packs, repack, old, new)
             rows = packs.publish()
+            faults.point("store.prune_copied")
             self._drop_indexes(dead | repack)
             self._store.catalog.replace_packs(rows, dead | repack, moved)
+            faults.point("store.prune_committed")
         except BaseException:
             if self._untouched(dead | repack):
                 packs.discard()
@@ -305,6 +308,7 @@ class _Pruner:
         with wrapped("cannot remove a file of the store", self._store.packs_dir):
             for path in paths:
                 path.unlink(missing_ok=True)
+                faults.point("store.prune_deleted")
 
 
 def _translate(locs: U64, old: U64, new: U64) -> U64:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, StoreError, UsageError
 from snapshotter.base.pages import PAGE_SIZE, PageReader, Run
 from store import pagemap
@@ -207,8 +208,10 @@ class PointWriter:
             warnings=tuple(meta.warnings),
             tasks=dict(meta.tasks),
         )
+        faults.point("store.before_commit")
         self._committing = point.id
         point = self._store.catalog.add_point(point, refs, rows, meta.files)
+        faults.point("store.committed")
         self._done = True
         self._lock.release()
         self._store.maintain_index()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from snapshotter.base import faults
 from snapshotter.base.errors import NoStoreError, PermissionDeniedError, StoreError, VerificationError
 from store import Store, schema
 from store.pack import KIND_PAGES
@@ -113,6 +114,66 @@ def test_a_crash_at_each_step(tmp_path, where, after):
             assert status == 77
             assert_whole(store, point)
     raise AssertionError("the steps never came to an end")
+
+
+def in_child(work, fault):
+    """Runs `work` in a child with a fault point selected. Returns the child's exit code."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            faults.configure(fault)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("action", ["kill", "error"])
+@pytest.mark.parametrize(
+    "name", [name for name in faults.POINTS if name.startswith("store.") and "prune" not in name]
+)
+def test_take_fault_points(tmp_path, name, action):
+    with Store.open(tmp_path / "store", create=True) as store:
+        point = take(store, FIRST)
+
+    def work():
+        with Store.open(tmp_path / "store") as store:
+            take(store, SECOND, point, runs=[(0, 20)])
+
+    assert in_child(work, f"{name}:{action}") == (-9 if action == "kill" else 1)
+    with Store.open(tmp_path / "store") as store:
+        if name == "store.committed":
+            assert len(store.points()) == 2
+            assert restored(store, store.points()[1]) == SECOND
+            assert store.verify().ok
+        else:
+            assert_whole(store, point)
+
+
+@pytest.mark.parametrize("action", ["kill", "error"])
+@pytest.mark.parametrize("name", [name for name in faults.POINTS if name.startswith("store.prune")])
+def test_prune_fault_points(tmp_path, name, action):
+    data = bytearray(os.urandom(600 * PAGE))
+    with Store.open(tmp_path / "store", create=True) as store:
+        first = take(store, data)
+        data[: 500 * PAGE] = os.urandom(500 * PAGE)
+        second = take(store, data, first, runs=[(0, 500)])
+        store.forget([first])
+
+    def work():
+        with Store.open(tmp_path / "store") as store:
+            store.prune()
+
+    assert in_child(work, f"{name}:{action}") == (-9 if action == "kill" else 1)
+    with Store.open(tmp_path / "store") as store:
+        assert store.verify().ok
+        assert restored(store, second) == data
+        store.prune()
+        assert restored(store, second) == data
+        assert len(os.listdir(store.packs_dir)) == len(store.catalog.packs())
+        assert store.stats().bytes_packs < 620 * PAGE
 
 
 def die_at(where, nth, *, after):
