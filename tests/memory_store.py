@@ -116,9 +116,8 @@ class MemoryPoint:
 
 def take(pid: int, parent: MemoryPoint | None = None, *, after: str = "run") -> MemoryPoint:
     """Dump a job into memory."""
-    from checkpoint.dump import dump
-
     from checkpoint.context import DumpOptions
+    from checkpoint.dump import dump
 
     point = MemoryPoint(parent)
     options = DumpOptions(after=after, producer="tests")  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from snapshotter.base.errors import Finding, RestoreConflictError, TargetGoneErr
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext, FrozenProcess, FrozenTask
     from checkpoint.kernel.proc import Status
-    from checkpoint.parasite import Batch, StubTask
+    from checkpoint.parasite import Batch, Buffer, Ref, Results, StubTask
     from checkpoint.restore_context import RestoreContext
 
 _NAMESPACES = (
@@ -189,7 +190,6 @@ def _dump_thread(
     status: Status,
 ) -> None:
     """One thread; with the leader's batch also what the process has once."""
-    leader = task is process.leader
     remote = task.infect()
     batch = remote.batch()
     altstack = signals.ask_altstack(batch)
@@ -201,8 +201,7 @@ def _dump_thread(
     securebits = batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0)
     slack = batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0)
     personality = batch.call("personality", _PERSONALITY_QUERY)
-    if leader:
-        shared = _ask_process(batch, process, status)
+    asked = _ask_process(batch, process, status) if task is process.leader else None
     results = remote.run(batch)
     signals.answer_altstack(results, altstack, thread)
     thread.clear_child_tid = _u64(results.bytes(tid_address))
@@ -217,26 +216,44 @@ def _dump_thread(
     thread.robust_list_head, thread.robust_list_len = sys.get_robust_list(task.tid)
     if status.sig_pending:
         thread.pending.extend(signals.dump_pending(task.tid, shared=False))
-    if leader:
-        actions, asked_timers, asked_limits, subreaper, dumpable, thp = shared
-        message.actions.extend(signals.answer_actions(results, actions))
-        timers.answer(results, asked_timers, message)
-        message.rlimits.extend(limits.answer(results, asked_limits))
-        message.child_subreaper = bool(_u32(results.bytes(subreaper)))
-        message.dumpable = results[dumpable]
-        message.thp_disabled = results[thp] > 0
+    if asked is not None:
+        _answer_process(results, asked, message)
         if status.shared_pending:
             message.shared_pending.extend(signals.dump_pending(task.tid, shared=True))
 
 
-def _ask_process(batch: Batch, process: FrozenProcess, status: Status):  # noqa: ANN202 - private tuple of refs
-    actions = signals.ask_actions(batch, status.sig_caught, status.sig_ignored)
-    asked_timers = timers.ask(batch, timers.describe(proc.read_timers(process.pid)))
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the leader's batch asks for the whole process."""
+
+    actions: list[tuple[int, Buffer]]
+    timers: timers.Asked
+    limits: list[Buffer]
+    subreaper: Buffer
+    dumpable: Ref
+    thp: Ref
+
+
+def _ask_process(batch: Batch, process: FrozenProcess, status: Status) -> _Asked:
     subreaper = batch.buffer(4)
     batch.call("prctl", prctl.GET_CHILD_SUBREAPER, subreaper, 0, 0, 0)
-    dumpable = batch.call("prctl", prctl.GET_DUMPABLE, 0, 0, 0, 0)
-    thp = batch.call("prctl", prctl.GET_THP_DISABLE, 0, 0, 0, 0, check=False)
-    return actions, asked_timers, limits.ask(batch), subreaper, dumpable, thp
+    return _Asked(
+        signals.ask_actions(batch, status.sig_caught, status.sig_ignored),
+        timers.ask(batch, timers.describe(proc.read_timers(process.pid))),
+        limits.ask(batch),
+        subreaper,
+        batch.call("prctl", prctl.GET_DUMPABLE, 0, 0, 0, 0),
+        batch.call("prctl", prctl.GET_THP_DISABLE, 0, 0, 0, 0, check=False),
+    )
+
+
+def _answer_process(results: Results, asked: _Asked, message: task_pb2.Process) -> None:
+    message.actions.extend(signals.answer_actions(results, asked.actions))
+    timers.answer(results, asked.timers, message)
+    message.rlimits.extend(limits.answer(results, asked.limits))
+    message.child_subreaper = bool(_u32(results.bytes(asked.subreaper)))
+    message.dumpable = results[asked.dumpable]
+    message.thp_disabled = results[asked.thp] > 0
 
 
 def _directory(pid: int, link: str) -> common_pb2.FileIdentity:

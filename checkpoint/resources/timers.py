@@ -133,9 +133,9 @@ def restore_arm(batch: Batch, process: task_pb2.Process) -> None:
         if timer.value_ns or timer.interval_ns:
             spec = _ITIMERSPEC.pack(*divmod(timer.interval_ns, SECOND_NS), *divmod(timer.value_ns, SECOND_NS))
             batch.call("timer_settime", timer.id, 0, spec, 0)
-    for timer in process.itimers:
+    for itimer in process.itimers:
         # Expired, its signal still pending: the kernel starts the next period when that is taken. Value 0 would
         # disarm it here, so the next period starts now.
-        remaining_us = timer.value_us or timer.interval_us
-        value = _ITIMERVAL.pack(*divmod(timer.interval_us, 1000000), *divmod(remaining_us, 1000000))
-        batch.call("setitimer", timer.which, value, 0)
+        remaining_us = itimer.value_us or itimer.interval_us
+        value = _ITIMERVAL.pack(*divmod(itimer.interval_us, 1000000), *divmod(remaining_us, 1000000))
+        batch.call("setitimer", itimer.which, value, 0)
