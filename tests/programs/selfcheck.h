@@ -25,6 +25,7 @@
 #endif
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -125,8 +126,10 @@ __attribute__((unused)) static void check_wait(void)
     sigprocmask(SIG_BLOCK, &term, &old);
     during = old;
     sigdelset(&during, SIGTERM);
+    /* A process-directed SIGTERM may be taken by another thread, which wakes nobody here: look now and then. */
+    const struct timespec beat = {0, 200000000};
     while (!check_term)
-        sigsuspend(&during);
+        ppoll(NULL, 0, &beat, &during);
     sigprocmask(SIG_SETMASK, &old, NULL);
 }
 
