@@ -149,7 +149,7 @@ class FakeEngine:
     def boot_id(self):
         return BOOT
 
-    def restore(self, reader, known_tasks, *, dry_run, leave_stopped):
+    def restore(self, reader, known_tasks, *, dry_run, leave_stopped, terminal="auto"):
         self.known_tasks = known_tasks
         pid = reader.point.pid
         # Far in the future of CLOCK_BOOTTIME here: nothing older than this restore compares as newer.

@@ -15,8 +15,15 @@ from snapshotter.cli.output import short
 @click.option(
     "--stop", "leave_stopped", is_flag=True, help="Leave the restored job stopped (SIGCONT lets it go)."
 )
+@click.option(
+    "--terminal",
+    type=click.Choice(["auto", "null"]),
+    default="auto",
+    show_default=True,
+    help="If the job's terminal is gone: auto refuses, null gives it /dev/null instead.",
+)
 @common
-def command(app: App, point: str, dry_run: bool, leave_stopped: bool) -> int:
+def command(app: App, point: str, dry_run: bool, leave_stopped: bool, terminal: str) -> int:
     """Bring the job back as it was at POINT, under the same pids, detached.
 
     If the job is still alive it is replaced, once everything that can be checked has been checked. A
@@ -25,7 +32,7 @@ def command(app: App, point: str, dry_run: bool, leave_stopped: bool) -> int:
     from snapshotter.manager.rollback import rollback
 
     with app.session() as session:
-        report = rollback(session, point, dry_run=dry_run, leave_stopped=leave_stopped)
+        report = rollback(session, point, dry_run=dry_run, leave_stopped=leave_stopped, terminal=terminal)
     restored = report.restored
     app.out.warnings(report.warnings)
     if dry_run:

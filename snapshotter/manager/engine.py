@@ -99,12 +99,18 @@ class RealEngine:
         *,
         dry_run: bool,
         leave_stopped: bool,
+        terminal: str = "auto",
     ) -> Restored:
         """Bring the point that `reader` reads back to life, replacing the job if one of `known_tasks` lives."""
         from checkpoint.restore import restore
         from checkpoint.restore_context import RestoreOptions
 
-        options = RestoreOptions(dry_run=dry_run, leave_stopped=leave_stopped, known_tasks=tuple(known_tasks))
+        options = RestoreOptions(
+            dry_run=dry_run,
+            leave_stopped=leave_stopped,
+            known_tasks=tuple(known_tasks),
+            terminal=cast("Literal['auto', 'reopen', 'null']", terminal),
+        )
         result = restore(reader.image, reader.image_names(), reader, options)
         return Restored(
             root_pid=result.root_pid,

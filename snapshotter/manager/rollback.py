@@ -26,7 +26,12 @@ class RollbackReport:
 
 
 def rollback(
-    session: Session, text: str, *, dry_run: bool = False, leave_stopped: bool = False
+    session: Session,
+    text: str,
+    *,
+    dry_run: bool = False,
+    leave_stopped: bool = False,
+    terminal: str = "auto",
 ) -> RollbackReport:
     """Bring back the job as it was at the point that `text` names; replaces it if it is alive.
 
@@ -35,6 +40,7 @@ def rollback(
         text: Names the point, as `Store.resolve` takes it.
         dry_run: Check everything and plan (`restored.plan`); touch nothing.
         leave_stopped: Leave every process stopped, for a look at it; SIGCONT lets it go.
+        terminal: What a job whose terminal is gone gets: "auto" nothing (a conflict), "null" /dev/null.
 
     Raises:
         NoSuchPointError, VerificationError, RestoreConflictError, PermissionDeniedError, LockedError.
@@ -50,6 +56,7 @@ def rollback(
             known,
             dry_run=dry_run,
             leave_stopped=leave_stopped,
+            terminal=terminal,
         )
         warnings = list(restored.warnings)
         problem = "" if dry_run else _record(session, point, restored)
