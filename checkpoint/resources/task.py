@@ -45,6 +45,8 @@ _STATES = {
     "zombie": task_pb2.Process.ZOMBIE,
 }
 _P_PID, _WSTOPPED = 1, 2
+_SIGINFO_SIZE = 128
+_SI_PID = slice(12, 16)  # in the siginfo of a child
 _DELETED = " (deleted)"
 
 
@@ -179,7 +181,28 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
     message.root.CopyFrom(_directory(pid, "root"))
     message.oom_score_adj = int(_read(f"/proc/{pid}/oom_score_adj"))
     message.coredump_filter = int(_read(f"/proc/{pid}/coredump_filter") or b"0", 16)
+    message.unreported_stops.extend(_unreported_stops(ctx, process))
     return message
+
+
+def _unreported_stops(ctx: DumpContext, process: FrozenProcess) -> list[int]:
+    """Stopped children whose stop the process could still wait for; asked in its place, taking nothing (WNOWAIT)."""
+    stopped = [
+        pid
+        for pid, child in ctx.processes.items()
+        if child.stat.ppid == process.pid and _STATES[child.state] == task_pb2.Process.STOPPED
+    ]
+    if not stopped or process.leader is None:
+        return []
+    remote = process.leader.infect()
+    batch = remote.batch()
+    asked = []
+    for pid in stopped:
+        info = batch.buffer(_SIGINFO_SIZE)
+        batch.call("waitid", _P_PID, pid, info, _WSTOPPED | os.WNOHANG | os.WNOWAIT, 0, check=False)
+        asked.append((pid, info))
+    results = remote.run(batch)
+    return [pid for pid, info in asked if int.from_bytes(results.bytes(info)[_SI_PID], "little") == pid]
 
 
 def _dump_thread(
@@ -342,8 +365,7 @@ def restore_thread_late(
 def restore_process_late(batch: Batch, process: task_pb2.Process, stopped_children: Iterable[int]) -> None:
     """By the leader, last of all: dumpable, shared pending signals, and the timers start.
 
-    The stops of its children happened anew just now. Whether it had waited for them before is not known; it is taken
-    that it had, as every shell does at once, and that it was told.
+    The stops of its children happened anew just now: those that it had waited for before are waited for again.
     """
     batch.call("prctl", prctl.SET_DUMPABLE, int(process.dumpable == 1), 0, 0, 0)
     for child in stopped_children:
