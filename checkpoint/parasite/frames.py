@@ -23,7 +23,7 @@ from checkpoint.kernel import syscalls
 from snapshotter.base.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from checkpoint.kernel.mem import ProcMem
     from checkpoint.kernel.proc import MapsEntry
@@ -102,8 +102,10 @@ def _put(
     )  # fmt: skip
 
 
-def choose(maps: Sequence[MapsEntry], mem: ProcMem, rsp: int, need: int, *, where: str) -> Place:
-    """A place for `need` bytes that nothing else uses. UnsupportedError when there is none."""
+def choose(
+    maps: Sequence[MapsEntry], mem: ProcMem, rsp: int, need: int, taken: Collection[int] = (), *, where: str
+) -> Place:
+    """A place for `need` bytes that nothing else uses; `taken` are other live frames. UnsupportedError when there is none."""
     for entry in maps:
         if entry.path != "[stack]" or not entry.writable or entry.shared:
             continue
@@ -112,6 +114,8 @@ def choose(maps: Sequence[MapsEntry], mem: ProcMem, rsp: int, need: int, *, wher
             limit = min(limit, rsp - _STACK_RESERVE)
         room = -(-need // _PAGE) * _PAGE
         for at in range(entry.start, limit - room + 1, _PAGE):
+            if any(at < other + room and other < at + room for other in taken):
+                continue
             try:
                 content = mem.read(at, need)
             except OSError:

@@ -43,6 +43,7 @@ _MAP = 0x02 | 0x20 | 0x4000 | 0x100000
 """MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE."""
 _LOWEST, _HIGHEST = 1 << 20, (1 << 47) - 4096
 _SECCOMP_STRICT, _SECCOMP_FILTER = 1, 2
+_NR_PLACES = 1024
 _STOP_TIMEOUT_S = 5.0
 
 
@@ -113,13 +114,19 @@ def _hole(maps: list[proc.MapsEntry], size: int, pid: int) -> int:
         best_size, best = _HIGHEST - at, at
     if best_size < size + 2 * (1 << 20):
         raise UnsupportedError("its address space is full", where=f"task {pid}")
-    return (best + (best_size - size) // 2) & ~((1 << 16) - 1)
+    # Processes that share an address space choose before either has mapped: not the same place for two of them
+    spread = (pid % _NR_PLACES) * 2 * size if best_size > 4 * _NR_PLACES * size else 0
+    return (best + (best_size - size) // 2 + spread) & ~((1 << 16) - 1)
 
 
 def _leftovers(maps: list[proc.MapsEntry], mem: ProcMem) -> list[Area]:
     """Areas of a snap that was killed in the one instant in which nobody was inside."""
     found = []
+    # Another process of the job may share this address space (CLONE_VM): what is in use is nobody's leftover
+    live = {space.area.start for space in _spaces.values()}
     for entry in maps:
+        if entry.start in live:
+            continue
         if entry.perms != "r-xp" or entry.path or entry.inode or entry.size_bytes != CODE_SIZE:
             continue
         with contextlib.suppress(OSError):
@@ -140,6 +147,11 @@ class InfectedTask(RemoteTask):
         self._place: frames.Place | None = None
         self._xstate = b""
         self._seccomp = 0
+
+    @property
+    def frames_at(self) -> int:
+        """Address of its fail-safe frames while it is inside; 0 otherwise."""
+        return self._place.address if self._place is not None else 0
 
     # -- in ----------------------------------------------------------------------------------------------------------
 
@@ -203,7 +215,9 @@ class InfectedTask(RemoteTask):
         if space.inside is not None:
             space.inside.park()
         used = frames.used_xstate(self._xstate)
-        place = frames.choose(space.maps, self.mem, self._own_regs.rsp, frames.size(used), where=self.where)
+        taken = {other.inside.frames_at for other in _spaces.values() if other.inside is not None}
+        need = frames.size(used)
+        place = frames.choose(space.maps, self.mem, self._own_regs.rsp, need, taken, where=self.where)
         unmap = None if self._seccomp else space.area
         self.mem.write(
             place.address,

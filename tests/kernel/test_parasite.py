@@ -173,6 +173,8 @@ def test_every_thread_of_a_process_runs_batches():
     script = "import threading,time\n[threading.Thread(target=time.sleep,args=(1000,)).start() for _ in range(3)]\n"
     with running(sys.executable, "-c", script) as job:
         until(lambda: proc.read_status(job.pid).threads == 4)
+        until(lambda: all(proc.wchan(job.pid, tid) not in {"0", ""} for tid in proc.threads(job.pid)))
+        time.sleep(0.1)  # the interpreter maps arenas while its threads start
         before = facts(job.pid)[0]
         tids = proc.threads(job.pid)
         targets = []
