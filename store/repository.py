@@ -84,13 +84,13 @@ class Store:
             root.parent.mkdir(parents=True, exist_ok=True)
             make_dir(root)
             names = {name for name in os.listdir(root) if not name.endswith(".tmp")}
-            if names - {*_DIRECTORIES, _KEY, _CATALOG}:
+            if names - {*_DIRECTORIES, _MARK, _KEY, _CATALOG, "lost+found"}:
                 raise NoStoreError(
                     "the directory is not empty and not a store",
                     where=str(root),
                     hint="name another with --store",
                 )
-            if not names and os.stat(root).st_uid == os.geteuid():
+            if names <= {"lost+found"} and os.stat(root).st_uid == os.geteuid():
                 root.chmod(0o700)  # an empty directory made for us with `mkdir`
         check_private(root)
         with wrapped("cannot make a store", root):

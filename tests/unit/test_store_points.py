@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -286,3 +287,26 @@ def test_imports_are_lazy(tmp_path):
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], check=True)
+
+
+def test_several_may_make_the_store_at_once(tmp_path):
+    code = "import sys, store; print(store.Store.open(sys.argv[1], create=True).id)"
+    command = [sys.executable, "-c", code, str(tmp_path / "s")]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert len({child.communicate()[0] for child in children}) == 1
+    assert [child.returncode for child in children] == [0] * 4
+
+
+def test_jobs_may_be_taken_at_once(tmp_path):
+    with Store.open(tmp_path / "s", create=True) as store:
+        data = {job: os.urandom(300 * PAGE) for job in ("a", "b", "c")}
+        threads = [
+            threading.Thread(target=take, args=(store, data[job]), kwargs={"job": job}) for job in data
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for job, content in data.items():
+            assert restored(store, store.resolve(job)) == content
+        assert store.verify().ok
