@@ -86,6 +86,7 @@ _INSTRUCTIONS = frozenset(
 _INSTRUCTION_PREFIXES = ("avx512", "amx")
 _XGETBV = bytes.fromhex("31c9 0f01d0 48c1e220 4809d0 c3")  # xor ecx,ecx; xgetbv; shl rdx,32; or rax,rdx; ret
 _POLL_S = 0.005
+_STRAY_S = 1.0
 T = TypeVar("T")
 
 
@@ -175,15 +176,27 @@ def _check_ids(ctx: RestoreContext, found: Survey) -> None:
                 f"pid {wanted} is needed but held by {holder}, which is not the job",
                 hint="end it, or wait until it has ended, then roll back",
             )
+    deadline = time.monotonic() + _STRAY_S
+    while stray := _stray(found, ours):
+        if time.monotonic() > deadline:
+            kind, number, holder = stray
+            raise RestoreConflictError(
+                f"pid {number} is needed but is still the {kind} of {holder}, which is not in the job's tree",
+                hint="it was left behind by the job: end it, then roll back",
+            )
+        time.sleep(_POLL_S)
+        found.processes = _processes()
+
+
+def _stray(found: Survey, ours: set[int]) -> tuple[str, int, Holder] | None:
+    """A process outside the job whose session or group has a number of the job's: its last short-lived child, mostly."""
     for holder in found.processes.values():
         if holder.pid in found.old:
             continue
         for kind, number in (("session", holder.sid), ("process group", holder.pgid)):
             if number in ours:
-                raise RestoreConflictError(
-                    f"pid {number} is needed but is still the {kind} of {holder}, which is not in the job's tree",
-                    hint="it was left behind by the job: end it, then roll back",
-                )
+                return kind, number, holder
+    return None
 
 
 def check_free(pids: Iterable[int], found: Survey) -> None:
