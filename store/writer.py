@@ -224,9 +224,10 @@ class PointWriter:
         for space, present in self._present.items():
             put = pagemap.latest(self._puts.get(space, []))
             locs = put.locs.copy()
-            provisional = (locs & np.uint64(PROVISIONAL)) != 0
+            provisional = (put.locs & np.uint64(PROVISIONAL)) != 0
+            workers = put.locs >> np.uint64(48) & np.uint64(0xFF)  # of put.locs: final ones have a pack there
             for worker, final in zip(self._workers, finals, strict=True):
-                mine = provisional & ((locs >> np.uint64(48)) & np.uint64(0xFF) == np.uint64(worker.number))
+                mine = provisional & (workers == np.uint64(worker.number))
                 locs[mine] = final[(put.locs[mine] & np.uint64((1 << 48) - 1)).astype(np.int64)]
             parent = self._parent_maps.get(space, pagemap.EMPTY)
             resolved, _ = pagemap.overlay(present, pagemap.Space(put.pages, locs), parent)

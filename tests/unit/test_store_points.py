@@ -310,3 +310,11 @@ def test_jobs_may_be_taken_at_once(tmp_path):
         for job, content in data.items():
             assert restored(store, store.resolve(job)) == content
         assert store.verify().ok
+
+
+@pytest.mark.parametrize("number", [0x10000, 0x10001, 0x7F01FFFE, 0, 0x7FFFFFFE])
+def test_any_pack_number_will_do(store, monkeypatch, number):
+    """A pack's number stands where a provisional location has the worker's."""
+    monkeypatch.setattr("store.packset.secrets.randbelow", lambda _limit: number)
+    data = os.urandom(1500 * PAGE)
+    assert restored(store, take(store, data)) == data
