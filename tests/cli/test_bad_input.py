@@ -408,7 +408,7 @@ def test_missing_open_file(job):
     (job.directory).mkdir()
     target = job.directory / "data"
     target.write_text("x" * 100)
-    program = f"import time\nf = open({str(target)!r})\nf.read(10)\n" + COUNTER
+    program = f"import time\nheld = open({str(target)!r})\nheld.read(10)\n" + COUNTER
     job.start([sys.executable, "-c", program])
     wait_until(lambda: count(job) > 3, "the counter counting")
     job.take("--kill")
