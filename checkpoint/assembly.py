@@ -207,7 +207,9 @@ class Assembly:
         # Children first: a child that stops tells its parent, which forgets that in its own last batch.
         for stub, process in reversed(list(self.living())):
             batch = stub.batch()
-            reported = [pid for pid in self._stopped_children(process.pid) if pid not in process.unreported_stops]
+            reported = [
+                pid for pid in self._stopped_children(process.pid) if pid not in process.unreported_stops
+            ]
             task.restore_process_late(batch, process, reported)
             stub.run(batch)
             final = [registers.restore(process, thread, stub.mem) for thread in process.threads]

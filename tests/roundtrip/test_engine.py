@@ -104,7 +104,9 @@ def test_any_number_of_times_and_in_any_order(start, tmp_path):
     for point in (first, second, first, second):
         known.append(memory_store.rollback(point, known_tasks=known).tasks)
         if point is first:
-            wait_until(lambda: low <= number(tmp_path / "n") < middle + 100, "counting again from the first point")
+            wait_until(
+                lambda: low <= number(tmp_path / "n") < middle + 100, "counting again from the first point"
+            )
         else:
             wait_until(lambda: number(tmp_path / "n") > middle + 100, "counting again from the second point")
         assert is_running(pid)
