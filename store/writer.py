@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from snapshotter.base import faults
-from snapshotter.base.errors import SnapshotterError, StoreError, UsageError
+from snapshotter.base.errors import MissingPagesError, SnapshotterError, StoreError, UsageError
 from snapshotter.base.pages import PAGE_SIZE, PageReader, Run
 from store import pagemap
 from store.blobs import add_images, add_maps
@@ -134,7 +134,7 @@ class PointWriter:
         put = pagemap.latest([(numbers, numbers) for numbers, _ in self._puts.get(space, [])])
         _, missing = pagemap.overlay(pages, put, self._parent_maps.get(space, pagemap.EMPTY))
         if len(missing):
-            raise StoreError(
+            raise MissingPagesError(
                 f"{len(missing)} pages were neither dumped nor in the parent point, the first is "
                 f"{int(missing[0]):#x}",
                 where=space,

@@ -111,6 +111,12 @@ class StoreError(SnapshotterError):
     exit_status = 1
 
 
+class MissingPagesError(StoreError):
+    """A dump left out pages that the parent point does not have either; one that reads everything succeeds."""
+
+    code = "missing_pages"
+
+
 class Finding:
     """One thing that stands in the way of a dump: `pid`, `where`, `what`, `hint`."""
 

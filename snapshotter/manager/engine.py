@@ -34,6 +34,11 @@ class RealEngine:
             raise TargetGoneError(
                 f"there is no process {pid}", hint="`ps -e` lists the processes that run"
             ) from error
+        if stat.state in {"Z", "X"}:
+            raise TargetGoneError(
+                f"process {pid} has ended; it is a zombie",
+                hint=f"its parent, process {stat.ppid}, must reap it",
+            )
         now_boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         age_s = now_boottime_ns / 1e9 - stat.start_time_ticks / os.sysconf("SC_CLK_TCK")
         return Identity(

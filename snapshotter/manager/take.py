@@ -8,12 +8,14 @@ and the store finds what it has already.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from snapshotter.base.errors import (
     LockedError,
+    MissingPagesError,
     NoStoreError,
     NoSuchPointError,
     SnapshotterError,
@@ -159,15 +161,34 @@ def _parent_info(store: StoreLike, parent: Parent | None) -> ParentInfo | None:
 
 
 def _take_locked(session: Session, job: str, identity: Identity, after: str) -> Point:
-    from snapshotter.manager.stores import point_meta
-
     store = session.store(create=True)
     parent = find_parent(store, session.store_path, job, identity)
+    try:
+        return _dump_into(session, job, identity, after, parent)
+    except MissingPagesError as error:
+        if parent is None:
+            raise
+        # Nothing was committed and the job runs on. Whatever the tracker missed, reading everything does not; it costs
+        # time, and the point says why.
+        note = (
+            f"the parent point could not be built upon, so everything was read ({error.where}: {error.what})"
+        )
+        return _dump_into(session, job, identity, after, Parent(parent.point, rolled_back=True), note)
+
+
+def _dump_into(
+    session: Session, job: str, identity: Identity, after: str, parent: Parent | None, note: str = ""
+) -> Point:
+    from snapshotter.manager.stores import point_meta
+
+    store = session.store()
     started = time.monotonic_ns()
     committed: list[Point] = []
     with store.writer(job, None if parent is None else parent.point) as writer:
 
         def commit(dumped: Dumped) -> None:
+            if note:
+                dumped = dataclasses.replace(dumped, warnings=[*dumped.warnings, note])
             writer.add_images(dumped.images)
             duration_us = (time.monotonic_ns() - started) // 1000
             committed.append(writer.commit(point_meta(dumped, duration_us)))

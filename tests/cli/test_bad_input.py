@@ -109,7 +109,7 @@ def test_itself_and_ancestors(tmp_path):
 def test_zombie(tmp_path):
     child = subprocess.Popen(["true"])
     wait_until(lambda: state(child.pid) == "Z", "a zombie")
-    error = fails(5, "take", child.pid, store=tmp_path / "s")
+    error = fails(4, "take", child.pid, store=tmp_path / "s")
     assert "zombie" in error["message"]
     assert str(os.getpid()) in error["hint"]
     child.wait()
@@ -198,7 +198,8 @@ def test_ends_during_the_take(tmp_path):
         child.kill()
         out, err = take.communicate(timeout=60)
         child.wait()
-        assert take.returncode in {0, 4}, out + err
+        # 5: it became a zombie between two looks of the engine.
+        assert take.returncode in {0, 4, 5}, out + err
         statuses.add(take.returncode)
     assert statuses
 

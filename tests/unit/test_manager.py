@@ -8,6 +8,7 @@ import pytest
 
 from snapshotter.base.errors import (
     LockedError,
+    MissingPagesError,
     NoSuchPointError,
     SnapshotterError,
     TargetGoneError,
@@ -255,3 +256,19 @@ def test_living_job_is_replaced_only_by_a_whole_point(session, engine, store):
     del engine.alive[7]
     rollback(session, point.id)
     assert 7 in engine.alive
+
+
+def test_pages_that_the_tracker_missed_are_read_again(session, engine, store):
+    first = take(session, 7, job="a")
+    failing = iter([True])
+
+    def fail_once():
+        if next(failing, False):
+            raise MissingPagesError("8 pages are missing", where="mm/7")
+
+    engine.during_dump = fail_once
+    second = take(session, 7, job="a")
+    assert second.parent == first.id
+    assert [parent is None for _, parent, _ in engine.dumps] == [True, False, True]
+    assert any("mm/7: 8 pages" in text for text in second.warnings)
+    assert len(store.points()) == 2
