@@ -102,10 +102,11 @@ def _leaves_nothing_behind(request):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         reap_all()
-    if mounted := our_mounts() - mounts:
+    # Under xdist another worker's mounts and files may appear meanwhile.
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    if alone and (mounted := our_mounts() - mounts):
         problems.append("mounts " + ", ".join(sorted(mounted)))
-    # Under xdist another worker's files may appear meanwhile.
-    if "PYTEST_XDIST_WORKER" not in os.environ and (made := our_files() - files):
+    if alone and (made := our_files() - files):
         problems.append("files " + ", ".join(sorted(made)))
     if problems:
         pytest.fail("the test left behind: " + "; ".join(problems), pytrace=False)
