@@ -104,7 +104,6 @@ class RealEngine:
         *,
         dry_run: bool,
         leave_stopped: bool,
-        terminal: str,
         terminal: str = "auto",
     ) -> Restored:
         """Bring the point that `reader` reads back to life, replacing the job if one of `known_tasks` lives."""

@@ -135,7 +135,6 @@ class EngineLike(Protocol):
         *,
         dry_run: bool,
         leave_stopped: bool,
-        terminal: str,
         terminal: str = "auto",
     ) -> Restored: ...
     def features(self) -> Sequence[Mapping[str, object]]: ...
