@@ -1,6 +1,7 @@
 /* Changes its memory in every way that dirty-page tracking could miss, as fast as it can, until it is killed: writes,
  * new and freed mappings, moved and grown ones, dropped pages, changed protections, private file pages, children.
  * Checks nothing itself: tests compare what a dump stored with what /proc/PID/mem shows. */
+// snap-test: unchecked
 
 #define _GNU_SOURCE
 #include <fcntl.h>
