@@ -210,6 +210,8 @@ class _Take:
 
     def dump_frozen(self, tree: FrozenTree, staging: Staging) -> None:
         ctx = self.ctx
+        if ctx.processes[ctx.root_pid].is_zombie:
+            raise TargetGoneError("ended while the point was being taken", where=f"task {ctx.root_pid}")
         self.note_instant()
         self._mark("freeze")
         real, ctx.sink = ctx.sink, staging
@@ -232,7 +234,8 @@ class _Take:
             memory.shmem.close_all(ctx)
         finally:
             ctx.sink = real
-        for pid in self.precopied.keys() - ctx.processes.keys():
+        living = {process.pid for process in ctx.living()}
+        for pid in self.precopied.keys() - living:
             self.session.forget(pid)
             staging.close_space(memory.space_name(pid), [])
 
