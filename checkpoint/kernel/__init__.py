@@ -1,1 +1,1 @@
-""
+"""Every ptrace, /proc and ioctl; nothing else touches the kernel."""

@@ -1,1 +1,1 @@
-""
+"""Errors, page protocols, units, fault points: the one drawer everybody may open."""

@@ -37,7 +37,8 @@ class PageSink(Protocol):
 
     def close_space(self, space: str, present: Iterable[Run]) -> None:
         """The space's final set of pages. Those never put are the parent point's; a page that the parent
-        lacks too raises. Parent pages outside `present` are dropped."""
+        lacks too raises. Parent pages outside `present` are dropped.
+        """
 
 
 class PageSource(Protocol):
@@ -48,7 +49,8 @@ class PageSource(Protocol):
 
     def fill(self, space: str, write: Callable[[Sequence[Run], memoryview], None]) -> int:
         """Read, verify and decompress all pages of the space; `write(runs, data)` gets them in pieces, from
-        several threads at once. All-zero pages are not handed out. Returns the number of pages handed out."""
+        several threads at once. All-zero pages are not handed out. Returns the number of pages handed out.
+        """
 
     def read(self, space: str, runs: Sequence[Run]) -> bytes:
         """Those pages, in order; absent ones read as zero (in-place rollback, tests, core dumps)."""

@@ -293,7 +293,7 @@ def test_stub_tree_gets_its_pids_and_runs_alone():
             task.finish(regs, unmap_arena=last)
         thread.detach()
         child.detach()
-        assert [entry.start for entry in proc.read_maps(child_pid)][0] == 0x400000
+        assert next(entry.start for entry in proc.read_maps(child_pid)) == 0x400000
         until(lambda: proc.wchan(child_pid).endswith("pause") and proc.wchan(child_pid, tid).endswith("pause"))
     finally:
         for task in reversed(made):

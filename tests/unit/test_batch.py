@@ -1,12 +1,12 @@
 """Batches as bytes: layout from the compiler, references across pieces, gadget search."""
 
 import pytest
+from parasite_c._native import ffi, lib
 
 from checkpoint.kernel import syscalls
 from checkpoint.parasite import batch as encoding
 from checkpoint.parasite import gadgets
 from checkpoint.parasite.batch import Batch, Ending
-from parasite_c._native import ffi, lib
 from snapshotter.base.errors import UnsupportedError
 
 
