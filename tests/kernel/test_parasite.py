@@ -155,9 +155,8 @@ def test_group_stopped_job_stays_stopped(sleeper):
 
 
 def test_signals_wait_until_the_parasite_has_left(tmp_path):
-    script = "import signal,time\nsignal.signal(signal.SIGUSR1, lambda *a: open(%r, 'w').write('caught'))\n" % str(
-        tmp_path / "caught"
-    )
+    caught = str(tmp_path / "caught")
+    script = f"import signal,time\nsignal.signal(signal.SIGUSR1, lambda *a: open({caught!r}, 'w').write('caught'))\n"
     script += f"open({str(tmp_path / 'ready')!r}, 'w').close()\nwhile True: time.sleep(10)\n"
     with running(sys.executable, "-c", script) as job:
         until((tmp_path / "ready").exists)
