@@ -19,7 +19,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -90,6 +90,8 @@ class _Precopied:
     start_time_ticks: int
     complete: bool
     """Every page of then is with the sink; False: all must be read in the frozen window."""
+    covered: Runs = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    """The pages that were there at the last look: each is with the sink, or the parent point's."""
 
 
 class _Take:
@@ -185,7 +187,7 @@ class _Take:
             to_read = plan.to_read
         else:
             plan = memory.page_plan(ctx, space, None)
-            to_read = plan.present if written is None else _only(plan.present, written)
+            to_read = _due(plan.present, written, known)
         nr_pages = pageplan.count(to_read)
         if nr_pages > _plausible_pages(pid):
             # A large mapping that went away between two looks counts as content.
@@ -193,7 +195,7 @@ class _Take:
             return 0
         if nr_pages:
             ctx.sink.put(memory.space_name(pid), pageplan.to_list(to_read), memory.reader(ProcMem(pid)))
-        self.precopied[pid] = _Precopied(start, complete=known is None or known.complete)
+        self.precopied[pid] = _Precopied(start, known is None or known.complete, plan.present)
         ctx.stats.pages_dirty += nr_pages
         return nr_pages
 
@@ -252,7 +254,7 @@ class _Take:
             written, known = None, None
         if known is not None:
             plan = memory.page_plan(ctx, space, None)
-            to_read = plan.present if written is None else _only(plan.present, written)
+            to_read = _due(plan.present, written, known)
         else:
             if written is not None and not self._usable(pid, process.start_time_ticks):
                 written = None
@@ -412,8 +414,12 @@ def _as_runs(table: Runs | None) -> list[Run] | None:
     return None if table is None else pageplan.to_list(pageplan.normalise(table))
 
 
-def _only(present: Runs, written: Runs) -> Runs:
-    return pageplan.intersect(present, pageplan.normalise(np.asarray(written, dtype=np.int64)))
+def _due(present: Runs, written: Runs | None, known: _Precopied) -> Runs:
+    """What the sink lacks: pages that were written, and those that were not there at the last look."""
+    if written is None:
+        return present
+    changed = pageplan.normalise(np.asarray(written, dtype=np.int64))
+    return pageplan.union(pageplan.intersect(present, changed), pageplan.subtract(present, known.covered))
 
 
 def _has_direct_io(pid: int) -> bool:

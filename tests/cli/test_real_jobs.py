@@ -206,7 +206,7 @@ def test_xz(job):
 
 
 def test_sort(job):
-    work(job, "for i in 1 2 3 4; do sort --parallel=2 -S 8M -T . -k2 input >output; done", 600_000)
+    work(job, "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sort --parallel=2 -S 8M -T . -k2 input >output; done", 600_000)
     expected = subprocess.run(
         ["sort", "-k2", job.directory / "input"], capture_output=True, check=True, env=os.environ
     ).stdout
