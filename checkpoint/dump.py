@@ -92,6 +92,18 @@ class _Precopied:
     """Every page of then is with the sink; False: all must be read in the frozen window."""
     covered: Runs = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
     """The pages that were there at the last look: each is with the sink, or the parent point's."""
+    readers: list[memory.MmReader] = field(default_factory=list)
+    """Who read them, and what each could not read; settled once the sink is drained."""
+
+    def is_whole(self, start_time_ticks: int) -> bool:
+        """Whether what was read is of this very process, and all of it."""
+        same = self.start_time_ticks == start_time_ticks
+        return same and self.complete and not any(reader.gone for reader in self.readers)
+
+    def unread(self) -> Runs:
+        """Pages that a reader failed to read."""
+        failed = sorted(set().union(*(reader.failed for reader in self.readers)))
+        return pageplan.from_list([(page, 1) for page in failed])
 
 
 class _Take:
@@ -188,14 +200,17 @@ class _Take:
         else:
             plan = memory.page_plan(ctx, space, None)
             to_read = _due(plan.present, written, known)
+        readers = known.readers if known is not None else []
         nr_pages = pageplan.count(to_read)
         if nr_pages > _plausible_pages(pid):
             # A large mapping that went away between two looks counts as content.
             self.precopied[pid] = _Precopied(start, complete=False)
             return 0
         if nr_pages:
-            ctx.sink.put(memory.space_name(pid), pageplan.to_list(to_read), memory.reader(ProcMem(pid)))
-        self.precopied[pid] = _Precopied(start, known is None or known.complete, plan.present)
+            reader = memory.reader(ProcMem(pid), may_go=True)
+            ctx.sink.put(memory.space_name(pid), pageplan.to_list(to_read), reader)
+            readers = [*readers, reader]
+        self.precopied[pid] = _Precopied(start, known is None or known.complete, plan.present, readers)
         ctx.stats.pages_dirty += nr_pages
         return nr_pages
 
@@ -250,7 +265,7 @@ class _Take:
         written = self.session.collect(pid, _ranges(space), frozen=process)
         faults.point("dump.collected")
         known = self.precopied.get(pid)
-        if known is not None and (known.start_time_ticks != process.start_time_ticks or not known.complete):
+        if known is not None and not known.is_whole(process.start_time_ticks):
             written, known = None, None
         if known is not None:
             plan = memory.page_plan(ctx, space, None)
@@ -419,7 +434,8 @@ def _due(present: Runs, written: Runs | None, known: _Precopied) -> Runs:
     if written is None:
         return present
     changed = pageplan.normalise(np.asarray(written, dtype=np.int64))
-    return pageplan.union(pageplan.intersect(present, changed), pageplan.subtract(present, known.covered))
+    covered = pageplan.subtract(known.covered, known.unread())
+    return pageplan.union(pageplan.intersect(present, changed), pageplan.subtract(present, covered))
 
 
 def _has_direct_io(pid: int) -> bool:

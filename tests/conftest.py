@@ -67,7 +67,9 @@ def our_files() -> set[str]:
     found: set[str] = set()
     for folder in ("/dev/shm", "/run", "/tmp"):
         with contextlib.suppress(OSError):
-            found |= {f"{folder}/{name}" for name in os.listdir(folder) if name.startswith(("snap-", "snap."))}
+            found |= {
+                f"{folder}/{name}" for name in os.listdir(folder) if name.startswith(("snap-", "snap."))
+            }
     return found
 
 
@@ -81,7 +83,9 @@ def our_descriptors() -> dict[int, str]:
 
 def describe(pid: int) -> str:
     with contextlib.suppress(OSError):
-        command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        command = (
+            pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        )
         return f"{pid} ({command.strip()})"
     return str(pid)
 
@@ -121,7 +125,17 @@ def compile_program(tmp_path_factory):
     def compile_one(name: str, *options: str) -> pathlib.Path:
         if name not in made:
             target = folder / pathlib.Path(name).stem
-            command = ["gcc", "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{PROGRAMS}"]
+            command = [
+                "gcc",
+                "-std=gnu11",
+                "-O2",
+                "-g",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-pthread",
+                f"-I{PROGRAMS}",
+            ]
             done = subprocess.run(
                 [*command, *options, "-o", target, PROGRAMS / name, "-lrt", "-lm"],
                 capture_output=True,

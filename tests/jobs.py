@@ -139,7 +139,14 @@ def snap(*args: str | int, store: os.PathLike[str] | str, **popen: Any) -> dict[
     env = dict(os.environ, PYTHONPATH=str(ROOT), **popen.pop("env", {}))
     command = [*SNAP, "--store", os.fspath(store), *map(str, args), "--json"]
     done = subprocess.run(
-        command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=180, check=False, **popen
+        command,
+        env=env,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=180,
+        check=False,
+        **popen,
     )
     try:
         answer = json.loads(done.stdout)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-import time
 from dataclasses import dataclass
 
+from checkpoint.kernel.syscalls import NUMBERS
 from snapshotter.base.errors import wrap_os_error
 
 
@@ -216,7 +216,7 @@ def read_status(pid: int, tid: int = 0) -> Status:
 
 @dataclass(frozen=True, slots=True)
 class MapsEntry:
-    """One line of maps; with smaps also its VmFlags and sizes."""
+    """One line of maps."""
 
     start: int
     end: int
@@ -227,8 +227,6 @@ class MapsEntry:
     inode: int
     path: str
     """As shown, "" for anonymous memory; octal escapes (newline) are undone, " (deleted)" is left."""
-    vm_flags: frozenset[str] = frozenset()
-    sizes_kib: dict[str, int] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -290,47 +288,8 @@ def parse_maps(data: bytes) -> list[MapsEntry]:
     return [_maps_entry(line) for line in data.split(b"\n") if line]
 
 
-def parse_smaps(data: bytes) -> list[MapsEntry]:
-    found: list[MapsEntry] = []
-    head: MapsEntry | None = None
-    sizes: dict[str, int] = {}
-    flags: frozenset[str] = frozenset()
-
-    def finish() -> None:
-        if head is not None:
-            found.append(
-                MapsEntry(
-                    head.start, head.end, head.perms, head.offset, head.major, head.minor, head.inode, head.path,
-                    flags, dict(sizes),
-                )
-            )  # fmt: skip
-
-    for line in data.split(b"\n"):
-        if not line:
-            continue
-        if b"A" <= line[:1] <= b"Z":
-            key, _, value = line.partition(b":")
-            words = value.split()
-            if key == b"VmFlags":
-                flags = frozenset(word.decode() for word in words)
-            elif words and words[-1] == b"kB":
-                sizes[key.decode()] = int(words[0])
-            continue
-        finish()
-        head, sizes, flags = _maps_entry(line), {}, frozenset()
-    finish()
-    return found
-
-
 def read_maps(pid: int) -> list[MapsEntry]:
     return parse_maps(read_task_file(pid, "maps"))
-
-
-def read_smaps(pid: int) -> list[MapsEntry]:
-    return parse_smaps(read_task_file(pid, "smaps"))
-
-
-# -- the rest of a task --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,80 +343,6 @@ def read_timers(pid: int) -> list[TimerEntry]:
     return parse_timers(read_task_file(pid, "timers"))
 
 
-@dataclass(frozen=True, slots=True)
-class LimitEntry:
-    """One line of /proc/PID/limits; None = unlimited."""
-
-    name: str
-    soft: int | None
-    hard: int | None
-
-
-def parse_limits(data: bytes) -> list[LimitEntry]:
-    found = []
-    for line in data.decode().splitlines()[1:]:
-        soft, hard = line[26:47].strip(), line[47:68].strip()
-        found.append(
-            LimitEntry(
-                line[:26].strip(),
-                None if soft == "unlimited" else int(soft),
-                None if hard == "unlimited" else int(hard),
-            )
-        )
-    return found
-
-
-def read_limits(pid: int) -> list[LimitEntry]:
-    return parse_limits(read_task_file(pid, "limits"))
-
-
-@dataclass(frozen=True, slots=True)
-class MountInfo:
-    """One line of mountinfo."""
-
-    mount_id: int
-    parent_id: int
-    major: int
-    minor: int
-    root: str
-    mount_point: str
-    options: str
-    fs_type: str
-    source: str
-    super_options: str
-
-
-def parse_mountinfo(data: bytes) -> list[MountInfo]:
-    found = []
-    for line in data.split(b"\n"):
-        if not line:
-            continue
-        left, _, right = line.partition(b" - ")
-        head, tail = left.split(b" "), right.split(b" ")
-        major, _, minor = head[2].partition(b":")
-
-        def text(word: bytes) -> str:
-            return unescape(word).decode(errors="surrogateescape")
-
-        found.append(
-            MountInfo(
-                int(head[0]), int(head[1]), int(major), int(minor), text(head[3]), text(head[4]), head[5].decode(),
-                tail[0].decode(), text(tail[1]) if len(tail) > 1 else "", tail[2].decode() if len(tail) > 2 else "",
-            )
-        )  # fmt: skip
-    return found
-
-
-def read_mountinfo(pid: int) -> list[MountInfo]:
-    return parse_mountinfo(read_task_file(pid, "mountinfo"))
-
-
-def parse_auxv(data: bytes) -> dict[int, int]:
-    """AT_* -> value."""
-    words = memoryview(data[: len(data) // 16 * 16]).cast("Q").tolist()
-    return {key: value for key, value in zip(words[0::2], words[1::2], strict=True) if key}
-
-
 def threads(pid: int) -> list[int]:
     """The tids of a process, ascending (the leader's is the pid). TargetGoneError when it is gone."""
     try:
@@ -500,6 +385,17 @@ def wchan(pid: int, tid: int = 0) -> str:
     return read_task_file(pid, "wchan", tid).decode(errors="replace")
 
 
+def waits_for_vfork(pid: int, tid: int) -> bool:
+    """Whether a task sleeps in the kernel until its vfork child has called execve or ended.
+
+    Source: wait_for_vfork_done() in the kernel's fork.c, an uninterruptible sleep; syscall in proc_pid_syscall(5).
+    """
+    if read_stat(pid, tid).state != "D":
+        return False
+    number = read_task_file(pid, "syscall", tid).split()[:1]
+    return number in ([b"%d" % NUMBERS[name]] for name in ("vfork", "clone", "clone3"))
+
+
 def comm(pid: int, tid: int = 0) -> bytes:
     return read_task_file(pid, "comm", tid).removesuffix(b"\n")
 
@@ -507,13 +403,3 @@ def comm(pid: int, tid: int = 0) -> bytes:
 def boot_id() -> str:
     """Differs after every boot."""
     return read_file("/proc/sys/kernel/random/boot_id").decode().strip()
-
-
-def boottime_ns() -> int:
-    """CLOCK_BOOTTIME: since the boot, suspended time included."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-
-def ticks_per_second() -> int:
-    """Unit of start_time_ticks."""
-    return os.sysconf("SC_CLK_TCK")

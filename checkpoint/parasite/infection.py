@@ -432,6 +432,7 @@ class Parasite:
                 break
             for tid in fresh:
                 try:
+                    _await_vfork(self.pid, tid, deadline)
                     ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
                 except TargetGoneError:
                     continue
@@ -449,6 +450,16 @@ class Parasite:
         self._seized = []
 
 
+def _await_vfork(pid: int, tid: int, deadline: float) -> None:
+    """A parent in vfork stops, and can be let go, only after its child's exec or end: seize it after that."""
+    while proc.waits_for_vfork(pid, tid):
+        if time.monotonic() > deadline:
+            raise UnsupportedError(
+                "it does not stop: it waits for its vfork child", where=f"task {tid}", hint="try again"
+            )
+        time.sleep(0.001)
+
+
 def _wait_stop(tid: int, deadline: float) -> bool:
     """Wait for the trap of an interrupt; signals that come first are let through. False: it ended."""
     pause = 0.0
@@ -460,7 +471,7 @@ def _wait_stop(tid: int, deadline: float) -> bool:
         if status.tid == 0:
             if time.monotonic() > deadline:
                 raise UnsupportedError(
-                    "it does not stop: it sleeps uninterruptibly (waits for a vfork child, or for a device)",
+                    "it does not stop: it sleeps uninterruptibly (waits for a device)",
                     where=f"task {tid}", hint="try again",
                 )  # fmt: skip
             time.sleep(pause)

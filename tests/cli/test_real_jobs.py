@@ -17,7 +17,7 @@ import textwrap
 
 import pytest
 
-from tests.jobs import SnapFailedError, is_running, reap, reap_all, snap, state, tree, wait_until
+from tests.jobs import is_running, reap, reap_all, snap, state, tree, wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -181,27 +181,14 @@ def work(job, command: str, nr_lines: int = 200_000) -> None:
     job.start(["bash", "-c", f"{command}; echo $? >status.tmp; mv status.tmp status", "worker"])
     wait_until(lambda: sum(ticks(pid) for pid in tree(job.pid)) > 30, "the worker having worked for 0.3 s")
     assert not (job.directory / "status").exists(), "too fast to be interrupted"
-    take_between_children(job)
-    take_between_children(job, "--kill")
+    job.take()
+    job.take("--kill")
     job.rollback()
     wait_until(
         lambda: (job.directory / "status").exists() or not is_running(job.pid), "the worker's end", 120
     )
     assert (job.directory / "status").read_text() == "0\n", job.said()
     reap(job.pid)
-
-
-def take_between_children(job, *options: str) -> None:
-    """A take that meets a short-lived child at its very end says "target gone" and can be tried again."""
-    for _ in range(4):
-        try:
-            job.take(*options)
-        except SnapFailedError as error:
-            if error.status != 4 or not is_running(job.pid):
-                raise
-        else:
-            return
-    job.take(*options)
 
 
 def ticks(pid: int) -> int:
@@ -219,7 +206,11 @@ def test_xz(job):
 
 
 def test_sort(job):
-    work(job, "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sort --parallel=2 -S 8M -T . -k2 input >output; done", 600_000)
+    work(
+        job,
+        "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sort --parallel=2 -S 8M -T . -k2 input >output; done",
+        600_000,
+    )
     expected = subprocess.run(
         ["sort", "-k2", job.directory / "input"], capture_output=True, check=True, env=os.environ
     ).stdout

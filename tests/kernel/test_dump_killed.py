@@ -15,7 +15,9 @@ from tests.kernel.test_trackers import differences, take
 
 pytestmark = pytest.mark.requires("root")
 
-NAMES = [name for name in faults.POINTS if name.startswith(("dump.", "freeze.", "thaw.", "track.", "parasite."))]
+NAMES = [
+    name for name in faults.POINTS if name.startswith(("dump.", "freeze.", "thaw.", "track.", "parasite."))
+]
 
 
 def alive(pid: int) -> bool:

@@ -229,7 +229,9 @@ def test_a_vfork_parent_is_refused_by_name(monkeypatch, tmp_path):
 
     monkeypatch.setattr(infection, "_STOP_TIMEOUT_S", 0.2)
     source = tmp_path / "vfork.c"
-    source.write_text("#define _GNU_SOURCE\n#include <unistd.h>\nint main(){ if(!vfork()) { for(;;) pause(); } }\n")
+    source.write_text(
+        "#define _GNU_SOURCE\n#include <unistd.h>\nint main(){ if(!vfork()) { for(;;) pause(); } }\n"
+    )
     subprocess.run(["gcc", "-o", tmp_path / "vfork", source], check=True)
     with running(tmp_path / "vfork") as job:
         child = until(lambda: proc.children(job.pid))[0]
@@ -283,7 +285,11 @@ def test_stub_tree_gets_its_pids_and_runs_alone():
         assert (child.call("getpid"), child.call("getppid")) == (child_pid, pid)
         tid = free_pid()
         thread = child.clone_thread(tid)
-        assert (thread.call("gettid"), thread.call("getpid"), child.call("gettid")) == (tid, child_pid, child_pid)
+        assert (thread.call("gettid"), thread.call("getpid"), child.call("gettid")) == (
+            tid,
+            child_pid,
+            child_pid,
+        )
         child.call("mmap", 0x400000, 4096, 5, 0x32, -1, 0)
         child.mem.write(0x400000, PAUSE)
         for task, last in ((thread, False), (child, True)):
@@ -293,7 +299,9 @@ def test_stub_tree_gets_its_pids_and_runs_alone():
         thread.detach()
         child.detach()
         assert next(entry.start for entry in proc.read_maps(child_pid)) == 0x400000
-        until(lambda: proc.wchan(child_pid).endswith("pause") and proc.wchan(child_pid, tid).endswith("pause"))
+        until(
+            lambda: proc.wchan(child_pid).endswith("pause") and proc.wchan(child_pid, tid).endswith("pause")
+        )
     finally:
         for task in reversed(made):
             task.kill()

@@ -112,7 +112,10 @@ def job(request, program, tmp_path):
 def inject(pid, rounds, fault=""):
     env = {**os.environ, "SNAP_FAULT": fault}
     return subprocess.Popen(
-        [sys.executable, "-c", INJECT, str(pid), str(rounds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+        [sys.executable, "-c", INJECT, str(pid), str(rounds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
     )
 
 

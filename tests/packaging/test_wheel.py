@@ -9,7 +9,9 @@ import pytest
 
 from tests.jobs import ROOT
 
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*_pb2.py*", "*.bin", "__pycache__", ".*_cache")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", "build", "dist", "*.so", "*_pb2.py*", "*.bin", "__pycache__", ".*_cache"
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,18 @@ def wheel(tmp_path_factory):
     """Built from the sources alone, as a first `pip install .` does."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        folder,
+        ".",
+    ]
     done = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:

@@ -82,7 +82,9 @@ def test_bad_calls_are_refused_when_they_are_added():
 
 
 def test_numbers_are_those_of_x86_64_not_x32():
-    assert {name: syscalls.number(name) for name in ("ioctl", "rt_sigaction", "execve", "clone3", "mseal")} == {
+    assert {
+        name: syscalls.number(name) for name in ("ioctl", "rt_sigaction", "execve", "clone3", "mseal")
+    } == {
         "ioctl": 16,
         "rt_sigaction": 13,
         "execve": 59,

@@ -31,22 +31,34 @@ _MAX_AUXV_BYTES = 4096
 
 
 class MmReader:
-    """PageReader of an address space. Pages that went away are zeroed and remembered in `failed`."""
+    """PageReader of an address space. Pages that went away are zeroed and remembered in `failed`.
 
-    def __init__(self, mem: ProcMem) -> None:
+    With `may_go` a process that ends (or makes an exec) meanwhile is remembered in `gone` instead of raised.
+    """
+
+    def __init__(self, mem: ProcMem, *, may_go: bool = False) -> None:
         self._mem = mem
+        self._may_go = may_go
         self.failed: set[int] = set()
+        self.gone = False
 
     def read_into(self, runs: Sequence[Run], buffer: memoryview) -> None:
         """PageReader."""
-        failed = self._mem.read_runs(runs, buffer)
+        try:
+            failed = self._mem.read_runs(runs, buffer)
+        except TargetGoneError:
+            if not self._may_go:
+                raise
+            self.gone = True
+            buffer[:] = bytes(len(buffer))
+            return
         if failed:
             self.failed.update(failed)
 
 
-def reader(mem: ProcMem | int) -> MmReader:
+def reader(mem: ProcMem | int, *, may_go: bool = False) -> MmReader:
     """A PageReader for the pages of a process, by its ProcMem or pid. Any thread may use it."""
-    return MmReader(ProcMem(mem) if isinstance(mem, int) else mem)
+    return MmReader(ProcMem(mem) if isinstance(mem, int) else mem, may_go=may_go)
 
 
 def space_name(pid: int) -> str:

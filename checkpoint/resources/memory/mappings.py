@@ -23,6 +23,7 @@ from checkpoint.resources.memory import identity
 from images import mm_pb2
 from snapshotter.base.errors import Finding, TargetGoneError, UnsupportedError, wrap_os_error
 
+_LOOKS = 5
 _ZERO_DEVICE = os.makedev(1, 5)
 _KCMP_VM = 1
 
@@ -209,8 +210,25 @@ def read_space(
 
     Raises:
         TargetGoneError: the process has ended.
-        UnsupportedError: a mapping cannot be dumped; `findings` names each.
+        UnsupportedError: a mapping cannot be dumped; `findings` names each. Or they change too fast to be looked at.
     """
+    for _ in range(_LOOKS):
+        try:
+            return _read_space(pid, register, hidden, known)
+        except _ChangedError:  # it maps and unmaps while it is looked at
+            known = ()
+    raise UnsupportedError(
+        "its mappings changed while they were looked at", where=f"task {pid}", hint="try again"
+    )
+
+
+class _ChangedError(Exception):
+    """A mapping went away between two looks at it."""
+
+
+def _read_space(
+    pid: int, register: Register | None, hidden: Iterable[Range], known: Iterable[Mapping]
+) -> AddressSpace:
     space = AddressSpace(pid)
     findings: list[Finding] = []
     files: dict[tuple[int, int, bytes], tuple[os.stat_result, bytes, bool]] = {}
@@ -279,7 +297,7 @@ def _with_file(
         try:
             stat, link = os.stat(link_path), os.readlink(os.fsencode(link_path))
         except (FileNotFoundError, ProcessLookupError):
-            return "changed while it was looked at", "try again"
+            raise _ChangedError from None
         except (
             PermissionError
         ):  # map_files takes CAP_CHECKPOINT_RESTORE; a path that leads to the inode will do
