@@ -32,6 +32,7 @@ from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping, private_vmas
+from checkpoint.parasite import prepare
 from checkpoint.resources import files, memory, registers, task
 from checkpoint.staging import Staging
 from images import codec, manifest_pb2, task_pb2
@@ -124,7 +125,7 @@ class _Take:
         self._marks = time.monotonic_ns()
 
     def run(self, commit: Commit | None, started: int) -> DumpResult:
-        ctx = self.ctx
+        ctx, sink = self.ctx, self.ctx.sink
         self._mark("look")
         self.prepare_manifest()
         if ctx.options.precopy:
@@ -132,14 +133,17 @@ class _Take:
         staging = Staging(ctx.sink, self.expected_bytes, self.stage_limit())
         self._mark("precopy")
         after = ctx.options.after
+        sink.pause()
         with _frozen(ctx) as tree:
             ctx.processes = tree.processes
             faults.point("dump.frozen")
             self.dump_frozen(tree, staging)
             if after != "run":
+                sink.resume()
                 result = self.finish(staging, started, tree)
                 self.commit(result, commit)
                 tree.leave(after)
+        sink.resume()
         if after == "run":
             faults.point("dump.thawed")
             result = self.finish(staging, started, tree)
@@ -169,6 +173,8 @@ class _Take:
                 break
             if number == 0 and nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes // 8:
                 break
+        for pid in self.found.tasks:
+            prepare(pid)
         for pid in self.precopied:
             # Read once more just before the freeze, so that smaps need not be read in it.
             if time.monotonic_ns() - self.mappings[pid][0] > _MAPPINGS_FRESH_NS:

@@ -98,6 +98,12 @@ class Staging:
             self.sink.drain()
             self._direct = False
 
+    def pause(self) -> None:
+        """Nothing works here."""
+
+    def resume(self) -> None:
+        """Nothing works here."""
+
     def close_space(self, space: str, present: Iterable[Run]) -> None:
         """Remembered until the flush."""
         self._closed.append((space, list(present)))

@@ -146,10 +146,11 @@ struct snap_run_pages {
 
 // Read or write runs of pages, in order, from or to `buffer`. Pages that cannot be reached are zeroed
 // (when reading) and their numbers put into bad[]; returns their number, or -errno when the process
-// itself cannot be reached. mem_fd: /proc/PID/mem, which also passes protections. use_mem: go straight there
-// (right for pages that are shared copy-on-write, where pinning would copy them first).
+// itself cannot be reached. mem_fd: /proc/PID/mem, which also passes protections.
+// Reading uses nothing else: process_vm_readv pins pages, and pinning one that is shared copy-on-write gives the
+// job a copy of its own first.
 int64_t snap_move_runs(int pid, int mem_fd, const struct snap_run_pages *runs, size_t nr_runs, char *buffer,
-                       int writing, int use_mem, uint64_t *bad, size_t max_bad)
+                       int writing, uint64_t *bad, size_t max_bad)
 {
     struct iovec remote[MAX_IOV], local;
     size_t nr_bad = 0, i = 0;
@@ -167,9 +168,8 @@ int64_t snap_move_runs(int pid, int mem_fd, const struct snap_run_pages *runs, s
         local.iov_base = buffer;
         local.iov_len = pages * PAGE;
         ssize_t moved = -1;
-        if (!use_mem) {
-            moved = writing ? process_vm_writev(pid, &local, 1, remote, n, 0)
-                            : process_vm_readv(pid, &local, 1, remote, n, 0);
+        if (writing) {
+            moved = process_vm_writev(pid, &local, 1, remote, n, 0);
             if (moved < 0 && errno == ESRCH)
                 return -ESRCH;
         }
@@ -190,11 +190,13 @@ int64_t snap_move_runs(int pid, int mem_fd, const struct snap_run_pages *runs, s
         // The next page stopped us (or we are to go through the file): the rest of this run through it.
         while (i < nr_runs && skip < runs[i].nr_pages) {
             uint64_t page = runs[i].first + skip;
-            size_t size = use_mem ? (runs[i].nr_pages - skip) * PAGE : PAGE;
+            size_t size = writing ? PAGE : (runs[i].nr_pages - skip) * PAGE;
             ssize_t got = writing ? pwrite(mem_fd, buffer, size, (off_t)(page * PAGE))
                                   : pread(mem_fd, buffer, size, (off_t)(page * PAGE));
             if (got <= 0 && errno == EINTR)
                 continue;
+            if (got == 0)
+                return -ESRCH;          // the file's way to say that this address space is no more
             uint64_t done = got > 0 ? (uint64_t)got / PAGE : 0;
             if (done == 0) {
                 if (!writing)
@@ -206,7 +208,7 @@ int64_t snap_move_runs(int pid, int mem_fd, const struct snap_run_pages *runs, s
             }
             buffer += done * PAGE;
             skip += done;
-            if (!use_mem)
+            if (writing)
                 break;                  // one page this way, then try the fast one again
         }
         if (i < nr_runs && skip == runs[i].nr_pages) {

@@ -82,6 +82,8 @@ class PointWriter:
         self._nr_spare = 0
         self._unread = 0
         self._draining = 0
+        self._busy = NR_THREADS
+        self._paused = False
         self._stopping = False
         self._done = False
         self._committing: str | None = None
@@ -126,6 +128,19 @@ class PointWriter:
             finally:
                 self._draining -= 1
         self._check()
+
+    def pause(self) -> None:
+        """Finish the chunks at hand and hold; see PageSink."""
+        with self._changed:
+            self._paused = True
+            while self._busy and self._error is None:
+                self._changed.wait()
+
+    def resume(self) -> None:
+        """End a pause. Idempotent."""
+        with self._changed:
+            self._paused = False
+            self._changed.notify_all()
 
     def close_space(self, space: str, present: Iterable[Run]) -> None:
         """The space's final set of pages; see snapshotter.base.pages."""
@@ -251,8 +266,10 @@ class PointWriter:
             if self._error is None:
                 worker.finish()
         except BaseException as error:
+            self._error = self._error or error
+        finally:
             with self._changed:
-                self._error = self._error or error
+                self._busy -= 1
                 self._changed.notify_all()
 
     def _next(self) -> tuple[Task, bytearray | None] | None:
@@ -262,6 +279,9 @@ class PointWriter:
                 while True:
                     if self._error is not None:
                         return None
+                    if self._paused and not self._draining:
+                        self._wait()
+                        continue
                     if self._draining and self._queue and (self._spare or self._nr_spare < SPARE_BUFFERS):
                         task = self._queue.popleft()
                         break
@@ -271,7 +291,7 @@ class PointWriter:
                         return self._queue.popleft(), None
                     if self._stopping and not self._unread:
                         return None
-                    self._changed.wait()
+                    self._wait()
                 if self._spare:
                     buffer = self._spare.pop()
                 else:
@@ -283,6 +303,14 @@ class PointWriter:
             with self._changed:
                 self._read_ahead.append((task, buffer))
             self._mark_read()
+
+    def _wait(self) -> None:
+        """A worker waits for something to change."""
+        self._busy -= 1
+        if self._paused:
+            self._changed.notify_all()
+        self._changed.wait()
+        self._busy += 1
 
     def _mark_read(self) -> None:
         with self._changed:
@@ -296,6 +324,7 @@ class PointWriter:
     def _stop(self, *, finish: bool) -> None:
         with self._changed:
             self._stopping = True
+            self._paused = False
             if not finish and self._error is None:
                 self._error = StoreError("the writer was closed before its commit")
             self._changed.notify_all()

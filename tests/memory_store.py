@@ -52,6 +52,12 @@ class MemoryPoint:
     def drain(self) -> None:
         """Nothing is ever queued."""
 
+    def pause(self) -> None:
+        """Nothing works here."""
+
+    def resume(self) -> None:
+        """Nothing works here."""
+
     def close_space(self, space: str, present: Iterable[Run]) -> None:
         put = self.spaces.get(space, {})
         final = {}

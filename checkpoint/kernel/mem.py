@@ -1,8 +1,8 @@
 """Another process's memory: /proc/PID/mem for single pieces, runs of pages in C without the GIL.
 
-`/proc/PID/mem` passes page protections (it writes read-only pages of private mappings, copying them first);
-process_vm_readv is as fast and takes many runs in one call, but pins pages: for a forked child that still shares
-its pages copy-on-write, say `cow=True` and everything goes through the file (KERNEL_FACTS.md has the numbers).
+`/proc/PID/mem` passes page protections (it writes read-only pages of private mappings, copying them first), and stays
+with its address space. process_vm_readv is no faster, and pins pages: a page that a forked child still shares with its
+parent would be copied for that, until the job has all of its memory twice (KERNEL_FACTS.md has the numbers).
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ class ProcMem:
     it was opened for: after an exec or the end of the process everything is TargetGoneError.
     """
 
-    def __init__(self, pid: int, *, cow: bool = False) -> None:
+    def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.cow = cow
         try:
             self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -101,9 +100,7 @@ class ProcMem:
         max_bad = min(nr_pages, 65536)
         bad = ffi.new("uint64_t[]", max_bad)
         data = ffi.from_buffer("char[]", view, require_writable=not writing)
-        result = lib.snap_move_runs(
-            self.pid, self._fd, table, len(runs), data, int(writing), int(self.cow), bad, max_bad
-        )
+        result = lib.snap_move_runs(self.pid, self._fd, table, len(runs), data, int(writing), bad, max_bad)
         if result < 0:
             error = OSError(-result, os.strerror(-result))
             raise wrap_os_error(error, "cannot reach its memory", where=f"task {self.pid}") from error

@@ -366,6 +366,16 @@ def _rseq_section(data: bytes) -> tuple[int, ...]:
     return struct.unpack("<IIQQQ", data)
 
 
+def prepare(pid: int) -> None:
+    """Load what infecting this running process will need and keep it, so that the frozen window need not wait for it.
+
+    Only reads, and reports nothing: what is wrong with the process, infect() says.
+    """
+    blob()
+    with contextlib.suppress(OSError, SnapshotterError), ProcMem(pid) as mem:
+        gadgets.find(_code_ranges(proc.read_maps(pid)), mem.read, where=f"task {pid}")
+
+
 def infect(task: Target) -> RemoteTask:
     """Make a seized and stopped task (all threads of its process are stopped) able to run batches.
 

@@ -35,6 +35,14 @@ class PageSink(Protocol):
     def drain(self) -> None:
         """Wait until every queued page was read (not necessarily stored); raises what a worker raised."""
 
+    def pause(self) -> None:
+        """Leave the processors to the frozen window: returns when no thread of the sink works any more. They go on
+        at `resume`; a `drain` meanwhile still gets pages read.
+        """
+
+    def resume(self) -> None:
+        """End a pause. Idempotent."""
+
     def close_space(self, space: str, present: Iterable[Run]) -> None:
         """The space's final set of pages. Those never put are the parent point's; a page that the parent
         lacks too raises. Parent pages outside `present` are dropped.
