@@ -164,6 +164,33 @@ def find(root_pid: int, root_start: int, tracker: str) -> Kept | None:
     return kept
 
 
+def others(root_pid: int, tracker: str) -> dict[int, list[tuple[int, int]]]:
+    """Which other jobs a process is tracked for: pid -> [(root pid, its start time in ticks)].
+
+    A process can be part of two jobs, one inside the other.
+    """
+    found: dict[int, list[tuple[int, int]]] = {}
+    for path in state_dir().glob("*.json"):
+        try:
+            root = int(path.stem)
+            state = json.loads(path.read_bytes())
+            if root == root_pid or state["tracker"] != tracker:
+                continue
+            for task in state["tasks"]:
+                found.setdefault(int(task), []).append((root, int(state["root_start"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def invalidate(root_pid: int, root_start: int, tracker: str) -> None:
+    """Make the next take of a job read everything."""
+    kept = find(root_pid, root_start, tracker)
+    if kept is not None:
+        kept.nonce = ""
+        kept.close()
+
+
 def new(tracker: str) -> Kept:
     """Nothing kept yet: an empty nonce, no descriptors, no keeper."""
     fd = os.memfd_create("snap-nonce", os.MFD_CLOEXEC)
@@ -213,15 +240,6 @@ def keep(kept: Kept, root_pid: int, root_start: int, tasks: Mapping[int, int]) -
     finally:
         for fd in (leash, leash_read, *pidfds.values()):
             os.close(fd)
-
-
-def dismiss(kept: Kept, root_pid: int) -> None:
-    """End the keeper and with it the tracking."""
-    if kept.keeper_pidfd >= 0:
-        with contextlib.suppress(OSError):
-            signal.pidfd_send_signal(kept.keeper_pidfd, signal.SIGKILL)
-    with contextlib.suppress(OSError):
-        state_path(root_pid).unlink()
 
 
 def _spawn(words: list[str], fds: list[int]) -> int:

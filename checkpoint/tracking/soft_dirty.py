@@ -7,8 +7,9 @@ Read and reset are two steps here, and a write between them would be lost: so co
 the time of both (milliseconds per GiB, once per take besides the frozen window).
 
 New VMAs are soft-dirty as a whole (VM_SOFTDIRTY), so mmap, mremap and exec need no care. A fork's child inherits clean
-bits: dump.py uses no parent for a task that is not older than the parent's dump. Another tool that writes
-clear_refs destroys the knowledge without a trace: do not mix them (`snap` itself notices by the nonce).
+bits: dump.py uses no parent for a task that is not older than the parent's dump. A process that is part of two jobs
+has one set of bits: whoever resets them makes the other job's nonce invalid first. Another tool that writes clear_refs
+(or a snap with another SNAP_RUNTIME_DIR) destroys the knowledge without a trace: do not mix them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class SoftDirtySession(Session):
         self.nonce = ""
         self._valid: set[int] = set()
         self._kept: keeper.Kept | None = None
+        self._others: dict[int, list[tuple[int, int]]] = {}
         self._changed = False
         self._lock = keeper.JobLock(root_pid)
         if not self._lock.acquire():
@@ -53,6 +55,7 @@ class SoftDirtySession(Session):
         elif parent_nonce and self._kept.nonce == parent_nonce:
             self._valid = {pid for pid, start in self._kept.tasks.items() if tasks.get(pid) == start}
         self.nonce = new_nonce()
+        self._others = keeper.others(root_pid, SoftDirtyTracker.name)
 
     def tracks(self, pid: int) -> bool:
         """Every process of the job, unless another take is under way."""
@@ -67,6 +70,8 @@ class SoftDirtySession(Session):
             return None
         if kept.nonce:
             kept.nonce = ""
+        for root, start in self._others.pop(pid, ()):
+            keeper.invalidate(root, start, SoftDirtyTracker.name)
         still: contextlib.AbstractContextManager[object] = (
             contextlib.nullcontext() if frozen is not None else stopped_process(pid)
         )

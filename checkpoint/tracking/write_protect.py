@@ -12,8 +12,9 @@ Why the answers are right:
   registered VMA grew by have no mark and are written.
 - Marks that are left in a VMA that was never ours (kernels before 6.13 keep them over mremap) would look clean and
   stay so: they are looked for right after registering, and cleared.
-- A VMA that another userfaultfd has (EBUSY: the program's own, or another snap) is never scanned, so that its
-  owner's marks stay, and counts as written at every take.
+- A process of which another userfaultfd has any VMA (EBUSY: the program's own, or that of a job that this process is
+  part of as well) is not tracked: two that scan the same marks would take them from each other. Whoever came first
+  keeps tracking; the other reads everything at every take.
 - A scan takes only what is registered. A VMA that was replaced between the look and the scan while the job runs is
   missed by that scan, but not by the one of the frozen window, where nothing changes.
 
@@ -43,7 +44,7 @@ from checkpoint.kernel import proc
 from checkpoint.kernel import sys as ksys
 from checkpoint.parasite import RemoteTask
 from checkpoint.tracking import keeper, uffd
-from checkpoint.tracking.base import EMPTY, Probe, Runs, Session, Tracker, new_nonce, pages_of
+from checkpoint.tracking.base import Probe, Runs, Session, Tracker, new_nonce, pages_of
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
 
@@ -62,7 +63,6 @@ class WriteProtectSession(Session):
         self._scanner = uffd.Scanner()
         self._pagemaps: dict[int, int] = {}
         self._refused: set[int] = set()
-        self._foreign: dict[int, set[int]] = {}
         self._fresh: dict[int, set[tuple[int, int]]] = {}
         self._changed = False
         self._valid: set[int] = set()
@@ -97,20 +97,29 @@ class WriteProtectSession(Session):
                 self._begin(pid, vmas, frozen)
             elif frozen is not None and not self._register(pid, vmas):
                 # The address space of this userfaultfd is gone: the process has made an exec.
-                os.close(kept.uffds.pop(pid))
+                self._drop(pid)
                 self._begin(pid, vmas, frozen)
             runs = self._scan(pid, vmas)
         except TargetGoneError:
             raise
         except (OSError, SnapshotterError):
-            # Not allowed in this process (no descriptor free ...): it is read in full at every take.
+            # Not allowed in this process (no descriptor free, somebody else's ...): it is read in full at every take.
             self._refused.add(pid)
             self._valid.discard(pid)
+            self._drop(pid)
             return None
         if pid in self._valid:
             return runs
         self._valid.add(pid)
         return None
+
+    def _drop(self, pid: int) -> None:
+        """End the tracking of a process: the kernel clears every mark of this userfaultfd."""
+        assert self._kept is not None
+        if pid in self._kept.uffds:
+            # The keeper's copy goes when confirm() starts another.
+            os.close(self._kept.uffds.pop(pid))
+            self._changed = True
 
     def _begin(self, pid: int, vmas: Sequence[tuple[int, int]], frozen: FrozenProcess | None) -> None:
         """Make a userfaultfd in the process and register everything."""
@@ -141,10 +150,13 @@ class WriteProtectSession(Session):
         self._changed = True
 
     def _register(self, pid: int, vmas: Sequence[tuple[int, int]]) -> bool:
-        """Register what is not yet ours; the process stands still. False: our descriptor is of another address space."""
+        """Register what is not yet ours; the process stands still. False: our descriptor is of another address space.
+
+        Raises:
+            SnapshotterError: a VMA is registered with somebody else's userfaultfd.
+        """
         assert self._kept is not None
         descriptor, pagemap = self._kept.uffds[pid], self._pagemap(pid)
-        foreign = self._foreign[pid] = set()
         fresh = self._fresh.setdefault(pid, set())
         for start, end in vmas:
             watched = self._scanner.is_watched(pagemap, start)
@@ -154,7 +166,7 @@ class WriteProtectSession(Session):
                 if error.errno in {errno.ENOMEM, errno.ESRCH} and not watched:
                     return False
                 if watched:
-                    foreign.add(start)
+                    raise SnapshotterError("somebody else tracks its memory", where=f"task {pid}") from error
                 continue
             if not watched:
                 fresh.add((start, end))
@@ -163,19 +175,11 @@ class WriteProtectSession(Session):
         return True
 
     def _scan(self, pid: int, vmas: Sequence[tuple[int, int]]) -> Runs:
-        """Read and reset. What is not registered, was registered just now, or is somebody else's is written."""
+        """Read and reset. What is not registered, or was registered just now, is written."""
         pagemap = self._pagemap(pid)
-        foreign = self._foreign.get(pid, set())
         whole = list(self._fresh.pop(pid, ()))
-        whole += [
-            pair for pair in vmas if pair[0] in foreign or not self._scanner.is_watched(pagemap, pair[0])
-        ]
-        if foreign:
-            taken = {pair[0] for pair in whole if pair[0] in foreign}
-            parts = [self._scanner.take(pagemap, *pair) for pair in vmas if pair[0] not in taken]
-            runs = np.concatenate(parts) if parts else EMPTY
-        else:
-            runs = self._scanner.take(pagemap)
+        whole += [pair for pair in vmas if not self._scanner.is_watched(pagemap, pair[0])]
+        runs = self._scanner.take(pagemap)
         return np.concatenate((runs, pages_of(whole))) if whole else runs
 
     def _pagemap(self, pid: int) -> int:

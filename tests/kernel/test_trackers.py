@@ -16,6 +16,7 @@ import pytest
 from checkpoint import tracking
 from checkpoint.context import DumpOptions
 from checkpoint.dump import dump
+from checkpoint.kernel import proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.model.vma import private_vmas
@@ -66,8 +67,6 @@ class Writer:
             assert os.read(self._answer, 1) == b"."
 
     def start_time(self) -> int:
-        from checkpoint.kernel import proc
-
         return proc.read_stat(self.pid).start_time_ticks
 
     def end(self) -> None:
@@ -170,6 +169,49 @@ def test_second_take_at_the_same_time_reads_everything(kind, writer):
             assert two.collect(writer.pid, writer.vmas) is None
         writer.write(1)
         assert pages_of(one.collect(writer.pid, writer.vmas), writer) == [1]
+
+
+@pytest.mark.parametrize("kind", LIVE)
+@pytest.mark.parametrize("same_folder", [True, False])
+def test_process_of_two_jobs(kind, same_folder, writer, tmp_path, monkeypatch):
+    """A root outside and the process itself as a root: neither ever takes the other's marks."""
+    if kind is SoftDirtyTracker and not same_folder:
+        pytest.skip("one set of bits: said in soft_dirty.py")
+    outer = {os.getpid(): proc.read_stat(os.getpid()).start_time_ticks, writer.pid: writer.start_time()}
+    inner = {writer.pid: writer.start_time()}
+    nonces = {"outer": "", "inner": ""}
+
+    def written(name: str) -> list[int] | None:
+        root, tasks = (os.getpid(), outer) if name == "outer" else (writer.pid, inner)
+        if not same_folder:
+            monkeypatch.setenv("SNAP_RUNTIME_DIR", str(tmp_path / f"run-{name}"))
+        with kind().session(root, tasks, nonces[name]) as session:
+            runs = session.collect(writer.pid, writer.vmas)
+            session.confirm()
+            nonces[name] = session.nonce
+        return None if runs is None else pages_of(runs, writer)
+
+    for number, name in enumerate(["outer", "outer", "inner", "outer", "inner", "inner", "outer"]):
+        writer.write(10 + number)
+        unseen = {10 + number} if name == "outer" else set()
+        found = written(name)
+        assert found is None or unseen <= set(found), name
+    since: dict[str, set[int]] = {"outer": set(), "inner": set()}
+    for number in range(12):
+        writer.write(100 + number)
+        for pages in since.values():
+            pages.add(100 + number)
+        name = "outer" if number % 3 else "inner"
+        found = written(name)
+        assert found is None or since[name] <= set(found), name
+        since[name] = set()
+    for name in ("outer", "inner"):
+        if not same_folder:
+            monkeypatch.setenv("SNAP_RUNTIME_DIR", str(tmp_path / f"run-{name}"))
+        kept = keeper.find(os.getpid(), outer[os.getpid()], kind.name)
+        if kept is not None:  # it would wait for the end of this test process
+            signal.pidfd_send_signal(kept.keeper_pidfd, signal.SIGKILL)
+            kept.close()
 
 
 @pytest.mark.parametrize("kind", LIVE)
