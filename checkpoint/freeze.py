@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
-from checkpoint.kernel import proc, ptrace
+from checkpoint.kernel import interrupted, proc, ptrace
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.sys import KCMP_VM, kcmp
 from checkpoint.parasite import cure
@@ -282,10 +282,13 @@ class FrozenTree:
     def _task(self, pid: int, tid: int, leader_start: int) -> FrozenTask:
         start = leader_start if tid == pid else proc.read_stat(pid, tid).start_time_ticks
         _, group_stopped, stop_signal = self._seized[tid]
+        regs = ptrace.getregs(tid)
+        if not group_stopped and interrupted.restart_instead(regs):
+            ptrace.setregs(tid, regs)
         task = FrozenTask(
             tid=tid,
             pid=pid,
-            regs=ptrace.getregs(tid),
+            regs=regs,
             sigmask=ptrace.get_sigmask(tid),
             start_time_ticks=start,
             group_stopped=group_stopped,

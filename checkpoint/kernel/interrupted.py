@@ -3,14 +3,19 @@
 A stopped task shows them as orig_rax >= 0 with a restart code in rax. While its own registers go back to it, the
 kernel restarts the call. Where that is not so (a restored task; a task that returns through rt_sigreturn, which
 clears the restart block) the call must be issued again: `resumable` gives the registers for that.
+
+Some calls are not restarted by the kernel even when nothing but a stop interrupted them (signal(7), "Interruption of
+system calls and library functions by stop signals"). A job must not notice that it was stopped: `restart_instead`.
 """
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel.ptrace import NOT_IN_SYSCALL
+from checkpoint.kernel.syscalls import NUMBERS
 
 if TYPE_CHECKING:
     from checkpoint.kernel.mem import ProcMem
@@ -19,12 +24,34 @@ if TYPE_CHECKING:
 NR_POLL, NR_NANOSLEEP, NR_FUTEX, NR_RESTART_SYSCALL, NR_CLOCK_NANOSLEEP = 7, 35, 202, 219, 230
 ERESTART_RESTARTBLOCK = 516
 _RESTARTABLE = {NR_POLL, NR_NANOSLEEP, NR_FUTEX, NR_CLOCK_NANOSLEEP}
+_ERESTARTNOHAND = 514
+_ENDED_BY_STOPS = frozenset(
+    NUMBERS[name]
+    for name in (
+        "epoll_wait", "epoll_pwait", "epoll_pwait2", "rt_sigtimedwait", "semop", "semtimedop", "io_getevents",
+        "io_pgetevents", "io_uring_enter", "read", "readv", "write", "writev", "recvfrom", "recvmsg", "recvmmsg", "sendto",
+        "sendmsg", "sendmmsg", "accept", "accept4",
+    )
+)  # fmt: skip
+"""Waits that fail with EINTR before they did anything (those on sockets: with SO_RCVTIMEO or SO_SNDTIMEO)."""
 _TIMER_ABSTIME = 1
 _FUTEX_FLAGS = 128 | 256  # FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME
 _SYSCALL = b"\x0f\x05"
 _MOV_EAX = 0xB8
 _MIN_POINTER = 65536
 _MAX_NFDS = 1 << 20
+
+
+def restart_instead(regs: Regs) -> bool:
+    """Make the kernel restart a call that it would end with EINTR for our stop alone; True: `regs` were changed.
+
+    A signal with a handler that is pending still ends the call with EINTR, as it would have without us. A timeout starts
+    anew: what was left of it is not to be known.
+    """
+    if not regs.in_syscall or int(regs.orig_rax) not in _ENDED_BY_STOPS or regs.rax != 2**64 - errno.EINTR:
+        return False
+    regs.rax = 2**64 - _ERESTARTNOHAND
+    return True
 
 
 def resumable(regs: Regs, mem: ProcMem) -> Regs:

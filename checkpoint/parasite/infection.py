@@ -416,6 +416,10 @@ class Parasite:
     def __enter__(self) -> RemoteTask:
         try:
             self._stop_all()
+            for tid in self._seized:
+                regs = ptrace.getregs(tid)
+                if interrupted.restart_instead(regs):
+                    ptrace.setregs(tid, regs)
             target = _Stopped(self.tid, self.pid, ptrace.getregs(self.tid), ptrace.get_sigmask(self.tid))
             self._task = infect(target)
         except BaseException:

@@ -7,6 +7,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/select.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <semaphore.h>
 
@@ -17,7 +18,7 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
 static int condition_met;
 static atomic_int inside, returned;
-static int pipe_fds[2];
+static int pipe_fds[2], sockets[2];
 
 struct sleeper {
     const char *name;
@@ -106,12 +107,15 @@ static long in_sigtimedwait(void)
     struct timespec timeout = {100, 0};
     sigemptyset(&set);
     sigaddset(&set, SIGUSR2);
-    for (;;) {
-        /* EINTR is documented for sigtimedwait after a stop; the kernel does not restart it. */
-        int sig = sigtimedwait(&set, NULL, &timeout);
-        if (sig >= 0 || errno != EINTR)
-            return sig;
-    }
+    return sigtimedwait(&set, NULL, &timeout);
+}
+static long in_recv_timed(void)
+{
+    struct timeval timeout = {100, 0};
+    char byte;
+    if (setsockopt(sockets[0], SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout)) != 0)
+        return -2;
+    return recv(sockets[0], &byte, 1, 0);
 }
 
 static struct sleeper sleepers[] = {
@@ -125,20 +129,12 @@ static struct sleeper sleepers[] = {
     {"read of a pipe", in_read, 1, 0, 0, 0, 0},
     {"sem_wait", in_sem, 0, 0, 0, 0, 0},
     {"pthread_cond_wait", in_condition, 0, 0, 0, 0, 0},
+    /* Linux ends these with EINTR whenever a task was stopped (signal(7)), but not because of snap. */
     {"sigtimedwait", in_sigtimedwait, SIGUSR2, 0, 0, 0, 0},
+    {"epoll_wait", in_epoll, 1, 0, 0, 0, 0},
+    {"recv with a timeout", in_recv_timed, 1, 0, 0, 0, 0},
 };
 #define NR_SLEEPERS (sizeof(sleepers) / sizeof(sleepers[0]))
-/* epoll_wait is one of those that Linux ends with EINTR whenever a task was stopped (signal(7)); snap must not make it
- * worse than a stop does, so it is called again. */
-static long in_epoll_again(void)
-{
-    long result;
-    do
-        result = in_epoll();
-    while (result == -1 && errno == EINTR);
-    return result;
-}
-static struct sleeper epoll_sleeper = {"epoll_wait", in_epoll_again, 1, 0, 0, 0, 0};
 
 static void *sleeper_main(void *argument)
 {
@@ -161,11 +157,11 @@ int main(int argc, char **argv)
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     efd = MUST(eventfd(0, 0));
     MUST(pipe(pipe_fds));
+    MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, sockets));
     sem_init(&semaphore, 0, 0);
     for (size_t i = 0; i < NR_SLEEPERS; i++)
         pthread_create(&sleepers[i].thread, NULL, sleeper_main, &sleepers[i]);
-    pthread_create(&epoll_sleeper.thread, NULL, sleeper_main, &epoll_sleeper);
-    while (atomic_load(&inside) != NR_SLEEPERS + 1)
+    while (atomic_load(&inside) != NR_SLEEPERS)
         sched_yield();
     usleep(50000);
     sigset_t term;
@@ -184,14 +180,15 @@ int main(int argc, char **argv)
     uint64_t one = 1;
     MUST(write(efd, &one, sizeof(one)));
     MUST(write(pipe_fds[1], "x", 1));
+    MUST(write(sockets[1], "x", 1));
     sem_post(&semaphore);
     pthread_mutex_lock(&mutex);
     condition_met = 1;
     pthread_cond_broadcast(&condition);
     pthread_mutex_unlock(&mutex);
     kill(getpid(), SIGUSR2);
-    for (size_t i = 0; i <= NR_SLEEPERS; i++) {
-        struct sleeper *one_of = i < NR_SLEEPERS ? &sleepers[i] : &epoll_sleeper;
+    for (size_t i = 0; i < NR_SLEEPERS; i++) {
+        struct sleeper *one_of = &sleepers[i];
         pthread_join(one_of->thread, NULL);
         CHECK(!one_of->over_early && one_of->result == one_of->expected, "%s: result %ld, errno %d, early %d", one_of->name,
               one_of->result, one_of->error, one_of->over_early);
