@@ -35,6 +35,7 @@ from checkpoint.model.vma import Mapping, private_vmas
 from checkpoint.parasite import prepare
 from checkpoint.resources import files, memory, registers, task
 from checkpoint.staging import Staging
+from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from images import codec, manifest_pb2, task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
@@ -121,6 +122,7 @@ class _Take:
         """pid -> when (monotonic ns) and what smaps said."""
         self.expected_bytes = _MIN_STAGED_BYTES
         self.dump_uptime_ns = 0
+        self.frozen_readers: dict[int, memory.MmReader] = {}
         self.manifest = manifest_pb2.Manifest()
         self._marks = time.monotonic_ns()
 
@@ -192,7 +194,7 @@ class _Take:
             space = memory.address_space(ctx, pid, frozen=False)
         except UnsupportedError:
             return 0  # mappings came and went while they were looked at; the frozen window will tell
-        written = self.session.collect(pid, _ranges(space))
+        written = self.written(pid, space)
         faults.point("dump.armed")
         if not self.session.tracks(pid):
             return 0
@@ -205,7 +207,7 @@ class _Take:
             to_read = plan.to_read
         else:
             plan = memory.page_plan(ctx, space, None)
-            to_read = _due(plan.present, written, known)
+            to_read = _due(plan, written, known)
         readers = known.readers if known is not None else []
         nr_pages = pageplan.count(to_read)
         if nr_pages > _plausible_pages(pid):
@@ -219,6 +221,18 @@ class _Take:
         self.precopied[pid] = _Precopied(start, known is None or known.complete, plan.present, readers)
         ctx.stats.pages_dirty += nr_pages
         return nr_pages
+
+    def written(
+        self, pid: int, space: memory.AddressSpace, frozen: FrozenProcess | None = None
+    ) -> Runs | None:
+        """What the tracker says, and what it cannot see."""
+        runs = self.session.collect(pid, _ranges(space), frozen=frozen)
+        if runs is not None and self.tracker == SoftDirtyTracker.name:
+            # KSM makes a new page table entry, without the bit that the page had.
+            merged = [vma for vma in space.vmas if "mg" in vma.madvise]
+            if merged:
+                runs = np.concatenate((runs, pageplan.of_vmas(merged)))
+        return runs
 
     def _usable(self, pid: int, start: int) -> bool:
         """Whether the parent's pages of this pid are of this very process (see the design: dump_uptime)."""
@@ -255,6 +269,7 @@ class _Take:
             self._mark("shmem")
             staging.drain()
             memory.shmem.close_all(ctx)
+            self.read_again(staging)
         finally:
             ctx.sink = real
         living = {process.pid for process in ctx.living()}
@@ -268,14 +283,14 @@ class _Take:
         assert process.mem is not None
         space = memory.address_space(ctx, pid, frozen=True, known=self.mappings.get(pid, (0, ()))[1])
         self.session.add(pid, process.start_time_ticks)
-        written = self.session.collect(pid, _ranges(space), frozen=process)
+        written = self.written(pid, space, process)
         faults.point("dump.collected")
         known = self.precopied.get(pid)
         if known is not None and not known.is_whole(process.start_time_ticks):
             written, known = None, None
         if known is not None:
             plan = memory.page_plan(ctx, space, None)
-            to_read = _due(plan.present, written, known)
+            to_read = _due(plan, written, known)
         else:
             if written is not None and not self._usable(pid, process.start_time_ticks):
                 written = None
@@ -285,11 +300,29 @@ class _Take:
         reader = memory.reader(process.mem)
         if len(to_read):
             ctx.sink.put(name, pageplan.to_list(to_read), reader)
-        if reader.failed:
-            ctx.warn(f"task {pid}: {len(reader.failed)} pages could not be read and are stored as zeros")
+        self.frozen_readers[pid] = reader
         ctx.sink.close_space(name, plan.present_runs())
         ctx.stats.pages_total += plan.nr_present
         return space
+
+    def read_again(self, staging: Staging) -> None:
+        """Pages that another thread of ours could not read: once more from this one, which is the tracer.
+
+        Raises:
+            SnapshotterError: there is a page that cannot be read. A point never has zeros in its place.
+        """
+        for pid, reader in self.frozen_readers.items():
+            failed, reader.failed = sorted(reader.failed), set()
+            if not failed:
+                continue
+            staging.put(memory.space_name(pid), [(page, 1) for page in failed], reader)
+            staging.drain()
+            if reader.failed:
+                raise SnapshotterError(
+                    f"{len(reader.failed)} pages cannot be read, the first is {min(reader.failed):#x}",
+                    where=f"task {pid}",
+                    hint="broken memory (see dmesg), or /proc/PID/mem is restricted (proc_mem.force_override)",
+                )
 
     def note_instant(self) -> None:
         """When this point is of."""
@@ -435,11 +468,12 @@ def _as_runs(table: Runs | None) -> list[Run] | None:
     return None if table is None else pageplan.to_list(pageplan.normalise(table))
 
 
-def _due(present: Runs, written: Runs | None, known: _Precopied) -> Runs:
+def _due(plan: pageplan.PagePlan, written: Runs | None, known: _Precopied) -> Runs:
     """What the sink lacks: pages that were written, and those that were not there at the last look."""
+    present = plan.present
     if written is None:
         return present
-    changed = pageplan.normalise(np.asarray(written, dtype=np.int64))
+    changed = pageplan.union(pageplan.normalise(np.asarray(written, dtype=np.int64)), plan.doubtful)
     covered = pageplan.subtract(known.covered, known.unread())
     return pageplan.union(pageplan.intersect(present, changed), pageplan.subtract(present, covered))
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
+import mmap
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -28,7 +30,7 @@ _REGION = np.dtype([("start", "<u8"), ("end", "<u8"), ("categories", "<u8")])
 WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO = 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5
 GUARD = 1 << 8
 
-_PM_PRESENT, _PM_SWAP, _PM_FILE, _PM_GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
+_PM_PRESENT, _PM_SWAP, _PM_FILE, _PM_GUARD, _PM_EXCLUSIVE = 1 << 63, 1 << 62, 1 << 61, 1 << 58, 1 << 56
 _PM_FRAME = (1 << 55) - 1
 _SWAP_TYPE_MARKER = 31
 """The last of the 32 swap types is SWP_PTE_MARKER (include/linux/swap.h), whatever the kernel's
@@ -46,6 +48,8 @@ class Content:
     """Pages with content of their own: anonymous, present or swapped, not the zero page."""
     guard: Runs
     """Pages with MADV_GUARD_INSTALL."""
+    doubtful: Runs = field(default_factory=lambda: EMPTY)
+    """Those of `present` that may be the zero page: no tracker sees how a page that was dropped became that."""
 
 
 class _Support:
@@ -107,6 +111,7 @@ class PageMap:
         own = over[(over["categories"] & (PRESENT | GUARD)) == PRESENT]
         present = pageplan.union(_pages(own), pageplan.subtract(anonymous, _pages(empty)))
         if len(swapped):
+            # What was swapped out is never the zero page.
             present = pageplan.union(present, self._read_content(_pages(swapped)).present)
         return Content(present, _pages(found[guarded]))
 
@@ -134,9 +139,11 @@ class PageMap:
         return np.concatenate(parts) if parts else np.empty(0, dtype=_REGION)
 
     def _read_content(self, ranges: Runs) -> Content:
-        """The same from the entries themselves. The zero page counts as content here: the sink drops zero
-        pages.
+        """The same from the entries themselves. The zero page is told by its frame; where frames are hidden (they take
+        CAP_SYS_ADMIN), every page that is not this process's alone may be it.
         """
+        zero = _zero_frames()
+        doubtful: list[Runs] = []
         present: list[Runs] = []
         guard: list[Runs] = []
         for first, end in ranges.tolist():
@@ -147,9 +154,45 @@ class PageMap:
                 marker = swapped & ((entries & _PM_FRAME & 31) == _SWAP_TYPE_MARKER)
                 anonymous = ((entries & (_PM_PRESENT | _PM_SWAP)) != 0) & ((entries & _PM_FILE) == 0)
                 guarded = (entries & _PM_GUARD) != 0
-                present.append(_true_runs(anonymous & ~marker & ~guarded, at))
+                content = anonymous & ~marker & ~guarded
+                if zero:
+                    frames = entries & _PM_FRAME
+                    for low, high in zero:
+                        content &= swapped | (frames < low) | (frames >= high)
+                else:
+                    doubtful.append(_true_runs(content & ~swapped & ((entries & _PM_EXCLUSIVE) == 0), at))
+                present.append(_true_runs(content, at))
                 guard.append(_true_runs(guarded, at))
-        return Content(_join(present), _join(guard))
+        return Content(_join(present), _join(guard), _join(doubtful))
+
+
+@functools.cache
+def _zero_frames() -> tuple[tuple[int, int], ...]:
+    """Page frames [first, end) of the zero page and the huge zero page, as seen in memory of our own that was only read.
+
+    Empty: frames are hidden from us.
+    """
+    size = 4 << 20
+    found = []
+    with (
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory,
+        open("/proc/self/pagemap", "rb", buffering=0) as file,
+    ):
+        start = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+        huge = -start % (2 << 20)
+        for advice, at in ((mmap.MADV_NOHUGEPAGE, 0), (mmap.MADV_HUGEPAGE, huge)):
+            try:
+                memory.madvise(advice)
+            except OSError:
+                continue  # a kernel without huge pages has no huge zero page
+            if memory[at]:
+                raise AssertionError("fresh memory is zero")
+            (entry,) = struct.unpack("<Q", os.pread(file.fileno(), 8, (start + at) // PAGE_SIZE * 8))
+            frame = entry & _PM_FRAME
+            if entry & _PM_PRESENT and frame:
+                found.append((frame, frame + (512 if at == huge and advice == mmap.MADV_HUGEPAGE else 1)))
+            memory.madvise(mmap.MADV_DONTNEED)
+    return tuple(found)
 
 
 def _pages(regions: np.ndarray[tuple[int], np.dtype[np.void]]) -> Runs:

@@ -10,7 +10,7 @@ written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class PagePlan:
 
     present: Runs
     to_read: Runs
+    doubtful: Runs = field(default_factory=lambda: EMPTY)
+    """Those of `present` that changed in a way that no tracker shows, perhaps: part of to_read."""
 
     @property
     def nr_present(self) -> int:
@@ -147,6 +149,7 @@ def plan(
     *,
     watched: Runs | None = None,
     parent_present: Runs | None = None,
+    doubtful: Runs = EMPTY,
 ) -> PagePlan:
     """Decide what to store and what to read.
 
@@ -157,13 +160,14 @@ def plan(
         parent: the VMAs of the parent point's image; None: there is no usable parent.
         watched: pages that the tracker really watched; None: all.
         parent_present: pages that the parent stores; None: not known, every trusted one is taken to be there.
+        doubtful: pages whose state the tracker cannot tell.
     """
     present = intersect(normalise(present), of_vmas(private_vmas(vmas)))
     if written is None or parent is None:
-        return PagePlan(present, present)
-    clean = subtract(trusted(vmas, parent), normalise(written))
+        return PagePlan(present, present, doubtful)
+    clean = subtract(subtract(trusted(vmas, parent), normalise(written)), doubtful)
     if watched is not None:
         clean = intersect(clean, normalise(watched))
     if parent_present is not None:
         clean = intersect(clean, normalise(parent_present))
-    return PagePlan(present, subtract(present, clean))
+    return PagePlan(present, subtract(present, clean), doubtful)

@@ -20,6 +20,7 @@ from checkpoint.kernel import proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.model.vma import private_vmas
+from checkpoint.parasite import Parasite
 from checkpoint.resources.memory.mappings import read_space
 from checkpoint.tracking import keeper
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
@@ -298,6 +299,24 @@ def test_chain_of_points_is_exact(name, job, compile_program, tmp_path, monkeypa
             os.kill(pid, signal.SIGCONT)
         time.sleep(0.02)
         point = take(job.pid, point, tracker=name)
+
+
+def test_page_dropped_and_read_again_is_zero(writer, monkeypatch):
+    """The zero page that a read maps is never dirty: the parent's content must not come back for it."""
+    from checkpoint.kernel import pagemap
+
+    page = writer.start // PAGE + 5
+    for scan in (True, False):
+        monkeypatch.setattr(pagemap._Support, "scan", scan and pagemap._Support.scan)
+        writer.write(5)
+        first = take(writer.pid, None)
+        assert first.spaces[f"mm/{writer.pid}"][page].strip(b"\0")
+        with Parasite(writer.pid) as remote:
+            assert remote.call("madvise", page * PAGE, PAGE, 4) == 0
+        with ProcMem(writer.pid) as mem:
+            assert not mem.read(page * PAGE, PAGE).strip(b"\0")
+        second = take(writer.pid, first)
+        assert not second.spaces[f"mm/{writer.pid}"].get(page, b"").strip(b"\0"), f"scan: {scan}"
 
 
 def test_idle_job_costs_next_to_nothing(job, compile_program, tmp_path, monkeypatch):

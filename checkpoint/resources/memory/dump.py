@@ -153,6 +153,7 @@ def page_plan(
         None if written is None else pageplan.from_list(written),
         parent,
         watched=watched,
+        doubtful=content.doubtful,
     )
 
 
