@@ -20,6 +20,8 @@ FORMAT_VERSION = 1
 """Of every kind of image; a kind gets a number of its own once one changes."""
 
 MIB = 1 << 20
+MAX_BYTES = 256 * MIB
+"""What a store takes for all images of a point together (store/FORMAT.md), so no image can be larger."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ _NUMBER = r"(0|[1-9][0-9]{0,9})"
 
 KINDS: tuple[Kind, ...] = (
     Kind("manifest", re.compile(r"manifest"), manifest_pb2.Manifest, 16 * MIB),
-    Kind("process", re.compile(rf"process/{_NUMBER}"), task_pb2.Process, 1024 * MIB),
-    Kind("mm", re.compile(rf"mm/{_NUMBER}"), mm_pb2.Mm, 256 * MIB),
+    Kind("process", re.compile(rf"process/{_NUMBER}"), task_pb2.Process, MAX_BYTES),
+    Kind("mm", re.compile(rf"mm/{_NUMBER}"), mm_pb2.Mm, MAX_BYTES),
     Kind("shmem", re.compile(rf"shmem/{_NUMBER}"), mm_pb2.Shmem, MIB),
-    Kind("files", re.compile(r"files"), files_pb2.Files, 1024 * MIB),
+    Kind("files", re.compile(r"files"), files_pb2.Files, MAX_BYTES),
     Kind("fdtable", re.compile(rf"fdtable/{_NUMBER}"), files_pb2.FdTable, 64 * MIB),
 )
 """Every kind there is. 100 threads with 11 KiB of xstate are 1.2 MiB; a queue or a pipe holds at most what

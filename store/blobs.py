@@ -28,7 +28,9 @@ def add_images(
     raw = imageset.encode(images)
     if len(raw) > MAX_BLOB_BYTES:
         raise StoreError(
-            f"the images take {len(raw) >> 20} MiB, more than {MAX_BLOB_BYTES >> 20}", where="images"
+            f"the images take {len(raw) >> 20} MiB, more than {MAX_BLOB_BYTES >> 20}",
+            where="images",
+            hint="the job has more state beside its memory than snap handles: full pipes and socket queues, mostly",
         )
     codec, data = compress.blob(raw)
     base: FrameRef | None = None

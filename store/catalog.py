@@ -24,6 +24,7 @@ from store.files import make_dir, open_new, wrapped
 from store.types import FileRecord, Point
 
 FrameRef = tuple[int, int]
+_IDS_AT_A_TIME = 1000
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
@@ -70,6 +71,16 @@ def _database_error(error: sa.exc.SQLAlchemyError, where: str) -> SnapshotterErr
     if "locked" in low:
         return StoreError(f"the catalog is busy: {text}", where=where, hint="try again")
     return StoreError(f"the catalog failed: {text}", where=where, hint="run `snap verify`")
+
+
+def _some_at_a_time(ids: Sequence[str] | None) -> Iterator[sa.ColumnElement[bool]]:
+    """Conditions on points that together name each of `ids` once; None: one condition that all points meet."""
+    if ids is None:
+        yield sa.true()
+        return
+    unique = list(dict.fromkeys(ids))
+    for at in range(0, len(unique), _IDS_AT_A_TIME):
+        yield schema.points.c.id.in_(unique[at : at + _IDS_AT_A_TIME])
 
 
 class Catalog:
@@ -160,23 +171,22 @@ class Catalog:
     def points(self, job: str | None = None, ids: Sequence[str] | None = None) -> list[Point]:
         """Points in the order of their commits."""
         table = schema.points
-        query = (
-            sa.select(table, schema.jobs.c.name.label("job"))
-            .join_from(table, schema.jobs)
-            .order_by(table.c.seq)
-        )
+        query = sa.select(table, schema.jobs.c.name.label("job")).join_from(table, schema.jobs)
+        # A join, not a list of points: databases bound how many parameters a statement may have.
+        task_query = sa.select(schema.tasks)
+        if job is not None or ids is not None:
+            task_query = task_query.join_from(schema.tasks, table).join(schema.jobs)
         if job is not None:
             query = query.where(schema.jobs.c.name == job)
-        if ids is not None:
-            query = query.where(table.c.id.in_(ids))
+            task_query = task_query.where(schema.jobs.c.name == job)
+        rows: list[Any] = []
+        by_point: dict[int, dict[int, int]] = {}
         with self._read() as connection:
-            rows = connection.execute(query).all()
-            task_query = sa.select(schema.tasks)
-            if job is not None or ids is not None:
-                task_query = task_query.where(schema.tasks.c.point_seq.in_([row.seq for row in rows]))
-            by_point: dict[int, dict[int, int]] = {}
-            for seq, pid, start in connection.execute(task_query):
-                by_point.setdefault(seq, {})[pid] = start
+            for some in _some_at_a_time(ids):
+                rows += connection.execute(query.where(some)).all()
+                for seq, pid, start in connection.execute(task_query.where(some)):
+                    by_point.setdefault(seq, {})[pid] = start
+        rows.sort(key=lambda row: row.seq)
         return [self._point(row, by_point.get(row.seq, {})) for row in rows]
 
     @staticmethod
@@ -196,27 +206,23 @@ class Catalog:
         """Where the blobs of points lie, by id, in the order of commits."""
         maps, table = schema.page_maps, schema.points
         query = sa.select(table.c.id, table.c.images_pack, table.c.images_frame, maps).join_from(table, maps)
-        if ids is not None:
-            query = query.where(table.c.id.in_(ids))
+        rows: list[Any] = []
         with self._read() as connection:
-            return {
-                row.id: BlobRefs(
-                    (row.images_pack, row.images_frame), (row.pack, row.frame), row.chain, row.keyframe_bytes,
-                    row.delta_bytes,
-                )
-                for row in connection.execute(query.order_by(table.c.seq))
-            }  # fmt: skip
+            for some in _some_at_a_time(ids):
+                rows += connection.execute(query.where(some)).all()
+        rows.sort(key=lambda row: row.point_seq)
+        return {
+            row.id: BlobRefs(
+                (row.images_pack, row.images_frame), (row.pack, row.frame), row.chain, row.keyframe_bytes,
+                row.delta_bytes,
+            )
+            for row in rows
+        }  # fmt: skip
 
     def packs(self) -> dict[int, PackRow]:
         """Every pack that exists."""
         with self._read() as connection:
             return {row.id: PackRow(*row) for row in connection.execute(sa.select(schema.packs))}
-
-    def job_names(self) -> list[str]:
-        """Jobs that have points, sorted."""
-        query = sa.select(schema.jobs.c.name).join_from(schema.points, schema.jobs).distinct()
-        with self._read() as connection:
-            return sorted(connection.scalars(query))
 
     def files(self, point_id: str) -> list[FileRecord]:
         """File identities of a point."""

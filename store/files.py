@@ -75,7 +75,13 @@ def pread_exact(fd: int, size: int, offset: int) -> bytes:
 def open_new(path: Path) -> int:
     """A new file, 0600 whatever the umask, refused when it exists or is a symbolic link."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    os.fchmod(fd, 0o600)
+    try:
+        os.fchmod(fd, 0o600)
+    except BaseException:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
     return fd
 
 

@@ -13,7 +13,7 @@ MAGIC = b"SNAPIMGS"
 VERSION = 1
 MAX_IMAGES = 1 << 20
 _HEADER = struct.Struct("<8sII")
-_ENTRY = struct.Struct("<HxxI")
+_ENTRY = struct.Struct("<HHI")
 
 
 class BadImageSetError(Exception):
@@ -25,7 +25,7 @@ def encode(images: Mapping[str, bytes]) -> bytes:
     parts = [_HEADER.pack(MAGIC, VERSION, len(images))]
     for name in sorted(images):
         raw = name.encode()
-        parts += [_ENTRY.pack(len(raw), len(images[name])), raw, images[name]]
+        parts += [_ENTRY.pack(len(raw), 0, len(images[name])), raw, images[name]]
     return b"".join(parts)
 
 
@@ -41,7 +41,9 @@ def decode(data: bytes) -> dict[str, bytes]:
     for _ in range(count):
         if at + _ENTRY.size > len(data):
             raise BadImageSetError("truncated")
-        name_size, size = _ENTRY.unpack_from(data, at)
+        name_size, flags, size = _ENTRY.unpack_from(data, at)
+        if flags:
+            raise BadImageSetError(f"flags {flags:#x} of an image are not known to this snap")
         at += _ENTRY.size
         if at + name_size + size > len(data):
             raise BadImageSetError("truncated")

@@ -115,8 +115,8 @@ class IndexFile:
             data = memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
         finally:
             os.close(fd)
-        magic, version, nr_packs, bits, _zero, nr_keys = _INDEX_HEADER.unpack_from(data)
-        if magic != INDEX_MAGIC or version != INDEX_VERSION:
+        magic, version, nr_packs, bits, zero, nr_keys = _INDEX_HEADER.unpack_from(data)
+        if magic != INDEX_MAGIC or version != INDEX_VERSION or zero:
             raise BadTableError("no index file of a known version")
         start = _align8(_INDEX_HEADER.size + 4 * nr_packs)
         if (

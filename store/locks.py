@@ -19,15 +19,16 @@ from snapshotter.base.errors import LockedError
 from store.files import wrapped
 
 
-def _open(path: Path, *, writable: bool = True) -> int:
+def _open(path: Path) -> int:
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     with wrapped("cannot open a lock file", path):
         try:
-            return os.open(path, flags | (os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY), 0o600)
-        except OSError:
-            if not writable:
-                raise
-            return os.open(path, flags | os.O_RDONLY)  # a read-only file system can still be read
+            return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as first:
+            try:
+                return os.open(path, flags | os.O_RDONLY)  # a read-only file system can still be read
+            except FileNotFoundError:
+                raise first from None  # the full or read-only disk is the reason, not the file that it refused
 
 
 class Lock:
@@ -42,11 +43,11 @@ class Lock:
                 fcntl.flock(self._fd, mode)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    os.close(self._fd)
+                    self.release()
                     raise LockedError(what, where=str(path.parent.parent), hint=hint) from None
                 time.sleep(min(0.02, wait_s))
             except BaseException:
-                os.close(self._fd)
+                self.release()
                 raise
             else:
                 return

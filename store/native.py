@@ -107,14 +107,6 @@ class Tables:
             entry.nr_keys, entry.fanout_bits = nr_keys, bits
             self._keep += [keys, locs, prefixes, *views]
 
-    def lookup(self, key: bytes) -> int:
-        """Location of one key, 0 when no table has it."""
-        return int(lib.snap_lookup(self.array, self.count, key))
-
-    def check(self) -> bool:
-        """True when every table is sorted and its fanout agrees."""
-        return all(lib.snap_table_check(self.array + i) == 0 for i in range(self.count))
-
 
 class Stager:
     """Zero test, keyed hash, dedup and compaction for the threads of one writer."""

@@ -8,6 +8,7 @@ on disk. Reading checks the footer once per open and every frame's keyed checksu
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import struct
@@ -20,7 +21,7 @@ import numpy as np
 import zstandard
 
 from snapshotter.base import faults
-from snapshotter.base.errors import StoreError, VerificationError
+from snapshotter.base.errors import SnapshotterError, StoreError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE
 from store import native
 from store.files import TEMP_SUFFIX, fsync, open_new, pread_exact, pwrite_all, store_error, wrapped
@@ -45,6 +46,9 @@ _FRAME = struct.Struct("<QIIBBHIII16s")
 FRAME_BYTES = _FRAME.size
 _MAP_ABOVE = 4 << 20  # smaller footers are read: a mapping costs a second descriptor
 _MAGIC, _FOOT = b"SNAPPACK", b"SNAPFOOT"
+
+_DAMAGE = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN})
+"""What disks and file systems say of bytes that they lost: I/O error, medium error, bad checksum, bad structure."""
 
 FRAME_DTYPE = np.dtype(
     [
@@ -100,6 +104,16 @@ class Frame:
     checksum: bytes
 
 
+class DamagedPackError(VerificationError):
+    """A pack, or one frame of it, does not hold what was written. `frame` is None when no frame can be trusted."""
+
+    def __init__(self, pack: int, frame: int | None, what: str) -> None:
+        where = f"pack {pack:08x}" + ("" if frame is None else f", frame {frame}")
+        super().__init__(what, where=where, hint="`snap verify` names every point that it hurts")
+        self.pack = pack
+        self.frame = frame
+
+
 class PackWriter:
     """One pack being written. Frames may be written by several threads; `seal` comes after all of them."""
 
@@ -116,8 +130,12 @@ class PackWriter:
         self._temp = directory / (pack_name(pack_id) + TEMP_SUFFIX)
         with wrapped("cannot make a pack", self._temp):
             self._fd = open_new(self._temp)
-        head = _HEADER.pack(_MAGIC, VERSION, 0, pack_id, 0, keys.store_id)
-        self._write(head + native.checksum(keys.frames, head), 0)
+        try:
+            head = _HEADER.pack(_MAGIC, VERSION, 0, pack_id, 0, keys.store_id)
+            self._write(head + native.checksum(keys.frames, head), 0)
+        except BaseException:
+            self.discard()  # nobody else knows of this pack yet
+            raise
 
     @property
     def nr_frames(self) -> int:
@@ -210,34 +228,42 @@ class PackFile:
         except FileNotFoundError:
             raise self.bad("the pack is missing") from None
         except OSError as error:
-            raise store_error(error, "cannot open a pack", self._path) from error
+            raise self._unreadable(error) from error
         try:
             self._parse()
         except EOFError:
             raise self.bad("the pack is truncated") from None
         except OSError as error:
-            raise store_error(error, "cannot read a pack", self._path) from error
+            raise self._unreadable(error) from error
 
-    def bad(self, what: str, frame: int | None = None) -> VerificationError:
+    def bad(self, what: str, frame: int | None = None) -> DamagedPackError:
         """The error for damage in this pack."""
-        where = f"pack {self.id:08x}" + ("" if frame is None else f", frame {frame}")
-        return VerificationError(what, where=where, hint="`snap verify` names every point that it hurts")
+        return DamagedPackError(self.id, frame, what)
+
+    def _unreadable(self, error: OSError, frame: int | None = None) -> SnapshotterError:
+        """Bytes that the disk does not give back are damage like wrong ones; any other errno is about this machine."""
+        if error.errno in _DAMAGE:
+            name = errno.errorcode[error.errno]
+            return self.bad(f"the disk cannot read it: {os.strerror(error.errno)} ({name})", frame)
+        return store_error(error, "cannot read a pack", self._path)
 
     def _parse(self) -> None:
         self.size = os.fstat(self._fd).st_size
         if self.size < HEADER_BYTES + TRAILER_BYTES:
             raise EOFError
         head = pread_exact(self._fd, HEADER_BYTES, 0)
-        magic, version, _flags, pack_id, _zero, store_id = _HEADER.unpack_from(head)
+        magic, version, flags, pack_id, zero, store_id = _HEADER.unpack_from(head)
         if magic != _MAGIC or native.checksum(self._keys.frames, head[:-16]) != head[-16:]:
             raise self.bad("the pack's header is damaged")
         if version != VERSION:
             raise self.bad(f"pack version {version} is not known to this snap")
+        if flags or zero:
+            raise self.bad(f"pack flags {flags:#x} are not known to this snap")
         if pack_id != self.id or store_id != self._keys.store_id:
             raise self.bad("the pack belongs to another name or store")
         tail = pread_exact(self._fd, TRAILER_BYTES, self.size - TRAILER_BYTES)
-        magic, nr_frames, bits, nr_keys, start, table, pack_id, _zero = _TRAILER.unpack_from(tail)
-        if magic != _FOOT:
+        magic, nr_frames, bits, nr_keys, start, table, pack_id, zero = _TRAILER.unpack_from(tail)
+        if magic != _FOOT or zero:
             raise self.bad("the pack is truncated or its footer damaged")
         if (
             nr_frames > MAX_FRAMES
@@ -266,7 +292,9 @@ class PackFile:
         if not 0 <= number < len(self.frames):
             raise self.bad("there is no such frame", number)
         row = _FRAME.unpack_from(self._map, number * FRAME_BYTES)
-        offset, stored, raw, codec, kind, nr_pages, base_pack, base_frame, _flags, check = row
+        offset, stored, raw, codec, kind, nr_pages, base_pack, base_frame, flags, check = row
+        if flags:
+            raise self.bad(f"frame flags {flags:#x} are not known to this snap", number)
         if kind == KIND_PAGES:
             fits = raw == nr_pages * PAGE_SIZE and 0 < nr_pages <= MAX_FRAME_PAGES
         else:
@@ -284,7 +312,7 @@ class PackFile:
         except EOFError:
             raise self.bad("the pack is truncated", number) from None
         except OSError as error:
-            raise store_error(error, "cannot read a pack", self._path) from error
+            raise self._unreadable(error, number) from error
         if native.checksum(self._keys.frames, data) != frame.checksum:
             raise self.bad("the frame's checksum does not match its bytes", number)
         return frame, data

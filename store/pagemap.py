@@ -31,7 +31,7 @@ MAX_PAGES = 1 << 36
 """256 TiB: more than an address space of 47 bits has pages, so that sums cannot overflow."""
 MAX_RESOLVED_PAGES = 1 << 28
 
-_HEADER = struct.Struct("<8sIII4x")
+_HEADER = struct.Struct("<8sIIII")
 _SPACE = struct.Struct("<HHII")
 _EXTENT_BYTES = 20
 _RUN_BYTES = 12
@@ -153,14 +153,14 @@ def _encode_extents(space: Space) -> tuple[int, bytes]:
     return len(starts), b"".join(_planes(column) for column in columns)
 
 
-def _decode_extents(data: memoryview, nr: int) -> Space:
+def _decode_extents(data: memoryview, nr: int, room: int) -> Space:
     if not nr:
         return EMPTY
     counts = _unplane(data[nr * 8 : nr * 12], "<u4").astype(np.int64)
     starts = np.cumsum(_unplane(data[: nr * 8], "<u8"), dtype="<u8")
     bases = np.cumsum(_unplane(data[nr * 12 :], "<u8"), dtype="<u8")
     total = int(counts.sum())
-    if total > MAX_RESOLVED_PAGES or (counts <= 0).any() or int(starts.max()) >= MAX_PAGES:
+    if total > room or (counts <= 0).any() or int(starts.max()) >= MAX_PAGES:
         raise BadMapError("extents out of bounds")
     ends = starts + counts.astype("<u8")
     if (starts[1:] < ends[:-1]).any():
@@ -186,18 +186,18 @@ def _encode_runs(pages: U64) -> tuple[int, bytes]:
     return len(runs), _planes(_delta(np.ascontiguousarray(runs[:, 0]))) + _planes(runs[:, 1].astype("<u4"))
 
 
-def _decode_runs(data: memoryview, nr: int) -> U64:
+def _decode_runs(data: memoryview, nr: int, room: int) -> U64:
     if not nr:
         return EMPTY.pages
     starts = np.cumsum(_unplane(data[: nr * 8], "<u8"), dtype="<u8")
     counts = _unplane(data[nr * 8 :], "<u4").astype(np.int64)
-    if int(counts.sum()) > MAX_RESOLVED_PAGES or int(starts.max()) >= MAX_PAGES:
+    if int(counts.sum()) > room or int(starts.max()) >= MAX_PAGES:
         raise BadMapError("runs out of bounds")
     return expand(zip(starts.tolist(), counts.tolist(), strict=True))
 
 
 def _encode(kind: int, spaces: Sequence[tuple[str, Space, U64]]) -> bytes:
-    parts = [_HEADER.pack(MAGIC, VERSION, kind, len(spaces))]
+    parts = [_HEADER.pack(MAGIC, VERSION, kind, len(spaces), 0)]
     for name, changed, removed in spaces:
         nr_extents, extents = _encode_extents(changed)
         nr_runs, runs = _encode_runs(removed)
@@ -246,18 +246,27 @@ def decode(data: bytes, base: Mapping[str, Space] | None) -> Maps:
     view = memoryview(data)
     if len(view) < _HEADER.size:
         raise BadMapError("shorter than a header")
-    magic, version, kind, nr_spaces = _HEADER.unpack_from(view)
-    if magic != MAGIC or version != VERSION or kind not in {KEYFRAME, DELTA} or nr_spaces > MAX_SPACES:
+    magic, version, kind, nr_spaces, zero = _HEADER.unpack_from(view)
+    if (
+        magic != MAGIC
+        or version != VERSION
+        or kind not in {KEYFRAME, DELTA}
+        or zero
+        or nr_spaces > MAX_SPACES
+    ):
         raise BadMapError("no page map of a known version")
     if (kind == DELTA) != (base is not None):
         raise BadMapError("a delta without its base, or a keyframe with one")
     maps: Maps = dict(base or {})
     at = _HEADER.size
+    room = MAX_RESOLVED_PAGES  # for what all spaces of this map say together
     seen = set()
     for _ in range(nr_spaces):
         if at + _SPACE.size > len(view):
             raise BadMapError("truncated")
-        name_size, _flags, nr_extents, nr_runs = _SPACE.unpack_from(view, at)
+        name_size, flags, nr_extents, nr_runs = _SPACE.unpack_from(view, at)
+        if flags:
+            raise BadMapError(f"flags {flags:#x} of a space are not known to this snap")
         at += _SPACE.size
         end = at + name_size + nr_extents * _EXTENT_BYTES + nr_runs * _RUN_BYTES
         if end > len(view):
@@ -270,12 +279,14 @@ def decode(data: bytes, base: Mapping[str, Space] | None) -> Maps:
             raise BadMapError("a space comes twice")
         seen.add(name)
         at += name_size
-        changed = _decode_extents(view[at : at + nr_extents * _EXTENT_BYTES], nr_extents)
+        changed = _decode_extents(view[at : at + nr_extents * _EXTENT_BYTES], nr_extents, room)
+        room -= len(changed.pages)
         at += nr_extents * _EXTENT_BYTES
         try:
-            removed = _decode_runs(view[at:end], nr_runs)
+            removed = _decode_runs(view[at:end], nr_runs, room)
         except ValueError as error:
             raise BadMapError("a run is out of bounds") from error
+        room -= len(removed)
         at = end
         new = _apply(maps.get(name, EMPTY), changed, removed)
         if len(new.pages) or kind == KEYFRAME or not nr_runs:
@@ -284,6 +295,8 @@ def decode(data: bytes, base: Mapping[str, Space] | None) -> Maps:
             maps.pop(name, None)
     if at != len(view):
         raise BadMapError("bytes after the last space")
+    if sum(len(space.pages) for space in maps.values()) > MAX_RESOLVED_PAGES:
+        raise BadMapError("more pages than a job can have")  # a chain of deltas that only ever adds
     return maps
 
 

@@ -164,10 +164,6 @@ class PointWriter:
         self._check()
         self._images.update(images)
 
-    def parent_has_space(self, space: str) -> bool:
-        """Whether the parent point has pages of this space."""
-        return space in self._parent_maps
-
     def stats(self) -> WriterStats:
         """Counters so far; exact once drained, `bytes_stored` once committed."""
         return WriterStats(

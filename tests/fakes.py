@@ -44,7 +44,7 @@ class FakeStore:
         return found[0]
 
     @contextlib.contextmanager
-    def lock_job(self, job):
+    def lock_job(self, job, wait_s=0.0):
         if job in self.locked:
             raise LockedError(f"job {job} is locked")
         self.locked.add(job)

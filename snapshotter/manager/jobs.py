@@ -1,7 +1,7 @@
 """Names of jobs, and where a rolled-back job goes on.
 
 A *head* records that a job was rolled back: which point it now continues from and under which start
-times its tasks run. It is one small JSON file per job in the store's `heads/`, replaced atomically.
+times its tasks run. It is one small JSON file per job in the store's `heads/` (store/FORMAT.md, "Heads"), replaced atomically.
 It is a hint: without it the next take starts a new chain (a full dump), never a wrong one, because the
 start times in it must match the living task's.
 """
@@ -9,15 +9,14 @@ start times in it must match the living task's.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapshotter.base.errors import UsageError, wrap_os_error
+from snapshotter.base.errors import UsageError
 from snapshotter.manager.ports import Identity
+from store.files import make_dir, publish, wrapped
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+:-]{0,63}")
 _NOT_NAME = re.compile(r"[^A-Za-z0-9._+:-]+")
@@ -88,17 +87,6 @@ def write_head(store: Path, job: str, head: Head) -> None:
             "tasks": {str(pid): start for pid, start in head.tasks.items()},
         }
     )
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        fd, temp = tempfile.mkstemp(prefix=".head-", dir=path.parent)
-        try:
-            with os.fdopen(fd, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, path)
-        except BaseException:
-            os.unlink(temp)
-            raise
-    except OSError as error:
-        raise wrap_os_error(error, "cannot record the rollback", where=str(path)) from error
+    with wrapped("cannot record the rollback", path):
+        make_dir(path.parent)  # a store of an earlier snap has none
+        publish(path.parent, path.name, text.encode())

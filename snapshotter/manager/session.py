@@ -6,18 +6,14 @@ Tests hand in fakes for either.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from snapshotter.base.errors import LockedError
 from snapshotter.manager.config import Config
 from snapshotter.manager.ports import EngineLike, StoreLike
-
-_LOCK_POLL_S = 0.05
 
 
 def _open_real_store(path: Path, create: bool) -> StoreLike:
@@ -69,17 +65,7 @@ class Session:
     @contextmanager
     def locked(self, job: str, *, wait_s: float = 0.0, create: bool = False) -> Iterator[None]:
         """Hold the job's lock; LockedError if somebody else still has it after `wait_s`."""
-        store = self.store(create=create)
-        deadline = time.monotonic() + wait_s
-        with ExitStack() as stack:
-            while True:
-                try:
-                    stack.enter_context(store.lock_job(job))
-                    break
-                except LockedError:
-                    if time.monotonic() >= deadline:
-                        raise
-                    time.sleep(_LOCK_POLL_S)
+        with self.store(create=create).lock_job(job, wait_s=wait_s):
             yield
 
     def close(self) -> None:

@@ -69,6 +69,14 @@ def test_page_keys_are_the_hash_of_each_page():
         assert keys[number * 16 : (number + 1) * 16] == native.digest(KEY, page)[:16]
 
 
+def lookup(tables, key):
+    return lib.snap_lookup(tables.array, tables.count, key)
+
+
+def sound(tables):
+    return all(lib.snap_table_check(tables.array + i) == 0 for i in range(tables.count))
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.binary(min_size=16, max_size=16), max_size=300, unique=True))
 def test_key_tables_find_what_is_in_them_and_nothing_else(keys):
@@ -77,11 +85,11 @@ def test_key_tables_find_what_is_in_them_and_nothing_else(keys):
     data, bits = keytable.encode_table(bytearray().join(keys), locs)
     table = keytable.KeyTable.parse(memoryview(data), len(keys), bits)
     tables = native.Tables([table.native()])
-    assert tables.check()
+    assert sound(tables)
     for key, loc in wanted.items():
-        assert tables.lookup(key) == loc
+        assert lookup(tables, key) == loc
         other = bytes([key[0] ^ 1]) + key[1:]
-        assert tables.lookup(other) == wanted.get(other, 0)
+        assert lookup(tables, other) == wanted.get(other, 0)
 
 
 def test_a_damaged_fanout_leads_nowhere_outside():
@@ -90,9 +98,9 @@ def test_a_damaged_fanout_leads_nowhere_outside():
     bad = bytearray(data)
     bad[: 4 * ((1 << bits) + 1)] = os.urandom(4 * ((1 << bits) + 1))
     tables = native.Tables([keytable.KeyTable.parse(memoryview(bad), 200, bits).native()])
-    assert not tables.check()
+    assert not sound(tables)
     for number in range(200):
-        assert tables.lookup(keys[number * 16 : number * 16 + 16]) in range(201)
+        assert lookup(tables, keys[number * 16 : number * 16 + 16]) in range(201)
 
 
 def test_index_files_merge_and_refuse_damage(tmp_path):
