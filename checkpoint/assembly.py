@@ -19,7 +19,7 @@ from checkpoint.kernel import ptrace
 from checkpoint.model import tree
 from checkpoint.parasite import StubTask, spawn_root_stub
 from checkpoint.plan import RestorePlan
-from checkpoint.resources import files, memory, prctl, registers, signals, task
+from checkpoint.resources import cgroups, files, memory, prctl, registers, signals, task
 from checkpoint.restore_context import RestoreContext
 from images import task_pb2
 from snapshotter.base import faults
@@ -72,6 +72,8 @@ class Assembly:
                     self._dismiss(pid, reaper)
                 case tree.Die(pid):
                     self._die(pid)
+        for _, process in self.living():
+            cgroups.restore(self.ctx, process)
 
     def _stub(self, pid: int) -> StubTask:
         found = self.ctx.stubs.get(pid) or self.helpers.get(pid)

@@ -73,15 +73,20 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
         return report
     _walk(report, max_tasks)
     for one in report.tasks:
-        for look in _LOOKS:
-            try:
-                look(one, report.findings)
-            except (TargetGoneError, FileNotFoundError, ProcessLookupError):
-                if one == pid:
-                    raise TargetGoneError("ended while it was looked at", where=f"task {pid}") from None
-                break
+        if not look_at_process(one, report.findings) and one == pid:
+            raise TargetGoneError("ended while it was looked at", where=f"task {pid}")
     files.look_job(report.pids, report.findings)
     return report
+
+
+def look_at_process(pid: int, findings: list[Finding]) -> bool:
+    """Every resource's look at one process. False: it ended meanwhile."""
+    for look in _LOOKS:
+        try:
+            look(pid, findings)
+        except (TargetGoneError, FileNotFoundError, ProcessLookupError):
+            return False
+    return True
 
 
 def _check_root(pid: int, report: CheckReport) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from checkpoint import environment, tracking
-from checkpoint.check import CheckReport, check
+from checkpoint.check import CheckReport, check, look_at_process
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
 from checkpoint.freeze import CannotStopError, FrozenTree, TreeChangedError
 from checkpoint.kernel import fdinfo, proc
@@ -38,7 +38,7 @@ from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from images import codec, manifest_pb2, task_pb2
 from snapshotter.base import faults
-from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
+from snapshotter.base.errors import Finding, SnapshotterError, TargetGoneError, UnsupportedError
 from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
 
 _NS_PER_S = 1_000_000_000
@@ -251,6 +251,7 @@ class _Take:
             raise TargetGoneError("ended while the point was being taken", where=f"task {ctx.root_pid}")
         self.note_instant()
         self._mark("freeze")
+        self.look_at_new()
         real, ctx.sink = ctx.sink, staging
         try:
             spaces = {process.pid: self.copy_pages(process) for process in ctx.living()}
@@ -276,6 +277,20 @@ class _Take:
         for pid in self.precopied.keys() - living:
             self.session.forget(pid)
             staging.close_space(memory.space_name(pid), [])
+
+    def look_at_new(self) -> None:
+        """Refuse by name what processes have that were not there at the look."""
+        findings: list[Finding] = []
+        for process in self.ctx.living():
+            if self.found.tasks.get(process.pid) != process.start_time_ticks:
+                look_at_process(process.pid, findings)
+        if findings:
+            raise UnsupportedError(
+                findings[0].what,
+                where=f"task {findings[0].pid}, {findings[0].where}",
+                hint=findings[0].hint,
+                findings=tuple(findings),
+            )
 
     def copy_pages(self, process: FrozenProcess) -> memory.AddressSpace:
         """Collect, plan and copy the pages of one process that are not with the sink yet."""

@@ -18,7 +18,7 @@ from ptrace import PtraceError
 from ptrace.binding import func
 from ptrace.binding.linux_struct import iovec_struct, user_regs_struct
 
-from snapshotter.base.errors import wrap_os_error
+from snapshotter.base.errors import SnapshotterError, TargetGoneError, wrap_os_error
 
 PTRACE_CONT, PTRACE_DETACH, PTRACE_SYSCALL = func.PTRACE_CONT, func.PTRACE_DETACH, func.PTRACE_SYSCALL
 PTRACE_GETREGS, PTRACE_SETREGS = func.PTRACE_GETREGS, func.PTRACE_SETREGS
@@ -28,6 +28,7 @@ PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_LISTEN = 0x4206, 0x4207, 0x4208
 PTRACE_PEEKSIGINFO, PTRACE_GETSIGMASK, PTRACE_SETSIGMASK = 0x4209, 0x420A, 0x420B
 PTRACE_SECCOMP_GET_FILTER, PTRACE_SECCOMP_GET_METADATA = 0x420C, 0x420D
 PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
+PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 
 O_TRACESYSGOOD = func.PTRACE_O_TRACESYSGOOD
 O_TRACEFORK = func.PTRACE_O_TRACEFORK
@@ -277,6 +278,27 @@ def get_rseq(tid: int) -> tuple[int, int, int, int]:
         "cannot read rseq registration",
     )
     return conf.pointer, conf.size, conf.signature, conf.flags
+
+
+def dispatches_syscalls(tid: int) -> bool:
+    """Whether a stopped task has its system calls handed to a signal handler of its own (prctl(2), Linux 6.4).
+
+    Source: struct ptrace_sud_config, Documentation/admin-guide/syscall-user-dispatch.rst.
+    """
+    config = (ctypes.c_uint64 * 4)()
+    try:
+        _ptrace(
+            PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG,
+            tid,
+            ctypes.sizeof(config),
+            ctypes.addressof(config),
+            "cannot read its system call dispatch",
+        )
+    except TargetGoneError:
+        raise
+    except SnapshotterError:
+        return False  # this kernel cannot say
+    return bool(config[0])
 
 
 def wait(tid: int, flags: int = WALL) -> WaitStatus:

@@ -16,9 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc, ptrace, sys
-from checkpoint.resources import credentials, limits, prctl, registers, scheduling, signals, timers
+from checkpoint.resources import cgroups, credentials, limits, prctl, registers, scheduling, signals, timers
 from images import common_pb2, task_pb2
-from snapshotter.base.errors import Finding, RestoreConflictError, TargetGoneError, wrap_os_error
+from snapshotter.base.errors import (
+    Finding,
+    RestoreConflictError,
+    TargetGoneError,
+    UnsupportedError,
+    wrap_os_error,
+)
 
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext, FrozenProcess, FrozenTask
@@ -44,6 +50,8 @@ _STATES = {
     "stopped": task_pb2.Process.STOPPED,
     "zombie": task_pb2.Process.ZOMBIE,
 }
+_GET_REGISTRATIONS = 1 << 9
+"""MEMBARRIER_CMD_GET_REGISTRATIONS (Linux 6.3); its bits are the commands that register."""
 _P_PID, _WSTOPPED = 1, 2
 _SIGINFO_SIZE = 128
 _SI_PID = slice(12, 16)  # in the siginfo of a child
@@ -170,6 +178,12 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
         pointer, size, signature, flags = ptrace.get_rseq(task.tid)
         thread.rseq_pointer, thread.rseq_size = pointer, size if pointer else 0
         thread.rseq_signature, thread.rseq_flags = signature, flags
+        if ptrace.dispatches_syscalls(task.tid):
+            raise UnsupportedError(
+                "has its system calls dispatched to itself (PR_SET_SYSCALL_USER_DISPATCH)",
+                where=f"task {task.tid}",
+                hint="wine and its like cannot be dumped",
+            )
         registers.leave_critical_section(task, mem, pointer, size)
         registers.dump(task, thread)
         # The leader's is read anew too: process.status was read before the last task had stopped.
@@ -179,6 +193,7 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
     message.umask = statuses[pid].umask
     message.cwd.CopyFrom(_directory(pid, "cwd"))
     message.root.CopyFrom(_directory(pid, "root"))
+    cgroups.dump(pid, message)
     message.oom_score_adj = int(_read(f"/proc/{pid}/oom_score_adj"))
     message.coredump_filter = int(_read(f"/proc/{pid}/coredump_filter") or b"0", 16)
     message.unreported_stops.extend(_unreported_stops(ctx, process))
@@ -234,6 +249,10 @@ def _dump_thread(
     thread.credentials.CopyFrom(credentials.dump(status, results[securebits]))
     thread.scheduling.CopyFrom(scheduling.dump(task.tid))
     thread.scheduling.timer_slack_ns = max(results[slack], 0)
+    if status.seccomp:
+        raise UnsupportedError(
+            "has got a seccomp filter just now", where=f"task {task.tid}", hint="not supported yet"
+        )
     thread.seccomp_mode = status.seccomp
     thread.comm = _comm_bytes(process.pid, task.tid)
     thread.robust_list_head, thread.robust_list_len = sys.get_robust_list(task.tid)
@@ -255,6 +274,10 @@ class _Asked:
     subreaper: Buffer
     dumpable: Ref
     thp: Ref
+    membarrier: Ref
+    mdwe: Ref
+    io_flusher: Ref
+    memory_merge: Ref
 
 
 def _ask_process(batch: Batch, process: FrozenProcess, status: Status) -> _Asked:
@@ -267,6 +290,10 @@ def _ask_process(batch: Batch, process: FrozenProcess, status: Status) -> _Asked
         subreaper,
         batch.call("prctl", prctl.GET_DUMPABLE, 0, 0, 0, 0),
         batch.call("prctl", prctl.GET_THP_DISABLE, 0, 0, 0, 0, check=False),
+        batch.call("membarrier", _GET_REGISTRATIONS, 0, 0, check=False),
+        batch.call("prctl", prctl.GET_MDWE, 0, 0, 0, 0, check=False),
+        batch.call("prctl", prctl.GET_IO_FLUSHER, 0, 0, 0, 0, check=False),
+        batch.call("prctl", prctl.GET_MEMORY_MERGE, 0, 0, 0, 0, check=False),
     )
 
 
@@ -277,13 +304,21 @@ def _answer_process(results: Results, asked: _Asked, message: task_pb2.Process) 
     message.child_subreaper = bool(_u32(results.bytes(asked.subreaper)))
     message.dumpable = results[asked.dumpable]
     message.thp_disabled = results[asked.thp] > 0
+    message.membarrier = max(results[asked.membarrier], 0)
+    message.mdwe = max(results[asked.mdwe], 0)
+    message.io_flusher = results[asked.io_flusher] > 0
+    message.memory_merge = results[asked.memory_merge] > 0
 
 
 def _directory(pid: int, link: str) -> common_pb2.FileIdentity:
     path = f"/proc/{pid}/{link}"
-    info = os.stat(path)
+    info, target = os.stat(path), os.readlink(path)
+    if target.endswith(_DELETED) and not info.st_nlink:
+        raise UnsupportedError(
+            f"its {link} was deleted just now", where=f"task {pid}", hint="let it chdir first"
+        )
     return common_pb2.FileIdentity(
-        path=os.fsencode(os.readlink(path)), dev=info.st_dev, ino=info.st_ino, mode=info.st_mode
+        path=os.fsencode(target), dev=info.st_dev, ino=info.st_ino, mode=info.st_mode
     )
 
 
@@ -348,6 +383,13 @@ def restore_process_early(batch: Batch, process: task_pb2.Process) -> None:
     """Once per process, by its leader, all threads and children being there."""
     batch.call("prctl", prctl.SET_CHILD_SUBREAPER, int(process.child_subreaper), 0, 0, 0)
     batch.call("prctl", prctl.SET_THP_DISABLE, int(process.thp_disabled), 0, 0, 0, check=False)
+    for bit in range(32):
+        if process.membarrier >> bit & 1:
+            batch.call("membarrier", 1 << bit, 0, 0)
+    if process.io_flusher:
+        batch.call("prctl", prctl.SET_IO_FLUSHER, 1, 0, 0, 0)
+    if process.memory_merge:
+        batch.call("prctl", prctl.SET_MEMORY_MERGE, 1, 0, 0, 0)
     signals.restore_actions(batch, process.actions)
 
 
@@ -368,6 +410,8 @@ def restore_process_late(batch: Batch, process: task_pb2.Process, stopped_childr
     The stops of its children happened anew just now: those that it had waited for before are waited for again.
     """
     batch.call("prctl", prctl.SET_DUMPABLE, int(process.dumpable == 1), 0, 0, 0)
+    if process.mdwe:
+        batch.call("prctl", prctl.SET_MDWE, process.mdwe, 0, 0, 0)
     for child in stopped_children:
         batch.call("waitid", _P_PID, child, 0, _WSTOPPED | os.WNOHANG, 0, check=False)
     signals.forget_children(batch, process.actions)

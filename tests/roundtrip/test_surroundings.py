@@ -1,0 +1,56 @@
+"""What a job has from the system around it: control groups."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+
+import pytest
+
+from checkpoint.resources import cgroups
+from tests.jobs import reap, wait_until
+
+pytestmark = pytest.mark.requires("root")
+
+
+@pytest.fixture
+def group():
+    """A control group of our own: (controllers, path, folder)."""
+    mounts = cgroups.parse_mounts(pathlib.Path("/proc/self/mountinfo").read_bytes())
+    own = cgroups.parse(pathlib.Path("/proc/self/cgroup").read_bytes())
+    for controllers in ("", "pids", "freezer"):
+        mount = mounts.get(controllers)
+        if mount is None or mount.root != "/":
+            continue
+        path = f"{own[controllers].rstrip('/')}/snap-test-{os.getpid()}"
+        folder = pathlib.Path(mount.point + path)
+        with contextlib.suppress(OSError):
+            folder.mkdir()
+            break
+    else:
+        pytest.skip("no control group can be made here (cgroups(7)): run as root on the host")
+    yield controllers, path, folder
+    with contextlib.suppress(FileNotFoundError):
+        folder.rmdir()
+
+
+def groups_of(pid: int) -> dict[str, str]:
+    return cgroups.parse(pathlib.Path(f"/proc/{pid}/cgroup").read_bytes())
+
+
+def test_control_group_is_kept_and_its_loss_is_said(job, compile_program, group):
+    controllers, path, folder = group
+    job.start([compile_program("nothing.c")]).wait_ready()
+    (folder / "cgroup.procs").write_text(str(job.pid))
+    job.take("--kill")
+    assert job.rollback()["warnings"] == []
+    assert groups_of(job.pid)[controllers] == path
+    job.take("--kill")
+    wait_until(lambda: not (folder / "cgroup.procs").read_text(), "the group is empty")
+    folder.rmdir()
+    said = job.rollback()["warnings"]
+    assert any(path in text for text in said), said
+    assert groups_of(job.pid)[controllers] != path
+    assert job.finish() == "PASS"
+    reap(job.pid)
