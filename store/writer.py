@@ -12,6 +12,7 @@ import contextlib
 import datetime as dt
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ class PointWriter:
             nonce=meta.nonce,
             nr_tasks=meta.nr_tasks,
             frozen_us=meta.frozen_us,
-            duration_us=meta.duration_us,
+            duration_us=(time.monotonic_ns() - meta.started_ns) // 1000 if meta.started_ns else 0,
             pages_dirty=meta.pages_dirty,
             pages_new=stats.pages_new,
             pages_total=pages_total,

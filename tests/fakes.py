@@ -89,7 +89,7 @@ class FakeWriter:
 
     def commit(self, meta):
         values = {field.name: getattr(meta, field.name) for field in dataclasses.fields(meta)}
-        for name in ("files", "point_id"):
+        for name in ("files", "point_id", "started_ns"):
             del values[name]
         point = Point(
             id=next(self.store.ids),
@@ -99,6 +99,7 @@ class FakeWriter:
             pages_total=2,
             bytes_logical=8192,
             bytes_stored=100,
+            duration_us=7,
             **values,
         )
         self.store.saved[point.id] = point

@@ -18,7 +18,7 @@ def open_store(path: Path, create: bool) -> StoreLike:
     return cast("StoreLike", Store.open(path, create=create))
 
 
-def point_meta(dumped: Dumped, duration_us: int) -> PointMeta:
+def point_meta(dumped: Dumped, started_ns: int) -> PointMeta:
     """What the catalog is to know of a dump."""
     from store import PointMeta
 
@@ -30,7 +30,7 @@ def point_meta(dumped: Dumped, duration_us: int) -> PointMeta:
         nonce=dumped.nonce,
         nr_tasks=dumped.nr_tasks,
         frozen_us=dumped.frozen_us,
-        duration_us=duration_us,
+        started_ns=started_ns,
         pages_dirty=dumped.pages_dirty,
         taken_at=dumped.taken_at,
         warnings=tuple(dumped.warnings),

@@ -190,8 +190,7 @@ def _dump_into(
             if note:
                 dumped = dataclasses.replace(dumped, warnings=[*dumped.warnings, note])
             writer.add_images(dumped.images)
-            duration_us = (time.monotonic_ns() - started) // 1000
-            committed.append(writer.commit(point_meta(dumped, duration_us)))
+            committed.append(writer.commit(point_meta(dumped, started)))
 
         try:
             session.engine.dump(identity.pid, writer, _parent_info(store, parent), after, commit)
