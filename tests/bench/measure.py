@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import zstandard
 
+from store.compress import FAST_LEVEL
 from tests.jobs import Job, wait_until
 
 HERE = pathlib.Path(__file__).parent
@@ -36,15 +38,17 @@ class Load(Job):
 
 
 @contextlib.contextmanager
-def load(size_mib: int, nr_children: int = 0) -> Iterator[Load]:
-    """A running load; everything of it is gone afterwards."""
+def load(size_mib: int, nr_children: int = 0, *, quiet: bool = False) -> Iterator[Load]:
+    """A running load; everything of it is gone afterwards. `quiet`: no thread of it keeps a processor busy."""
     with tempfile.TemporaryDirectory(prefix="snap-bench-", dir="/var/tmp") as scratch:
         folder = pathlib.Path(scratch)
         program = folder / "load"
         subprocess.run(["gcc", "-O2", "-pthread", "-o", program, HERE / "load.c"], check=True)
         job = Load(directory=folder / "job", store=folder / "store")
         # Job.start appends the directory: $0 of the shell.
-        job.start(["/bin/sh", "-c", f'exec {program} "$0" {size_mib} {nr_children}'])
+        job.start(
+            ["/bin/sh", "-c", f'exec {program} "$0" {size_mib} {nr_children} {"quiet" if quiet else ""}']
+        )
         try:
             wait_until((job.directory / "ready").exists, "load ready", 120)
             yield job
@@ -52,62 +56,65 @@ def load(size_mib: int, nr_children: int = 0) -> Iterator[Load]:
             job.destroy()
 
 
-def big_job(size_mib: int) -> dict[str, float]:
-    """Pauses, duration of a first take against bare zstd, and a restore."""
-    found: dict[str, float] = {}
+def pauses(size_mib: int) -> dict[str, float]:
+    """What the job itself sees of a first point and of an increment; and what it sees without snap."""
     with load(size_mib) as job:
-        found["noise_ms"] = _pause_ms(job, lambda: time.sleep(0.3))
+        found = {"noise_ms": _pause_ms(job, lambda: time.sleep(0.3))}
+        found["pause_first_ms"] = _pause_ms(job, job.take)
+        job.order("d")
+        found["pause_increment_ms"] = _pause_ms(job, job.take)
+    return found
+
+
+def first_take(size_mib: int) -> dict[str, float]:
+    """A first take until it is on disk against bare zstd of the same bytes, and a restore of it."""
+    with load(size_mib, quiet=True) as job:
         pages = _memory_of(job.pid, size_mib << 20)
+        _compress(pages)  # once for nothing: its buffers are fresh
         started = time.perf_counter()
         _compress(pages)
         bare = time.perf_counter() - started
         del pages
-        first: dict[str, object] = {}
-        found["pause_first_ms"] = _pause_ms(job, lambda: first.update(job.take()))
-        found["take_first_s"] = float(str(first["duration_us"])) / 1e6
-        found["zstd_s"] = bare
-        found["take_to_zstd"] = found["take_first_s"] / bare
-        job.order("d")
-        found["pause_increment_ms"] = _pause_ms(job, job.take)
+        took = job.take()["duration_us"] / 1e6
         job.take("--kill")
-        restored = job.rollback()
-        found["restore_s"] = restored["duration_us"] / 1e6
-    return found
+        restored = job.rollback()["duration_us"] / 1e6
+    return {"take_first_s": took, "zstd_s": bare, "take_to_zstd": took / bare, "restore_s": restored}
 
 
-def idle_increment(size_mib: int = 64) -> dict[str, float]:
+def idle_increment(size_mib: int = 64, nr_points: int = 30) -> dict[str, float]:
     """What an increment of an idle job adds to the store, everything included."""
-    with load(size_mib, 1) as job:
-        job.take()
-        job.take()
-        before = job.stored_bytes()
-        for _ in range(10):
+    with load(size_mib, quiet=True) as job:
+        for _ in range(12):  # the index of what the first point stored is made when there are some packs
             job.take()
-        return {"idle_increment_bytes": (job.stored_bytes() - before) / 10}
+        before = job.stored_bytes()
+        for _ in range(nr_points):
+            job.take()
+        return {"idle_increment_bytes": (job.stored_bytes() - before) / nr_points}
 
 
 def forked_tree(nr_children: int = 50, size_mib: int = 64) -> dict[str, float]:
     """Bytes stored of a tree that shares its memory, over those of one process."""
-    with load(size_mib, 1) as one:
+    with load(size_mib, quiet=True) as one:
         alone = one.take()["bytes_stored"]
     with load(size_mib, nr_children) as job:
         point = job.take()
         return {"tree_to_one": point["bytes_stored"] / alone, "tree_take_s": point["duration_us"] / 1e6}
 
 
-def long_chain(nr_points: int, size_mib: int = 16) -> dict[str, float]:
-    """Restoring the last point of a chain against the first."""
-    with load(size_mib, 1) as job:
+def long_chain(nr_points: int, size_mib: int) -> dict[str, float]:
+    """Restoring the last point of a chain, with 1 % of the pages dirty each time, against the first."""
+    with load(size_mib, quiet=True) as job:
         for _ in range(nr_points - 1):
             job.take()
             job.order("d")
         job.take("--kill")
-        durations: dict[str, list[int]] = {}
-        for _ in range(3):
-            for name in (job.points[0]["id"], job.points[-1]["id"]):
-                durations.setdefault(name, []).append(job.rollback(name)["duration_us"])
-        first, last = (sorted(values)[1] for values in durations.values())
-        return {"chain_last_to_first": last / first}
+        durations: dict[str, list[float]] = {"first": [], "last": []}
+        for _ in range(6):
+            for name, point in (("first", job.points[0]), ("last", job.points[-1])):
+                durations[name].append(job.rollback(point["id"])["duration_us"] / 1e6)
+        # The first pair warms the page cache.
+        first, last = (statistics.median(values[1:]) for values in durations.values())
+        return {"chain_first_s": first, "chain_last_s": last, "chain_last_to_first": last / first}
 
 
 def criu(size_mib: int) -> dict[str, float]:
@@ -116,10 +123,19 @@ def criu(size_mib: int) -> dict[str, float]:
     if program is None:
         return {}
     with load(size_mib) as job, tempfile.TemporaryDirectory(prefix="snap-bench-", dir="/var/tmp") as images:
-        command = [program, "dump", "-t", str(job.pid), "-D", images, "--leave-running"]
+        common = ["-D", images, "-v0", "--shell-job"]
+        dump = [program, "dump", "-t", str(job.pid), *common]
         status: list[int] = []
-        pause = _pause_ms(job, lambda: status.append(subprocess.run(command, capture_output=True).returncode))  # noqa: PLW1510
-        return {"criu_pause_first_ms": pause} if status == [0] else {}
+        pause = _pause_ms(
+            job, lambda: status.append(subprocess.run([*dump, "--leave-running"], check=False).returncode)
+        )
+        if status != [0] or subprocess.run(dump, check=False).returncode != 0:
+            return {}
+        job.wait_gone()
+        started = time.perf_counter()
+        done = subprocess.run([program, "restore", "-d", *common], check=False)
+        restored = time.perf_counter() - started
+        return {"criu_pause_first_ms": pause, "criu_restore_s": restored} if done.returncode == 0 else {}
 
 
 def _pause_ms(job: Load, action: object) -> float:
@@ -140,11 +156,11 @@ def _memory_of(pid: int, least: int) -> bytes:
 
 
 def _compress(data: bytes) -> None:
-    """Bare zstd -1 on both cores, in pieces of 1 MiB."""
+    """Bare zstd at the store's own level on both cores, in pieces of 1 MiB."""
     view = memoryview(data)
 
     def half(number: int) -> int:
-        compressor = zstandard.ZstdCompressor(level=1)
+        compressor = zstandard.ZstdCompressor(level=FAST_LEVEL)
         return sum(
             len(compressor.compress(view[at : at + (1 << 20)]))
             for at in range(number << 20, len(view), 2 << 20)
