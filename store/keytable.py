@@ -23,6 +23,8 @@ from store import native
 from store.files import TEMP_SUFFIX, fsync, fsync_dir, open_new, pwrite_all
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from store.pagemap import U64
 
 KEY_BYTES = native.KEY_BYTES
@@ -66,16 +68,20 @@ def encode_table(keys: bytearray, locs: U64) -> tuple[bytes, int]:
 
 @dataclass(frozen=True, slots=True)
 class KeyTable:
-    """A parsed table: three views of one buffer."""
+    """A parsed table: three views of one buffer.
 
-    keys: memoryview
-    locs: memoryview
-    fanout: memoryview
+    Arrays, not memoryviews: CPython before 3.13 crashes when its cycle collector meets a memoryview in garbage
+    (gh-77894), and tracebacks of failed takes are such garbage.
+    """
+
+    keys: npt.NDArray[np.uint8]
+    locs: npt.NDArray[np.uint8]
+    fanout: npt.NDArray[np.uint8]
     nr_keys: int
     bits: int
 
     @classmethod
-    def parse(cls, data: memoryview, nr_keys: int, bits: int) -> KeyTable:
+    def parse(cls, data: npt.NDArray[np.uint8], nr_keys: int, bits: int) -> KeyTable:
         """The table at the start of `data`, whose checksum the caller has checked."""
         if nr_keys > MAX_KEYS or bits > MAX_FANOUT_BITS or table_size(nr_keys, bits) > len(data):
             raise BadTableError(f"a table of {nr_keys} keys does not fit in {len(data)} bytes")
@@ -89,11 +95,11 @@ class KeyTable:
 
     def locations(self) -> U64:
         """Locations in the order of the keys."""
-        return np.frombuffer(self.locs, dtype="<u8")
+        return self.locs.view("<u8")
 
-    def key_bytes(self) -> np.ndarray[Any, Any]:
+    def key_bytes(self) -> npt.NDArray[np.uint8]:
         """Keys as rows of 16 bytes."""
-        return np.frombuffer(self.keys, dtype=np.uint8).reshape(-1, KEY_BYTES)
+        return self.keys.reshape(-1, KEY_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +118,10 @@ class IndexFile:
             size = os.fstat(fd).st_size
             if size < _INDEX_HEADER.size + KEY_BYTES:
                 raise BadTableError("shorter than an index file's header")
-            data = memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
+            data = np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), dtype=np.uint8)
         finally:
             os.close(fd)
-        magic, version, nr_packs, bits, zero, nr_keys = _INDEX_HEADER.unpack_from(data)
+        magic, version, nr_packs, bits, zero, nr_keys = _INDEX_HEADER.unpack_from(data.data)
         if magic != INDEX_MAGIC or version != INDEX_VERSION or zero:
             raise BadTableError("no index file of a known version")
         start = _align8(_INDEX_HEADER.size + 4 * nr_packs)
@@ -125,9 +131,9 @@ class IndexFile:
             or start + table_size(nr_keys, bits) + KEY_BYTES != size
         ):
             raise BadTableError("counts do not agree with the file's size")
-        if native.checksum(store_key, data[:-KEY_BYTES]) != data[-KEY_BYTES:]:
+        if native.checksum(store_key, data[:-KEY_BYTES]) != data[-KEY_BYTES:].tobytes():
             raise BadTableError("checksum does not match")
-        packs = struct.unpack_from(f"<{nr_packs}I", data, _INDEX_HEADER.size)
+        packs = struct.unpack_from(f"<{nr_packs}I", data.data, _INDEX_HEADER.size)
         return cls(path.name, frozenset(packs), KeyTable.parse(data[start:-KEY_BYTES], nr_keys, bits))
 
 
@@ -143,7 +149,7 @@ def encode_index(packs: Iterable[int], keys: bytearray, locs: U64, store_key: by
 
 def merge(tables: Sequence[KeyTable]) -> tuple[bytearray, U64]:
     """Keys and locations of several tables together, each key once (which copy it names does not matter)."""
-    keys = bytearray().join(table.keys for table in tables)
+    keys = bytearray().join(table.keys.data for table in tables)
     locs = np.concatenate([np.zeros(0, dtype="<u8"), *(table.locations() for table in tables)]).astype("<u8")
     native.sort_table(keys, locs)
     if len(locs) < 2:

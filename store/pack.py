@@ -275,15 +275,15 @@ class PackFile:
         ):
             raise self.bad("the pack's footer does not fit its size")
         if self.size - start <= _MAP_ABOVE:
-            self._map = memoryview(pread_exact(self._fd, self.size - start, start))
+            self._map = np.frombuffer(pread_exact(self._fd, self.size - start, start), dtype=np.uint8)
         else:
             page = start & ~(mmap.ALLOCATIONGRANULARITY - 1)
             mapped = mmap.mmap(self._fd, self.size - page, prot=mmap.PROT_READ, offset=page)
-            self._map = memoryview(mapped)[start - page :]
-        if native.checksum(self._keys.frames, self._map[:-16]) != self._map[-16:]:
+            self._map = np.frombuffer(mapped, dtype=np.uint8)[start - page :]
+        if native.checksum(self._keys.frames, self._map[:-16]) != self._map[-16:].tobytes():
             raise self.bad("the pack's footer is damaged")
         size = nr_frames * FRAME_BYTES
-        self.frames: np.ndarray[Any, Any] = np.frombuffer(self._map[:size], dtype=FRAME_DTYPE)
+        self.frames: np.ndarray[Any, Any] = self._map[:size].view(FRAME_DTYPE)
         self.table = KeyTable.parse(self._map[size:-TRAILER_BYTES], nr_keys, bits)
         self._data_end = start
 
@@ -291,7 +291,7 @@ class PackFile:
         """A row of the frame table, with its bounds checked."""
         if not 0 <= number < len(self.frames):
             raise self.bad("there is no such frame", number)
-        row = _FRAME.unpack_from(self._map, number * FRAME_BYTES)
+        row = _FRAME.unpack_from(self._map.data, number * FRAME_BYTES)
         offset, stored, raw, codec, kind, nr_pages, base_pack, base_frame, flags, check = row
         if flags:
             raise self.bad(f"frame flags {flags:#x} are not known to this snap", number)

@@ -122,6 +122,23 @@ def overlay(present: U64, put: Space, parent: Space) -> tuple[Space, U64]:
     return Space(present, locs), present[rest[~found]]
 
 
+def without(maps: Mapping[str, Space], damaged: Mapping[int, Iterable[int]]) -> Mapping[str, Space]:
+    """The maps less the pages in damaged frames (pack -> frames; none named: all of the pack's)."""
+    if not damaged:
+        return maps
+    packs, frames = [], []
+    for pack, numbers in damaged.items():
+        some = [pack << 20 | number for number in numbers]
+        frames += some
+        packs += [] if some else [pack]
+    whole, single = np.array(packs, dtype="<u8"), np.array(frames, dtype="<u8")
+    left = {}
+    for name, space in maps.items():
+        bad = np.isin(space.locs >> np.uint64(32), whole) | np.isin(space.locs >> np.uint64(12), single)
+        left[name] = Space(space.pages[~bad], space.locs[~bad]) if bad.any() else space
+    return left
+
+
 def _planes(array: npt.NDArray[Any]) -> bytes:
     """First all lowest bytes, then all second lowest ..."""
     width = array.dtype.itemsize

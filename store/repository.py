@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Self
 
 from snapshotter.base.errors import NoStoreError, NoSuchPointError, SnapshotterError, VerificationError
 from store.catalog import BlobRefs, Catalog
-from store.files import check_private, fsync_dir, make_dir, publish, wrapped
+from store.damage import NAME as DAMAGED
+from store.damage import DamageList
+from store.files import TEMP_SUFFIX, check_private, fsync_dir, make_dir, publish, store_error, wrapped
 from store.locks import Lock, lock_job, lock_store, try_lock
 from store.schema import SCHEMA_REVISION
 from store.types import FileRecord, Point, PruneReport, StoreStats, VerifyReport
 
 if TYPE_CHECKING:
-    from store.keytable import IndexDir
+    from store.keytable import IndexDir, IndexFile, KeyTable
     from store.native import Stager
     from store.pack import PackKeys
     from store.packset import PackReaders
@@ -34,9 +36,13 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 ALGORITHM = "blake3-keyed-128"
 _MARK, _KEY, _CATALOG = "STORE", "key", "catalog.sqlite"
-_DIRECTORIES = ("packs", "index", "locks")
+_DIRECTORIES = ("packs", "index", "heads", "locks")
 _HEX = re.compile(r"[0-9a-f]{4,32}")
 _RELATIVE = re.compile(r"(?P<name>.*?)(?:~(?P<back>\d+))?", re.DOTALL)
+
+
+def _has_packs(root: Path) -> bool:
+    return any((root / "packs").glob("*.pack"))
 
 
 class Store:
@@ -46,6 +52,7 @@ class Store:
         self.path = path
         self.catalog = catalog
         self.packs_dir = path / "packs"
+        self.damage = DamageList(path)
         self._locks = path / "locks"
         self._secret = secret
         self.id = str(mark["id"])
@@ -83,8 +90,8 @@ class Store:
         with wrapped("cannot make a store", root):
             root.parent.mkdir(parents=True, exist_ok=True)
             make_dir(root)
-            names = {name for name in os.listdir(root) if not name.endswith(".tmp")}
-            if names - {*_DIRECTORIES, _MARK, _KEY, _CATALOG, "lost+found"}:
+            names = {name for name in os.listdir(root) if not name.endswith(TEMP_SUFFIX)}
+            if names - {*_DIRECTORIES, _MARK, _KEY, _CATALOG, _CATALOG + "-journal", DAMAGED, "lost+found"}:
                 raise NoStoreError(
                     "the directory is not empty and not a store",
                     where=str(root),
@@ -99,6 +106,13 @@ class Store:
             with lock_store(root / "locks", exclusive=True):
                 if (root / _MARK).exists():
                     return
+                # STORE comes before the catalog and any pack: those without it are a store that lost its id.
+                if (root / _CATALOG).exists() or _has_packs(root):
+                    raise NoStoreError(
+                        "the file STORE is missing beside a catalog or packs",
+                        where=str(root),
+                        hint="restore STORE from a backup, or name another directory with --store",
+                    )
                 if not (root / _KEY).exists():
                     publish(root, _KEY, secrets.token_bytes(32))
                 mark = {"format": FORMAT_VERSION, "id": secrets.token_hex(16), "algorithm": ALGORITHM}
@@ -118,8 +132,6 @@ class Store:
         except (ValueError, KeyError, TypeError):
             raise NoStoreError("the file STORE is damaged", where=str(root)) from None
         except OSError as error:
-            from store.files import store_error
-
             raise store_error(error, "cannot read the store", root) from error
         if version != FORMAT_VERSION or algorithm != ALGORITHM or len(store_id) != 16:
             raise NoStoreError(
@@ -136,11 +148,19 @@ class Store:
             catalog = Catalog(url, url)
         else:
             # A crash right after STORE was written leaves no catalog; packs without one are a lost catalog.
-            fresh = not path.exists() and not any((root / "packs").glob("*.pack"))
+            fresh = not path.exists() and not _has_packs(root)
             catalog = Catalog.at(path, create=fresh)
         if catalog.revision() != SCHEMA_REVISION:
             with lock_store(root / "locks", exclusive=True, wait_s=30.0):
-                if catalog.revision() != SCHEMA_REVISION:
+                revision = catalog.revision()
+                if revision is None and _has_packs(root):
+                    # Migrated, it would name no pack, and the next prune would take them all for garbage.
+                    raise NoStoreError(
+                        "the catalog is empty but there are packs",
+                        where=str(path) if url is None else str(root),
+                        hint="restore catalog.sqlite from a backup",
+                    )
+                if revision != SCHEMA_REVISION:
                     catalog.migrate()
         return catalog
 
@@ -204,18 +224,22 @@ class Store:
         return found[point_id]
 
     def stager(self, packs: frozenset[int]) -> Stager:
-        """Dedup against everything in `packs`. A pack whose footer is damaged is left out: nothing is lost but space."""
+        """Dedup against everything in `packs` but what is damaged: nothing is lost by leaving it out but space."""
         from store.native import Stager, Tables
 
+        packs -= self.damage.load().keys()
         indexes = self.index.load(packs)
-        covered: set[int] = set().union(*(index.packs for index in indexes))
         tables = [index.table for index in indexes]
-        for pack in packs - covered:
-            with contextlib.suppress(VerificationError):
-                table = self.readers.get(pack).table
-                if table.nr_keys:
-                    tables.append(table)
+        tables += [table for table in self._own_tables(packs, indexes).values() if table.nr_keys]
         return Stager(self.keys.pages, Tables([table.native() for table in tables]))
+
+    def _own_tables(self, packs: frozenset[int], indexes: Sequence[IndexFile]) -> dict[int, KeyTable]:
+        """The key tables of packs that no index file covers. Packs whose footer is damaged are noted and left out."""
+        tables = {}
+        for pack in sorted(packs.difference(*(index.packs for index in indexes))):
+            with contextlib.suppress(VerificationError), self.noting_damage():
+                tables[pack] = self.readers.get(pack).table
+        return tables
 
     def maintain_index(self) -> None:
         """Merges key tables when enough packs have none but their own. An accelerator: failure costs nothing."""
@@ -225,16 +249,17 @@ class Store:
             if not free:
                 return
             with self.lock_shared():
-                packs = frozenset(self.catalog.packs())
+                packs = frozenset(self.catalog.packs().keys() - self.damage.load().keys())
                 indexes = self.index.load(packs)
-                fresh = packs - set().union(*(index.packs for index in indexes))
+                useless = set(self.index.names()) - {index.name for index in indexes}
+                fresh = self._own_tables(packs, indexes)
                 if len(fresh) < keytable.MERGE_AT:
                     return
-                tables = [self.readers.get(pack).table for pack in sorted(fresh)]
-                chosen = keytable.tier(indexes, sum(table.nr_keys for table in tables))
-                covered = fresh.union(*(index.packs for index in chosen))
-                self.index.write(covered, [*tables, *(index.table for index in chosen)])
-                self.index.remove(index.name for index in chosen)
+                chosen = keytable.tier(indexes, sum(table.nr_keys for table in fresh.values()))
+                covered = set(fresh).union(*(index.packs for index in chosen))
+                self.index.write(covered, [*fresh.values(), *(index.table for index in chosen)])
+                # And those that are damaged, or that cover a damaged pack.
+                self.index.remove({index.name for index in chosen} | useless)
 
     # -- points ---------------------------------------------------------------------------------------
 
@@ -329,10 +354,23 @@ class Store:
         )
 
     @contextlib.contextmanager
-    def naming_points(self, frames: Sequence[tuple[int, int]]) -> Iterator[None]:
-        """Adds to a VerificationError inside which points need the damaged frames."""
+    def noting_damage(self) -> Iterator[None]:
+        """Writes down, for later takes, what a VerificationError inside says of a pack."""
         try:
             yield
+        except VerificationError as error:
+            from store.pack import DamagedPackError
+
+            if isinstance(error, DamagedPackError):
+                self.damage.add([(error.pack, error.frame)])
+            raise
+
+    @contextlib.contextmanager
+    def naming_points(self, frames: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """Adds to a VerificationError inside which points need the damaged frames, and notes the damage."""
+        try:
+            with self.noting_damage():
+                yield
         except VerificationError as error:
             from store.verify import points_using
 

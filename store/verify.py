@@ -14,7 +14,7 @@ import numpy as np
 from snapshotter.base.errors import SnapshotterError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE
 from store import native, pagemap
-from store.pack import KIND_PAGES, FrameRef
+from store.pack import KIND_PAGES, DamagedPackError, FrameRef
 from store.types import Damage, Point, VerifyReport
 
 if TYPE_CHECKING:
@@ -73,7 +73,11 @@ def verify(store: Store, points: list[Point] | None) -> VerifyReport:
     with store.lock_shared():
         store.readers.forget_all()
         refs = store.catalog.blobs(None if points is None else [point.id for point in points])
-        return _Verifier(store, refs).run()
+        verifier = _Verifier(store, refs)
+        report = verifier.run()
+        store.damage.strike(verifier.recovered())
+        store.damage.add(verifier.found)
+        return report
 
 
 class _Verifier:
@@ -81,6 +85,8 @@ class _Verifier:
         self._store = store
         self._refs = refs
         self._damage: list[Damage] = []
+        self.found: list[tuple[int, int | None]] = []
+        """Packs and frames that proved damaged."""
         self._nr_frames = self._nr_pages = self._bytes = 0
 
     def run(self) -> VerifyReport:
@@ -94,6 +100,7 @@ class _Verifier:
                 self._store.readers.images(self._refs[point].images)
             except VerificationError as error:
                 broken_blobs.setdefault((error.where, error.what), []).append(point)
+                self._note(error)
             if isinstance(found, VerificationError):
                 continue
             users[point] = found[0]
@@ -137,7 +144,30 @@ class _Verifier:
         if native.hash_pages(self._store.keys.pages, data) != keys.get(number):
             raise reader.bad("pages do not match their digests", number)
 
+    def recovered(self) -> list[int]:
+        """Packs noted as damaged of which every frame is right again, those included that no point needs, or gone."""
+        known = self._store.catalog.packs()
+        return [pack for pack in self._store.damage.load() if pack not in known or self._is_right(pack)]
+
+    def _is_right(self, pack: int) -> bool:
+        try:
+            reader = self._store.readers.get(pack)
+            keys = reader.page_keys()
+            for number in range(len(reader.frames)):
+                if reader.frame(number).kind == KIND_PAGES:
+                    self._check_frame(pack, number, keys, 0)
+                else:
+                    reader.read_stored(number)
+        except SnapshotterError:
+            return False
+        return True
+
+    def _note(self, error: SnapshotterError) -> None:
+        if isinstance(error, DamagedPackError):
+            self.found.append((error.pack, error.frame))
+
     def _add(self, error: SnapshotterError, frames: list[int], users: dict[str, U64]) -> None:
+        self._note(error)
         numbers = np.array(frames, dtype="<u8")
         hurt = tuple(point for point, used in users.items() if np.isin(numbers, used).any())
         self._damage.append(Damage(error.where, error.what, hurt))

@@ -70,7 +70,10 @@ class PointWriter:
         self._parent_maps: pagemap.Maps = {}
         if self._parent is not None:
             self._parent_refs = self._store.blob_refs(self._parent.id)
-            self._parent_maps = self._store.readers.maps(self._parent_refs.maps)
+            with self._store.noting_damage():
+                self._parent_maps = self._store.readers.maps(self._parent_refs.maps)
+        # What the parent has in frames known to be damaged must be dumped again (MissingPagesError).
+        self._inherited = pagemap.without(self._parent_maps, self._store.damage.load())
         self._stager: Stager = self._store.stager(packs)
         self._packs = PackSet(self._store.packs_dir, self._store.keys, packs)
         self._images: dict[str, bytes] = {}
@@ -148,7 +151,7 @@ class PointWriter:
         self._check()
         pages = pagemap.ascending(pagemap.expand(present))
         put = pagemap.latest([(numbers, numbers) for numbers, _ in self._puts.get(space, [])])
-        _, missing = pagemap.overlay(pages, put, self._parent_maps.get(space, pagemap.EMPTY))
+        _, missing = pagemap.overlay(pages, put, self._inherited.get(space, pagemap.EMPTY))
         if len(missing):
             raise MissingPagesError(
                 f"{len(missing)} pages were neither dumped nor in the parent point, the first is "
@@ -241,7 +244,7 @@ class PointWriter:
             for worker, final in zip(self._workers, finals, strict=True):
                 mine = provisional & (workers == np.uint64(worker.number))
                 locs[mine] = final[(put.locs[mine] & np.uint64((1 << 48) - 1)).astype(np.int64)]
-            parent = self._parent_maps.get(space, pagemap.EMPTY)
+            parent = self._inherited.get(space, pagemap.EMPTY)
             resolved, _ = pagemap.overlay(present, pagemap.Space(put.pages, locs), parent)
             if len(resolved.pages):
                 maps[space] = resolved
@@ -349,6 +352,7 @@ class PointWriter:
             if self._committing is None or not self._store.catalog.points(ids=[self._committing]):
                 self._packs.discard()
         self._done = True
+        self._error = None  # its traceback holds this writer: a cycle that would keep the buffers
         self._lock.release()
 
     def __enter__(self) -> Self:

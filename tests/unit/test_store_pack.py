@@ -1,5 +1,6 @@
 """Packs, key tables and the page hash: golden bytes, reference vectors, damage."""
 
+import gc
 import os
 import struct
 
@@ -83,7 +84,7 @@ def test_key_tables_find_what_is_in_them_and_nothing_else(keys):
     locs = np.arange(1, len(keys) + 1, dtype="<u8")
     wanted = dict(zip(keys, locs.tolist(), strict=True))
     data, bits = keytable.encode_table(bytearray().join(keys), locs)
-    table = keytable.KeyTable.parse(memoryview(data), len(keys), bits)
+    table = keytable.KeyTable.parse(np.frombuffer(data, dtype=np.uint8), len(keys), bits)
     tables = native.Tables([table.native()])
     assert sound(tables)
     for key, loc in wanted.items():
@@ -97,7 +98,7 @@ def test_a_damaged_fanout_leads_nowhere_outside():
     data, bits = keytable.encode_table(bytearray(keys), np.arange(1, 201, dtype="<u8"))
     bad = bytearray(data)
     bad[: 4 * ((1 << bits) + 1)] = os.urandom(4 * ((1 << bits) + 1))
-    tables = native.Tables([keytable.KeyTable.parse(memoryview(bad), 200, bits).native()])
+    tables = native.Tables([keytable.KeyTable.parse(np.frombuffer(bad, dtype=np.uint8), 200, bits).native()])
     assert not sound(tables)
     for number in range(200):
         assert lookup(tables, keys[number * 16 : number * 16 + 16]) in range(201)
@@ -107,7 +108,7 @@ def test_index_files_merge_and_refuse_damage(tmp_path):
     def table(numbers):
         keys = bytearray().join(struct.pack(">QQ", n << 40, n) for n in numbers)
         data, bits = keytable.encode_table(keys, np.array(numbers, dtype="<u8") + np.uint64(1 << 32))
-        return keytable.KeyTable.parse(memoryview(data), len(numbers), bits)
+        return keytable.KeyTable.parse(np.frombuffer(data, dtype=np.uint8), len(numbers), bits)
 
     directory = keytable.IndexDir(tmp_path, bytes(32))
     name = directory.write([1, 2], [table(range(100)), table(range(50, 150))])
@@ -205,3 +206,17 @@ def test_no_damaged_pack_reads_wrong(tmp_path_factory, data):
     # Padding before the footer is the one place that nothing depends on.
     start = struct.unpack_from("<Q", whole, len(whole) - 64 + 24)[0]
     assert wrong or content[: start - 8] == whole[: start - 8]
+
+
+def test_the_cycle_collector_may_meet_a_pack(tmp_path):
+    """CPython's gh-77894: a memoryview in a garbage cycle, with a buffer taken of it, ends the process."""
+    write_pack(tmp_path)
+    child = os.fork()
+    if child == 0:
+        pack = PackFile(tmp_path, 0x1234, KEYS)
+        cycle = [pack, native.Tables([pack.table.native()])]
+        cycle.append(cycle)
+        del pack, cycle
+        gc.collect()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
