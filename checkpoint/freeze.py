@@ -6,7 +6,9 @@ Owns seizing, interrupting, finding tasks that appear meanwhile, and the thaw. I
   detaches and the job goes on (a group-stopped task stays stopped).
 - After `freeze()` every task of the tree is in `processes` and stopped, or is a zombie; none can appear any more,
   because only a running task can make one.
-- Leaving the context thaws in reverse order of seizing, also when tasks have died and when curing one failed.
+- Leaving the context thaws in reverse order of seizing (threads before leaders), also when tasks have died and when
+  curing one failed.
+- A task that stands in what a snap that was killed left in it is led out before its registers are read.
 
 ptrace requests must come from the thread that seized: a FrozenTree belongs to the thread that made it.
 """
@@ -26,7 +28,7 @@ from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
 from checkpoint.kernel import interrupted, proc, ptrace
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.sys import KCMP_VM, kcmp
-from checkpoint.parasite import cure
+from checkpoint.parasite import cure, stranded
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError, wrap_os_error
 
@@ -248,6 +250,7 @@ class FrozenTree:
             self._forget(tid)
         self.processes = {}
         for pid, tids in tree.items():
+            mem = self._lead_out(pid, tids)
             stat, status = proc.read_stat(pid), proc.read_status(pid)
             stopped = [tid for tid in tids if tid in self._seized]
             if not stopped:
@@ -273,11 +276,26 @@ class FrozenTree:
                 threads,
                 stat,
                 status,
-                ProcMem(pid),
+                mem,
                 state,
                 leader.stop_signal,
                 stat.start_time_ticks,
             )
+
+    def _lead_out(self, pid: int, tids: list[int]) -> ProcMem | None:
+        """See to it that no task stands in what a snap that was killed left behind; the memory of the process."""
+        stopped = [tid for tid in tids if tid in self._seized]
+        if not stopped:
+            return None
+        mem = ProcMem(pid)
+        for tid in stopped:
+            if not stranded.is_inside(ptrace.getregs(tid), mem):
+                continue
+            try:
+                stranded.lead_out(tid, mem)
+            except TargetGoneError:
+                self._forget(tid)
+        return mem
 
     def _task(self, pid: int, tid: int, leader_start: int) -> FrozenTask:
         start = leader_start if tid == pid else proc.read_stat(pid, tid).start_time_ticks
@@ -308,12 +326,23 @@ class FrozenTree:
         self._left = after
 
     def cure(self) -> None:
-        """Take the parasite out of every task that has one, last infected first; the job stays frozen."""
+        """Take the parasite out of every task that has one, last infected first; the job stays frozen.
+
+        One that fails does not keep the others in: the first error is raised after all were tried.
+        """
+        problem: BaseException | None = None
         for task in reversed(list(self.tasks())):
-            if task.remote is not None:
-                remote, task.remote = task.remote, None
-                with contextlib.suppress(TargetGoneError):
-                    cure(remote)
+            if task.remote is None:
+                continue
+            remote, task.remote = task.remote, None
+            try:
+                cure(remote)
+            except TargetGoneError:
+                continue
+            except BaseException as error:
+                problem = problem or error
+        if problem is not None:
+            raise problem
 
     def thaw(self) -> None:
         """Let every task go. Does nothing the second time. The first error is raised after all were let go."""
@@ -331,7 +360,10 @@ class FrozenTree:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signo)
         running: list[int] = []
-        for tid in reversed(list(self._order)):
+        # A leader cannot be reaped before its last thread is, and a thread's tid may be the smaller one.
+        order = self._order[::-1]
+        order.sort(key=self._is_leader)
+        for tid in order:
             try:
                 if self._left == "kill":
                     _reap(tid)
@@ -350,6 +382,9 @@ class FrozenTree:
                 process.mem.close()
         if problem is not None:
             raise problem
+
+    def _is_leader(self, tid: int) -> bool:
+        return tid in self._seized and self._seized[tid][0] == tid
 
     def _detach(self, tid: int) -> bool:
         """Let one task go; False when it has not stopped yet, which is what the kernel asks for."""
@@ -410,11 +445,15 @@ def children(pid: int, tids: list[int]) -> list[int]:
     """The pids of the children of all threads of a process; exact when they are stopped."""
     found: list[int] = []
     for tid in tids:
+        text = b""
         try:
             with open(f"/proc/{pid}/task/{tid}/children", "rb", buffering=0) as file:
-                found += map(int, file.read(1 << 20).split())
+                # At most a page comes at a time, and a number may lie across the end of it.
+                while piece := file.read(1 << 16):
+                    text += piece
         except (FileNotFoundError, ProcessLookupError):
             continue
+        found += map(int, text.split())
     return found
 
 

@@ -5,11 +5,13 @@
  * the instant that the tracking tells from), and leaves when the last process of the job has ended. It reads nothing
  * and answers nobody: snap takes its descriptors with pidfd_getfd.
  *
- *   keeper STATEFILE LEASHFD NONCEFD PIDFD[:UFFD] ...
+ *   keeper STATEFILE NEWFILE LEASHFD OLDFD NONCEFD PIDFD[:UFFD] ...
  *
- * It forks, the parent writes the child's pid (decimal) to stdout and exits. The child then waits on LEASHFD, the
- * read end of a pipe that snap holds: a byte 'k' means that the state file names this keeper; the end of the pipe
- * without it means that snap died before, and the keeper leaves at once. STATEFILE is removed when the job ends.
+ * It forks, the parent writes the child's pid (decimal) to stdout and exits. The child then waits on LEASHFD, a socket
+ * whose other end snap holds: a byte 'k' means that NEWFILE names this keeper. The end without it means that snap
+ * died before: the keeper removes NEWFILE and leaves at once. With it, the keeper itself takes over: it renames NEWFILE
+ * to STATEFILE, kills the keeper before it (OLDFD, a pidfd; "-": there is none) and answers 'k'. So whenever snap dies,
+ * the state file names the one keeper that stays. STATEFILE is removed when the job ends.
  *
  * Freestanding: no libc, no heap, no signals beyond the default ones. */
 
@@ -20,25 +22,42 @@
 #define SYS_WRITE 1
 #define SYS_CLOSE 3
 #define SYS_POLL 7
+#define SYS_SENDTO 44
 #define SYS_FORK 57
 #define SYS_EXIT 60
+#define SYS_RENAME 82
 #define SYS_UNLINK 87
 #define SYS_PRCTL 157
+#define SYS_PIDFD_SEND_SIGNAL 424
 
 #define MAX_TASKS 16384
 #define STDOUT 1
 #define PTRACER_ANY (-1L)
 #define EINTR_RESULT (-4L)
+#define KILL 9
+#define MSG_NOSIGNAL 0x4000
+#define FIRST_TASK 6
 
 static struct pollfd polled[MAX_TASKS];
 static int uffds[MAX_TASKS];
 
-static long call3(long number, long one, long two, long three)
+static long call4(long number, long one, long two, long three, long four)
 {
 	register long result __asm__("rax") = number;
+	register long r10 __asm__("r10") = four;
+	register long r8 __asm__("r8") = 0;
+	register long r9 __asm__("r9") = 0;
 
-	__asm__ volatile("syscall" : "+r"(result) : "D"(one), "S"(two), "d"(three) : "rcx", "r11", "memory");
+	__asm__ volatile("syscall"
+			 : "+r"(result)
+			 : "D"(one), "S"(two), "d"(three), "r"(r10), "r"(r8), "r"(r9)
+			 : "rcx", "r11", "memory");
 	return result;
+}
+
+static long call3(long number, long one, long two, long three)
+{
+	return call4(number, one, two, three, 0);
 }
 
 static _Noreturn void leave(long status)
@@ -70,7 +89,7 @@ static void say_pid(long pid)
 	call3(SYS_WRITE, STDOUT, (long)(text + at), (long)sizeof(text) - at);
 }
 
-static void wait_for_leash(int leash)
+static void take_over(int leash, int old, const char *statefile, const char *newfile)
 {
 	char byte = 0;
 	long got;
@@ -78,8 +97,16 @@ static void wait_for_leash(int leash)
 	do {
 		got = call3(SYS_READ, leash, (long)&byte, 1);
 	} while (got == EINTR_RESULT);
-	if (got != 1 || byte != 'k')
+	if (got != 1 || byte != 'k' || call3(SYS_RENAME, (long)newfile, (long)statefile, 0) < 0) {
+		call3(SYS_UNLINK, (long)newfile, 0, 0);
 		leave(1);
+	}
+	if (old >= 0) {
+		call4(SYS_PIDFD_SEND_SIGNAL, old, KILL, 0, 0);
+		call3(SYS_CLOSE, old, 0, 0);
+	}
+	/* Not write(): snap may be dead by now, and SIGPIPE would take us along. */
+	call4(SYS_SENDTO, leash, (long)&byte, 1, MSG_NOSIGNAL);
 	call3(SYS_CLOSE, leash, 0, 0);
 }
 
@@ -110,15 +137,18 @@ __attribute__((used)) _Noreturn void keeper_main(const long *stack)
 	long argc = stack[0];
 	const char *const *argv = (const char *const *)(stack + 1);
 	int count = 0;
-	int leash;
+	int leash, old = -1;
 	long pid;
 	const char *text;
 
-	if (argc < 5 || argc - 4 > MAX_TASKS)
+	if (argc <= FIRST_TASK || argc - FIRST_TASK > MAX_TASKS)
 		leave(2);
-	text = argv[2];
+	text = argv[3];
 	leash = number(&text);
-	for (long i = 4; i < argc; i++) {
+	text = argv[4];
+	if (*text != '-')
+		old = number(&text);
+	for (long i = FIRST_TASK; i < argc; i++) {
 		text = argv[i];
 		polled[count].fd = number(&text);
 		polled[count].events = POLLIN;
@@ -137,7 +167,7 @@ __attribute__((used)) _Noreturn void keeper_main(const long *stack)
 	}
 	call3(SYS_CLOSE, STDOUT, 0, 0);
 	call3(SYS_PRCTL, PR_SET_PTRACER, PTRACER_ANY, 0);
-	wait_for_leash(leash);
+	take_over(leash, old, argv[1], argv[2]);
 	keep(count, argv[1]);
 }
 

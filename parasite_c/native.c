@@ -193,7 +193,7 @@ int64_t snap_move_runs(int pid, int mem_fd, const struct snap_run_pages *runs, s
             size_t size = writing ? PAGE : (runs[i].nr_pages - skip) * PAGE;
             ssize_t got = writing ? pwrite(mem_fd, buffer, size, (off_t)(page * PAGE))
                                   : pread(mem_fd, buffer, size, (off_t)(page * PAGE));
-            if (got <= 0 && errno == EINTR)
+            if (got < 0 && errno == EINTR)      // 0 says nothing about errno, which may be an old one
                 continue;
             if (got == 0)
                 return -ESRCH;          // the file's way to say that this address space is no more

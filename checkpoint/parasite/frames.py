@@ -7,13 +7,21 @@ Owns where they lie and what they say. Two signal frames one after the other:
 A task whose rsp points at a frame's start and that executes `ret` (or at start + 8 and executes rt_sigreturn) takes
 that frame. Frame 1 returns into munmap, whose `ret` takes frame 2, which returns to the job.
 
-They lie at the low end of the main thread's stack mapping, on pages that were never touched (all zero), because
-memory below a task's own rsp is not free in every program: a goroutine's stack has no room for a signal frame and
-ends in other objects. Where there is no such mapping they go below the red zone of the task's own stack.
+Where they lie, the first that there is:
+
+1. the low end of the main thread's stack mapping, on pages that were never touched (all zero), 64 KiB from where any
+   thread of the process stands;
+2. for the task that stands lowest in that mapping, right below its red zone, where a signal's frame would go too;
+3. for any other, below that mapping, which the kernel extends when it is written to;
+4. below the red zone of the task's own stack, if 64 KiB of the mapping lie below.
+
+Own stacks come last because memory below a task's rsp is not free in every program: a goroutine's stack has no room
+for a signal frame and ends in other objects.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,13 +40,13 @@ if TYPE_CHECKING:
     from checkpoint.parasite.remote import Area
 
 MAGIC = b"snap-frames\0\0\0\0\1"
-_ALIGN = 64
-_FIRST = _ALIGN
-_SECOND: int = _FIRST + (-(-lib.snap_frame_size(0) // _ALIGN)) * _ALIGN
+ALIGN = 64
+_FIRST = ALIGN
+_SECOND: int = _FIRST + (-(-lib.snap_frame_size(0) // ALIGN)) * ALIGN
 _RED_ZONE = 128
 _PAGE = 4096
 _STACK_RESERVE = 16 * _PAGE
-"""Never nearer than this to the used part of the main stack."""
+"""Never nearer than this to the used part of a stack that other tasks may go on to use while a task leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,15 @@ class Place:
 def size(xstate_used: int) -> int:
     """Bytes that the frames take with so much vector state."""
     return _SECOND + int(lib.snap_frame_size(xstate_used))
+
+
+def is_ours(frame: int, mem: ProcMem) -> bool:
+    """Whether a frame that build() made starts at this address, by the magic before both."""
+    for back in (_FIRST, _SECOND):
+        with contextlib.suppress(OSError):
+            if mem.read(frame - back, len(MAGIC)) == MAGIC:
+                return True
+    return False
 
 
 def used_xstate(xstate: bytes) -> int:
@@ -103,32 +120,82 @@ def _put(
 
 
 def choose(
-    maps: Sequence[MapsEntry], mem: ProcMem, rsp: int, need: int, taken: Collection[int] = (), *, where: str
+    maps: Sequence[MapsEntry],
+    mem: ProcMem,
+    rsp: int,
+    need: int,
+    stacks: Collection[int],
+    taken: Collection[int] = (),
+    *,
+    where: str,
 ) -> Place:
-    """A place for `need` bytes that nothing else uses; `taken` are other live frames. UnsupportedError when there is none."""
+    """A place for `need` bytes that nothing else uses.
+
+    Args:
+        maps: the mappings of the process.
+        mem: its memory.
+        rsp: where the task stands.
+        need: bytes.
+        stacks: where every thread of the process stands, this one included.
+        taken: other live frames.
+        where: for the error.
+
+    Raises:
+        UnsupportedError: there is no such place.
+    """
     for entry in maps:
         if entry.path != "[stack]" or not entry.writable or entry.shared:
             continue
-        limit = entry.end - _STACK_RESERVE
-        if entry.start <= rsp < entry.end:
-            limit = min(limit, rsp - _STACK_RESERVE)
-        room = -(-need // _PAGE) * _PAGE
-        for at in range(entry.start, limit - room + 1, _PAGE):
-            if any(at < other + room and other < at + room for other in taken):
-                continue
-            try:
-                content = mem.read(at, need)
-            except OSError:
-                continue
-            if content.startswith(MAGIC):  # of a snap that was killed: ours again
-                return Place(at, bytes(need))
-            if not any(content):
-                return Place(at, content)
-    at = (rsp - _RED_ZONE - need) & ~(_ALIGN - 1)
+        inside = [at for at in (rsp, *stacks) if entry.start <= at < entry.end]
+        place = _low_end(entry, mem, need, min([entry.end, *inside]) - _STACK_RESERVE, taken)
+        if place is None and rsp in inside and rsp == min(inside):
+            place = _extended(mem, (rsp - _RED_ZONE - need) & -ALIGN, need, entry.start)
+        elif place is None:
+            # Where no thread stands in it, the main one may still return to its low end.
+            lowest = min(inside, default=entry.start)
+            at = min(entry.start, lowest - _STACK_RESERVE) - _pages(need)
+            place = _extended(mem, at & -_PAGE, need, entry.start)
+        if place is not None:
+            return place
+    at = (rsp - _RED_ZONE - need) & -ALIGN
     for entry in maps:
         if entry.start <= at - _STACK_RESERVE and rsp <= entry.end and entry.writable and not entry.shared:
             return Place(at, mem.read(at, need))
     raise UnsupportedError(
         "there is no memory of its own where its registers could be kept safe", where=where,
-        hint="it has neither a main stack mapping nor 64 KiB of room below its stack pointer",
+        hint="its main stack is full (ulimit -s), and 64 KiB of room are not below its stack pointer",
     )  # fmt: skip
+
+
+def _pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+def _low_end(stack: MapsEntry, mem: ProcMem, need: int, limit: int, taken: Collection[int]) -> Place | None:
+    """The lowest pages of the mapping, if nothing was ever there: what lies beyond used ones may be anybody's."""
+    room = _pages(need)
+    for at in range(stack.start, limit - room + 1, _PAGE):
+        if any(at < other + room and other < at + room for other in taken):
+            continue
+        try:
+            content = mem.read(at, need)
+        except OSError:
+            return None
+        if content.startswith(MAGIC):  # of a snap that was killed: ours again
+            return Place(at, bytes(need))
+        return None if any(content) else Place(at, content)
+    return None
+
+
+def _extended(mem: ProcMem, at: int, need: int, start: int) -> Place | None:
+    """A place whose part below the mapping that begins at `start` is made by writing there; None where the kernel does not
+    let it grow (its limit, or another mapping).
+    """
+    if at >= start:
+        return Place(at, mem.read(at, need))
+    fresh = min(need, start - at)
+    try:
+        mem.write(at, bytes(fresh))
+        return Place(at, mem.read(at, need))
+    except OSError:
+        return None

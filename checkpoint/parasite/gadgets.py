@@ -13,6 +13,7 @@ from snapshotter.base.errors import UnsupportedError
 SYSCALL_RET = b"\x0f\x05\xc3"
 SIGRETURN = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
 """mov $15,%rax; syscall (glibc, Go) and mov $15,%eax; syscall (musl)."""
+MAX_SIGRETURN = max(map(len, SIGRETURN))
 
 _PIECE = 1 << 22
 _OVERLAP = 16

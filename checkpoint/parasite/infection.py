@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.kernel import interrupted, proc, ptrace
 from checkpoint.kernel.mem import ProcMem
-from checkpoint.parasite import frames, gadgets
+from checkpoint.parasite import frames, gadgets, stranded
 from checkpoint.parasite.batch import Ending
 from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, MAGIC_SIZE, Area, RemoteTask, blob
 from snapshotter.base import faults
@@ -66,7 +66,10 @@ class _Space:
         self.maps = proc.read_maps(pid)
         self.gadgets = gadgets.find(_code_ranges(self.maps), self.mem.read, where=f"task {pid}")
         self.area = Area(_hole(self.maps, AREA_SIZE, pid), AREA_SIZE)
-        self.leftovers = _leftovers(self.maps, self.mem)
+        places = _places(pid)
+        self.stacks = [rsp for _, rsp in places]
+        """Where the threads stand that nobody is inside of yet; they are stopped, so it stays true."""
+        self.leftovers = _leftovers(self.maps, self.mem, places)
         self.mapped = False
         self.users: set[InfectedTask] = set()
         self.inside: InfectedTask | None = None
@@ -119,8 +122,23 @@ def _hole(maps: list[proc.MapsEntry], size: int, pid: int) -> int:
     return (best + (best_size - size) // 2 + spread) & ~((1 << 16) - 1)
 
 
-def _leftovers(maps: list[proc.MapsEntry], mem: ProcMem) -> list[Area]:
-    """Areas of a snap that was killed in the one instant in which nobody was inside."""
+def _places(pid: int) -> list[tuple[int, int]]:
+    """(rip, rsp) of every thread of a process."""
+    found = []
+    for tid in proc.threads(pid):
+        try:
+            regs = ptrace.getregs(tid)
+            found.append((int(regs.rip), int(regs.rsp)))
+        except SnapshotterError:  # not one that we have stopped
+            with contextlib.suppress(SnapshotterError):
+                words = proc.read_task_file(pid, "syscall", tid).split()
+                if len(words) > 2:
+                    found.append((int(words[-1], 16), int(words[-2], 16)))
+    return found
+
+
+def _leftovers(maps: list[proc.MapsEntry], mem: ProcMem, places: list[tuple[int, int]]) -> list[Area]:
+    """Areas of a snap that was killed in the one instant in which nobody was inside; never one that a thread is in."""
     found = []
     # Another process of the job may share this address space (CLONE_VM): what is in use is nobody's leftover
     live = {space.area.start for space in _spaces.values()}
@@ -130,8 +148,11 @@ def _leftovers(maps: list[proc.MapsEntry], mem: ProcMem) -> list[Area]:
         if entry.perms != "r-xp" or entry.path or entry.inode or entry.size_bytes != CODE_SIZE:
             continue
         with contextlib.suppress(OSError):
-            if mem.read(entry.start, MAGIC_SIZE) == blob()[:MAGIC_SIZE]:
-                found.append(Area(entry.start, AREA_SIZE))
+            if mem.read(entry.start, MAGIC_SIZE) != blob()[:MAGIC_SIZE]:
+                continue
+            area = Area(entry.start, AREA_SIZE)
+            if not any(area.start <= at < area.end for place in places for at in place):
+                found.append(area)
     return found
 
 
@@ -141,6 +162,7 @@ class InfectedTask(RemoteTask):
     def __init__(self, target: Target, space: _Space) -> None:
         super().__init__(target.tid, target.pid, space.mem, space.area)
         self._space = space
+        self._target = target
         self._own_regs = target.regs.copy()
         self._own_mask = target.sigmask
         self._template = self._own_regs
@@ -198,7 +220,8 @@ class InfectedTask(RemoteTask):
             _, _, *words = _rseq_section(self.mem.read(section, 32))
             start, length, abort = words
             if start <= self._own_regs.rip < start + length:
-                self._own_regs.rip = abort
+                # The target's too: it is what an image of the task says.
+                self._own_regs.rip = self._target.regs.rip = abort
 
     def prepare(self) -> None:
         """Everything that only reads."""
@@ -217,7 +240,9 @@ class InfectedTask(RemoteTask):
         used = frames.used_xstate(self._xstate)
         taken = {other.inside.frames_at for other in _spaces.values() if other.inside is not None}
         need = frames.size(used)
-        place = frames.choose(space.maps, self.mem, self._own_regs.rsp, need, taken, where=self.where)
+        place = frames.choose(
+            space.maps, self.mem, self._own_regs.rsp, need, space.stacks, taken, where=self.where
+        )
         unmap = None if self._seccomp else space.area
         self.mem.write(
             place.address,
@@ -416,10 +441,14 @@ class Parasite:
     def __enter__(self) -> RemoteTask:
         try:
             self._stop_all()
-            for tid in self._seized:
-                regs = ptrace.getregs(tid)
-                if interrupted.restart_instead(regs):
-                    ptrace.setregs(tid, regs)
+            with ProcMem(self.pid) as mem:
+                for tid in self._seized:
+                    regs = ptrace.getregs(tid)
+                    if stranded.is_inside(regs, mem):
+                        stranded.lead_out(tid, mem)
+                        regs = ptrace.getregs(tid)
+                    if interrupted.restart_instead(regs):
+                        ptrace.setregs(tid, regs)
             target = _Stopped(self.tid, self.pid, ptrace.getregs(self.tid), ptrace.get_sigmask(self.tid))
             self._task = infect(target)
         except BaseException:
@@ -452,7 +481,7 @@ class Parasite:
                     continue
                 self._seized.append(tid)
                 ptrace.interrupt(tid)
-                if not _wait_stop(tid, deadline):
+                if not stranded.await_stop(tid, deadline):
                     self._seized.remove(tid)
         if self.tid not in self._seized:
             raise TargetGoneError("it has ended", where=f"task {self.tid}")
@@ -472,28 +501,3 @@ def _await_vfork(pid: int, tid: int, deadline: float) -> None:
                 "it does not stop: it waits for its vfork child", where=f"task {tid}", hint="try again"
             )
         time.sleep(0.001)
-
-
-def _wait_stop(tid: int, deadline: float) -> bool:
-    """Wait for the trap of an interrupt; signals that come first are let through. False: it ended."""
-    pause = 0.0
-    while True:
-        try:
-            status = ptrace.wait(tid, ptrace.WALL | os.WNOHANG)
-        except TargetGoneError:
-            return False
-        if status.tid == 0:
-            if time.monotonic() > deadline:
-                raise UnsupportedError(
-                    "it does not stop: it sleeps uninterruptibly (waits for a device)",
-                    where=f"task {tid}", hint="try again",
-                )  # fmt: skip
-            time.sleep(pause)
-            pause = min(0.001, pause + 0.00002)
-            continue
-        if status.gone:
-            return False
-        if status.event == ptrace.EVENT_STOP:
-            return True
-        ptrace.interrupt(tid)
-        ptrace.cont(tid, 0 if status.event or status.syscall_stop else status.stop_signal)

@@ -5,6 +5,10 @@ where to look: what it says is believed when the keeper still is the process tha
 boot id); descriptors are then fetched from it with pidfd_getfd. The nonce lives in a memfd of the keeper, so that it
 dies with the tracking it speaks of.
 
+A keeper takes over by itself (it renames its state file into place and ends the one before it), so that at whatever
+instant snap dies, the state file names the one keeper that stays. Two would be one too many: the tracking that the
+unnamed one holds could not be used, and would be in the way of any other.
+
 State files lie in /run/snap/track (root) or below XDG_RUNTIME_DIR; the folder must belong to us and to us alone.
 """
 
@@ -15,7 +19,7 @@ import fcntl
 import json
 import os
 import resource
-import signal
+import socket
 import stat
 import subprocess
 import tempfile
@@ -31,6 +35,7 @@ from snapshotter.base.errors import SnapshotterError
 BINARY = Path(__file__).resolve().parents[2] / "parasite_c" / "keeper.bin"
 _MAX_TASKS = 16000
 _NONCE_BYTES = 32
+_HAND_OVER_S = 10.0
 
 
 def state_dir() -> Path:
@@ -208,7 +213,7 @@ def keep(kept: Kept, root_pid: int, root_start: int, tasks: Mapping[int, int]) -
         tasks: pid -> start time in ticks of the processes to wait for; those that have ended are left out.
     """
     pidfds: dict[int, int] = {}
-    leash_read, leash = os.pipe2(os.O_CLOEXEC)
+    leash, other_end = socket.socketpair()
     try:
         for pid in list(tasks)[:_MAX_TASKS]:
             with contextlib.suppress(OSError):
@@ -216,9 +221,14 @@ def keep(kept: Kept, root_pid: int, root_start: int, tasks: Mapping[int, int]) -
         if not pidfds:
             return
         path = state_path(root_pid)
+        new = path.with_suffix(f".{os.getpid()}.tmp")
+        old = kept.keeper_pidfd
         words = [f"{fd}:{kept.uffds[pid]}" if pid in kept.uffds else str(fd) for pid, fd in pidfds.items()]
-        passed = [leash_read, kept.nonce_fd, *pidfds.values(), *kept.uffds.values()]
-        pid = _spawn([str(path), str(leash_read), str(kept.nonce_fd), *words], passed)
+        passed = [other_end.fileno(), kept.nonce_fd, *pidfds.values(), *kept.uffds.values()]
+        passed += [old] if old >= 0 else []
+        numbers = [str(other_end.fileno()), str(old) if old >= 0 else "-", str(kept.nonce_fd)]
+        pid = _spawn([str(path), str(new), *numbers, *words], passed)
+        other_end.close()
         faults.point("track.keeper")
         state = {
             "keeper": pid,
@@ -229,17 +239,38 @@ def keep(kept: Kept, root_pid: int, root_start: int, tasks: Mapping[int, int]) -
             "nonce_fd": kept.nonce_fd,
             "tasks": {task: (tasks[task], kept.uffds.get(task, -1)) for task in pidfds},
         }
-        old, kept.keeper_pidfd = kept.keeper_pidfd, os.pidfd_open(pid)
-        _write(path, json.dumps(state).encode())
-        os.write(leash, b"k")
+        pidfd = os.pidfd_open(pid)
+        try:
+            _write(new, json.dumps(state).encode())
+            faults.point("track.described")
+            _hand_over(leash, path)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        kept.keeper_pidfd = pidfd
         kept.tasks = {task: tasks[task] for task in pidfds}
         if old >= 0:
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(old, signal.SIGKILL)
             os.close(old)
     finally:
-        for fd in (leash, leash_read, *pidfds.values()):
+        leash.close()
+        other_end.close()
+        for fd in pidfds.values():
             os.close(fd)
+
+
+def _hand_over(leash: socket.socket, path: Path) -> None:
+    """Let the new keeper put its state file in place and end the old one: it does both, whatever happens to us."""
+    leash.settimeout(_HAND_OVER_S)
+    try:
+        leash.sendall(b"k")
+        faults.point("track.kept")
+        answered = leash.recv(1) == b"k"
+    except OSError as error:
+        raise SnapshotterError(f"the keeper does not answer: {error}", where=str(path)) from error
+    if not answered:
+        raise SnapshotterError(
+            "the keeper could not write its state file", where=str(path), hint="is its folder writable?"
+        )
 
 
 def _spawn(words: list[str], fds: list[int]) -> int:
@@ -269,9 +300,7 @@ def _spawn(words: list[str], fds: list[int]) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Replace a small file in one step. Not synced: it is worth nothing after a reboot."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    """A small file of ours. Not synced: it is worth nothing after a reboot."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with open(fd, "wb") as file:
         file.write(data)
-    temporary.replace(path)

@@ -230,7 +230,12 @@ def private_ranges(pid: int) -> list[tuple[int, int]]:
 
 def _create_inside(pid: int, remote: RemoteTask) -> int:
     """userfaultfd() in the task, the descriptor fetched and closed there; nothing of it is left in the job."""
-    number = remote.call("userfaultfd", _O_CLOEXEC | _O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY)
+    batch = remote.batch()
+    made = batch.call("userfaultfd", _O_CLOEXEC | _O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY)
+    batch.undo(
+        "close", made
+    )  # by itself, if snap dies before the next batch: the job would be refused from then on
+    number = remote.run(batch)[made]
     faults.point("track.created")
     try:
         pidfd = os.pidfd_open(pid)

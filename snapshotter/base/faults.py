@@ -34,6 +34,8 @@ POINTS: dict[str, str] = {
     "dump.committed": "the point exists, the tracker does not know yet",
     "track.created": "a userfaultfd was made in the target, not yet closed there",
     "track.keeper": "the keeper runs, its state file is not written",
+    "track.described": "the state file is written beside the old one, the old keeper is the one that counts",
+    "track.kept": "the new keeper was told to take over, the nonce is not yet valid",
     # engine, parasite
     "parasite.frames": "the fail-safe frames are written, the registers still the task's own",
     "parasite.redirected": "the task would leave through the frames; its signals are not blocked yet",
