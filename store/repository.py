@@ -16,7 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from snapshotter.base.errors import NoStoreError, NoSuchPointError, SnapshotterError, VerificationError
+from snapshotter.base.errors import (
+    NoStoreError,
+    NoSuchPointError,
+    OutdatedStoreError,
+    SnapshotterError,
+    VerificationError,
+)
 from store.catalog import BlobRefs, Catalog
 from store.damage import NAME as DAMAGED
 from store.damage import DamageList
@@ -61,12 +67,18 @@ class Store:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], create: bool = False, catalog_url: str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        create: bool = False,
+        catalog_url: str | None = None,
+        *,
+        upgrade: bool = True,
     ) -> Store:
-        """Opens the store in a directory, making or migrating it as needed.
+        """Opens the store in a directory, making or (unless told not to) migrating it as needed.
 
         Raises:
             NoStoreError: nothing here, not a store, or one of a newer snap.
+            OutdatedStoreError: one of an older snap, with upgrade=False.
             PermissionDeniedError: not ours, or open to others.
             StoreError: the disk failed or is full.
         """
@@ -82,7 +94,7 @@ class Store:
                 secret = b""
         if len(secret) != 32:
             raise NoStoreError("the store's key is missing or damaged", where=str(root / _KEY))
-        catalog = cls._open_catalog(root, catalog_url)
+        catalog = cls._open_catalog(root, catalog_url, upgrade=upgrade)
         return cls(root, mark, secret, catalog)
 
     @staticmethod
@@ -142,15 +154,21 @@ class Store:
         return dict(mark)
 
     @staticmethod
-    def _open_catalog(root: Path, url: str | None) -> Catalog:
+    def _open_catalog(root: Path, url: str | None, *, upgrade: bool) -> Catalog:
         path = root / _CATALOG
         if url is not None:
             catalog = Catalog(url, url)
         else:
             # A crash right after STORE was written leaves no catalog; packs without one are a lost catalog.
-            fresh = not path.exists() and not _has_packs(root)
+            fresh = upgrade and not path.exists() and not _has_packs(root)
             catalog = Catalog.at(path, create=fresh)
-        if catalog.revision() != SCHEMA_REVISION:
+        if (revision := catalog.revision()) != SCHEMA_REVISION:
+            if not upgrade and (revision is None or revision < SCHEMA_REVISION):  # numbers of four digits
+                raise OutdatedStoreError(
+                    f"the catalog has schema {revision or 'none'}, this snap's is {SCHEMA_REVISION}",
+                    where=str(root),
+                    hint="the next command that uses the store upgrades it",
+                )
             with lock_store(root / "locks", exclusive=True, wait_s=30.0):
                 revision = catalog.revision()
                 if revision is None and _has_packs(root):
@@ -204,9 +222,9 @@ class Store:
 
         return IndexDir(self.path / "index", self.keys.frames)
 
-    def lock_shared(self) -> Lock:
+    def lock_shared(self, wait_s: float = 10.0) -> Lock:
         """Held while packs are read or written: no prune runs meanwhile."""
-        return lock_store(self._locks, exclusive=False)
+        return lock_store(self._locks, exclusive=False, wait_s=wait_s)
 
     def lock_exclusive(self, wait_s: float = 10.0) -> Lock:
         """Held by what removes packs."""
@@ -319,10 +337,10 @@ class Store:
 
         return PointReader(self, point)
 
-    def forget(self, points: Iterable[Point | str]) -> list[str]:
+    def forget(self, points: Iterable[Point | str], *, wait_s: float = 10.0) -> list[str]:
         """Removes points from the catalog; `prune` gives their space back. Returns the ids removed."""
         ids = [point if isinstance(point, str) else point.id for point in points]
-        with self.lock_shared():
+        with self.lock_shared(wait_s):
             return self.catalog.forget(ids)
 
     # -- the whole store ------------------------------------------------------------------------------

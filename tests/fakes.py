@@ -21,9 +21,12 @@ class FakeStore:
         self.locked: set[str] = set()
         self.damage: tuple[Damage, ...] = ()
         self.exists = True
+        self.saved_files = {}
+        self.forget_error = None
+        self.waited: list[tuple[str, float]] = []
         self.ids = (f"{number:04x}" + "a" * 28 for number in itertools.count(0x1000))
 
-    def opener(self, path, create):
+    def opener(self, path, create, *, upgrade=True):
         if not (create or self.exists):
             raise NoStoreError("there is no store here", where=str(path))
         path.mkdir(parents=True, exist_ok=True)
@@ -68,11 +71,18 @@ class FakeStore:
             points=ids, nr_frames=1, nr_pages=1, nr_packs=1, bytes_read=4096, damage=self.damage
         )
 
-    def forget(self, points):
+    def files(self, point):
+        return self.saved_files[point.id]
+
+    def forget(self, points, *, wait_s=10.0):
+        self.waited.append(("forget", wait_s))
+        if self.forget_error is not None:
+            raise self.forget_error
         for point in points:
             del self.saved[point.id]
 
-    def prune(self, *, dry_run=False):
+    def prune(self, *, dry_run=False, wait_s=10.0):
+        self.waited.append(("prune", wait_s))
         return PruneReport(1, 0, 0, 4096, 8192, dry_run)
 
     def close(self):
@@ -103,6 +113,7 @@ class FakeWriter:
             **values,
         )
         self.store.saved[point.id] = point
+        self.store.saved_files[point.id] = meta.files
         return point
 
 

@@ -69,6 +69,12 @@ class NoStoreError(SnapshotterError):
     exit_status = 10
 
 
+class OutdatedStoreError(NoStoreError):
+    """The store's schema is older than this snap's, and it was opened without being upgraded."""
+
+    code = "outdated_store"
+
+
 class LockedError(SnapshotterError):
     """Another snap is at work on the same job or store."""
 

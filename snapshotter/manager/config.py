@@ -60,7 +60,7 @@ def load(
         if "store" in values:
             store, store_from = Path(_absolute(str(values["store"]), path, env)), str(path)
         if "lock_wait_s" in values:
-            lock_wait_s = float(values["lock_wait_s"])
+            lock_wait_s = _number("lock_wait_s", values["lock_wait_s"], where=str(path))
     if env.get("SNAP_LOCK_WAIT_S"):
         lock_wait_s = _number("SNAP_LOCK_WAIT_S", env["SNAP_LOCK_WAIT_S"])
     if env.get("SNAP_STORE"):
@@ -78,13 +78,13 @@ def _absolute(text: str, config: Path, env: Mapping[str, str]) -> str:
     return text
 
 
-def _number(name: str, text: str) -> float:
+def _number(name: str, given: str | float, *, where: str = "") -> float:
     try:
-        value = float(text)
-    except ValueError as error:
-        raise UsageError(f"{name}={text!r} is not a number of seconds") from error
-    if not 0 <= value < 1e6:
-        raise UsageError(f"{name}={text!r} is out of range")
+        value = float(given)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{name}={given!r} is not a number of seconds", where=where) from error
+    if not 0 <= value < 1e6:  # nan is not either
+        raise UsageError(f"{name}={given!r} is out of range", where=where, hint="seconds, from 0 on")
     return value
 
 

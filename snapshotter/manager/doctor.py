@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapshotter.base.errors import NoStoreError, SnapshotterError
+from snapshotter.base.errors import NoStoreError, OutdatedStoreError, SnapshotterError
 from snapshotter.manager.session import Session
 
 
@@ -43,7 +43,7 @@ class DoctorReport:
 
 
 def doctor(session: Session) -> DoctorReport:
-    """Probe the kernel, the permissions and the store; changes nothing."""
+    """Probe the kernel, the permissions and the store; changes nothing, not even an old schema."""
     features = tuple(session.engine.features())
     store, store_notes = _store(session)
     notes = (_machine(), *_permissions(), _tracker(features), *_needed(features), *store_notes)
@@ -126,7 +126,7 @@ def _needed(features: tuple[Mapping[str, object], ...]) -> list[Note]:
             "see `snap doctor --json` for the errno",
         )
         for name, use in uses.items()
-        if not names.get(name, True)
+        if not names.get(name)
     ]
 
 
@@ -151,7 +151,9 @@ def _store(session: Session) -> tuple[dict[str, object], list[Note]]:
     if space.f_bavail * space.f_frsize < 1 << 28:
         notes.append(Note("store", "warning", "less than 256 MiB free", "snap forget, snap prune"))
     try:
-        stats = session.store().stats()
+        stats = session.store_as_it_is().stats()
+    except OutdatedStoreError as error:
+        return facts, [*notes, Note("store", "ok", error.what, error.hint)]
     except NoStoreError as error:
         return facts, [*notes, Note("store", "problem", str(error))]
     except SnapshotterError as error:

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from snapshotter.base.errors import NoStoreError, NoSuchPointError, SnapshotterError, UsageError
+from snapshotter.base.errors import NoStoreError, SnapshotterError, UsageError
 from snapshotter.manager.session import Session
-from store import Point
+from snapshotter.manager.stores import not_a_directory
+from store import FileRecord, Point
 
 
 def list_points(session: Session, job: str | None = None) -> list[Point]:
-    """Every point, oldest first. A store that does not exist yet has none."""
+    """Every point in the order of the commits: a clock that was set back reorders nothing.
+
+    A store that does not exist yet has none.
+    """
     try:
         store = session.store()
     except NoStoreError:
-        if session.store_path.exists() and any(session.store_path.iterdir()):
-            raise
-        return []
-    return sorted(store.points(job), key=lambda point: point.taken_at)
+        if _may_become_a_store(session.store_path):
+            return []
+        raise
+    return list(store.points(job))
+
+
+def _may_become_a_store(path: Path) -> bool:
+    """Whether the first take would make a store here: nothing there yet, or an empty directory."""
+    return not_a_directory(path) is None and not (path.is_dir() and any(path.iterdir()))
 
 
 def resolve_many(session: Session, texts: Sequence[str]) -> list[Point]:
-    """Points by id, `latest`, `JOB~N` ... or ranges A..B (both ends, one job, by time), without doubles.
+    """Points by id, `latest`, `JOB~N` ... or ranges A..B (both ends, one job, by commits), without doubles.
 
     Everything is resolved before anything is returned, so that one wrong name stops the command.
     """
@@ -62,6 +72,8 @@ class Details:
     processes: list[dict[str, Any]]
     memory: dict[str, dict[str, Any]]
     files: dict[str, Any]
+    file_identities: tuple[FileRecord, ...]
+    """Files outside the store that a rollback needs again, as they were at the dump."""
     children: tuple[str, ...]
     """Points whose parent it is."""
 
@@ -82,6 +94,7 @@ def show(session: Session, text: str) -> Details:
         processes=[image for name, image in decoded.items() if name.startswith("process/")],
         memory={name: image for name, image in decoded.items() if name.startswith(("mm/", "shmem/"))},
         files={name: image for name, image in decoded.items() if name.startswith(("files", "fdtable/"))},
+        file_identities=tuple(store.files(point)),
         children=tuple(other.id for other in store.points(point.job) if other.parent == point.id),
     )
 
@@ -96,6 +109,3 @@ def image_json(session: Session, text: str, name: str) -> dict[str, Any]:
     if name not in names:
         raise SnapshotterError(f"the point has no image {name!r}", hint=f"it has {', '.join(sorted(names))}")
     return decode(name, reader.image(name))
-
-
-__all__ = ["Details", "NoSuchPointError", "image_json", "list_points", "resolve_many", "show"]

@@ -5,8 +5,9 @@ The lock of the job is held meanwhile, so that no take sees a job in the making.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from snapshotter.base.errors import SnapshotterError, VerificationError
@@ -45,14 +46,12 @@ def rollback(
     Raises:
         NoSuchPointError, VerificationError, RestoreConflictError, PermissionDeniedError, LockedError.
     """
-    store = session.store()
-    point = store.resolve(text)
-    with session.locked(point.job, wait_s=session.config.lock_wait_s):
+    with _locked_point(session, text) as point:
         known = known_identities(session, point)
         if is_alive(session, point, known):
             require_whole(session, point)
         restored = session.engine.restore(
-            store.reader(point),
+            session.store().reader(point),
             known,
             dry_run=dry_run,
             leave_stopped=leave_stopped,
@@ -63,6 +62,20 @@ def rollback(
         if problem:
             warnings.append(problem)
     return RollbackReport(point, restored, tuple(warnings))
+
+
+@contextlib.contextmanager
+def _locked_point(session: Session, text: str) -> Iterator[Point]:
+    """The point that `text` names once its job is locked: a take or forget may have changed that while we waited."""
+    store = session.store()
+    point = store.resolve(text)
+    while True:
+        with session.locked(point.job, wait_s=session.config.lock_wait_s):
+            found = store.resolve(text)
+            if found.job == point.job:
+                yield found
+                return
+        point = found  # `latest` is another job's by now
 
 
 def known_identities(session: Session, point: Point) -> list[Mapping[int, int]]:
@@ -83,13 +96,17 @@ def known_identities(session: Session, point: Point) -> list[Mapping[int, int]]:
 
 
 def is_alive(session: Session, point: Point, known: Sequence[Mapping[int, int]]) -> bool:
-    """Whether the rollback would replace a living job (by its root; the engine decides for itself)."""
-    try:
-        identity = session.engine.identify(point.pid)
-    except SnapshotterError:
-        return False
-    start_times = {tasks.get(point.pid) for tasks in [*known, point.tasks]}
-    return identity.start_time_ticks in start_times
+    """Whether the rollback would kill anything: one task of the point is enough, its root may be gone.
+
+    The engine decides for itself what it replaces; this says yes at least whenever that is anything.
+    """
+    times = [point.tasks, *known]
+    for pid in point.tasks:
+        with contextlib.suppress(SnapshotterError):
+            start = session.engine.identify(pid).start_time_ticks
+            if any(tasks.get(pid) == start for tasks in times):
+                return True
+    return False
 
 
 def require_whole(session: Session, point: Point) -> None:

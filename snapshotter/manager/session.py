@@ -10,16 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from snapshotter.manager.config import Config
 from snapshotter.manager.ports import EngineLike, StoreLike
 
 
-def _open_real_store(path: Path, create: bool) -> StoreLike:
+class OpenStore(Protocol):
+    """Opens (and with `create` makes) the store in a directory."""
+
+    def __call__(self, path: Path, create: bool, *, upgrade: bool = True) -> StoreLike:
+        """See stores.open_store."""
+
+
+def _open_real_store(path: Path, create: bool, *, upgrade: bool = True) -> StoreLike:
     from snapshotter.manager.stores import open_store
 
-    return open_store(path, create)
+    return open_store(path, create, upgrade=upgrade)
 
 
 def _open_real_engine() -> EngineLike:
@@ -35,7 +42,7 @@ class Session:
         self,
         config: Config,
         *,
-        open_store: Callable[[Path, bool], StoreLike] = _open_real_store,
+        open_store: OpenStore = _open_real_store,
         open_engine: Callable[[], EngineLike] = _open_real_engine,
     ) -> None:
         self.config = config
@@ -53,6 +60,12 @@ class Session:
         """The open store; `create` makes it (0700) if it is not there."""
         if self._store is None:
             self._store = self._open_store(self.config.store, create)
+        return self._store
+
+    def store_as_it_is(self) -> StoreLike:
+        """The open store for a look: an older one is not upgraded but raises OutdatedStoreError."""
+        if self._store is None:
+            self._store = self._open_store(self.config.store, False, upgrade=False)
         return self._store
 
     @property

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from snapshotter.base.errors import NoStoreError
 from snapshotter.manager.ports import Dumped, StoreLike
 
 if TYPE_CHECKING:
     from store import PointMeta
 
 
-def open_store(path: Path, create: bool) -> StoreLike:
-    """Open (and with `create` make) the store. Raises NoStoreError, PermissionDeniedError, StoreError."""
+def open_store(path: Path, create: bool, *, upgrade: bool = True) -> StoreLike:
+    """Open (and with `create` make) the store. Raises NoStoreError, PermissionDeniedError, StoreError.
+
+    With `upgrade` the schema of an older one is brought up to date, else OutdatedStoreError is raised.
+    """
     from store import Store
 
-    return cast("StoreLike", Store.open(path, create=create))
+    wrong = not_a_directory(path)
+    if wrong is not None:
+        raise NoStoreError("not a directory", where=str(wrong), hint="name another with --store")
+    return cast("StoreLike", Store.open(path, create=create, upgrade=upgrade))
+
+
+def not_a_directory(path: Path) -> Path | None:
+    """What stands where `path` or a directory above it should be: a file, a dangling link. None: nothing does."""
+    existing = next(part for part in (path, *path.parents) if os.path.lexists(part))
+    return None if existing.is_dir() else existing
 
 
 def point_meta(dumped: Dumped, started_ns: int) -> PointMeta:

@@ -21,24 +21,24 @@ def forget(session: Session, texts: Sequence[str], *, dry_run: bool = False) -> 
     """
     points = resolve_many(session, texts)
     if points and not dry_run:
-        session.store().forget(points)
+        session.store().forget(points, wait_s=session.config.lock_wait_s)
     return points
 
 
 def forget_all_but(session: Session, job: str, keep_last: int, *, dry_run: bool = False) -> list[Point]:
-    """Forget all points of a job but the youngest `keep_last`."""
+    """Forget all points of a job but the `keep_last` that were committed last, whatever the clock said then."""
     if keep_last < 1:
         raise UsageError("at least one point must be kept", hint="name points to forget them all")
     points = list_points(session, job)
     old = points[:-keep_last]
     if old and not dry_run:
-        session.store().forget(old)
+        session.store().forget(old, wait_s=session.config.lock_wait_s)
     return old
 
 
 def prune(session: Session, *, dry_run: bool = False) -> PruneReport:
     """Delete and repack what no point needs any more."""
-    report: PruneReport = session.store().prune(dry_run=dry_run)
+    report: PruneReport = session.store().prune(dry_run=dry_run, wait_s=session.config.lock_wait_s)
     return report
 
 
