@@ -5,10 +5,13 @@ One `FrameCompressor` per thread: its contexts are reused, which zstd needs to b
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import zstandard
 
 from snapshotter.base.pages import PAGE_SIZE
-from store.pack import CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE
+from store.pack import CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE, CODEC_ZSTD_PAGES
 
 FAST_LEVEL = -1
 SMALL_LEVEL = 6
@@ -44,6 +47,25 @@ class FrameCompressor:
             return CODEC_RAW, pages
         data = self._context(level).compress(pages)
         return (CODEC_ZSTD, data) if len(data) < len(pages) * _WORTH else (CODEC_RAW, pages)
+
+    def pages_apart(self, pages: memoryview, level: int = FAST_LEVEL) -> tuple[int, bytes | memoryview]:
+        """The same for scattered pages, each compressed for itself: a later point that still needs a few of them need not
+        decompress the others.
+        """
+        nr_pages = len(pages) // PAGE_SIZE
+        table = np.full((nr_pages, 2), PAGE_SIZE, dtype=np.uint64)
+        table[:, 0] *= np.arange(nr_pages, dtype=np.uint64)
+        found = self._context(level).multi_compress_to_buffer(
+            zstandard.BufferWithSegments(pages, table.tobytes()), threads=1
+        )
+        most = int(PAGE_SIZE * _WORTH)
+        parts: list[Any] = [found[at] for at in range(nr_pages)]
+        for at, part in enumerate(parts):
+            if len(part) >= most:
+                parts[at] = pages[at * PAGE_SIZE : (at + 1) * PAGE_SIZE]
+        sizes = np.array([len(part) for part in parts], dtype="<u2")
+        data = b"".join((sizes.tobytes(), *parts))
+        return (CODEC_ZSTD_PAGES, data) if len(data) < len(pages) * _WORTH else (CODEC_RAW, pages)
 
 
 def blob(data: bytes, base: bytes | None = None, level: int = BLOB_LEVEL) -> tuple[int, bytes]:

@@ -35,7 +35,7 @@ MAX_FRAME_PAGES = 512
 MAX_BLOB_BYTES = 256 << 20
 VERSION = 1
 
-CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE = 0, 1, 2
+CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE, CODEC_ZSTD_PAGES = 0, 1, 2, 3
 KIND_PAGES, KIND_IMAGES, KIND_MAPS = 0, 1, 2
 
 _HEADER = struct.Struct("<8sIIII16s8x")
@@ -299,7 +299,7 @@ class PackFile:
             fits = raw == nr_pages * PAGE_SIZE and 0 < nr_pages <= MAX_FRAME_PAGES
         else:
             fits = raw <= MAX_BLOB_BYTES and nr_pages == 0 and kind in {KIND_IMAGES, KIND_MAPS}
-        if not fits or codec > CODEC_ZSTD_BASE or offset < HEADER_BYTES or offset + stored > self._data_end:
+        if not fits or codec > CODEC_ZSTD_PAGES or offset < HEADER_BYTES or offset + stored > self._data_end:
             raise self.bad("the frame table is out of bounds", number)
         base = (base_pack, base_frame) if base_pack else None
         return Frame(offset, stored, raw, codec, kind, nr_pages, base, check)
@@ -326,12 +326,58 @@ class PackFile:
             if len(data) != frame.raw:
                 raise self.bad("a raw frame of another size than it says", number)
             return data
+        if frame.codec == CODEC_ZSTD_PAGES:
+            return self._pages_apart(number, frame, data, np.arange(frame.nr_pages))
         try:
             if zstandard.frame_content_size(data) != frame.raw:
                 raise self.bad("the compressed frame has another size than the table says", number)
             return self._decompressor(dictionary).decompress(data)
         except zstandard.ZstdError as error:
             raise self.bad(f"the frame cannot be decompressed ({error})", number) from error
+
+    def read_pages(self, number: int, slots: np.ndarray[Any, Any]) -> tuple[bytes, np.ndarray[Any, Any]]:
+        """What is needed for these slots of a frame of pages, checked and decompressed: (pages, where each is in them).
+
+        Raises:
+            VerificationError: damage, or there is no such slot.
+        """
+        frame = self.frame(number)
+        if frame.kind == KIND_PAGES and int(slots.max()) >= frame.nr_pages:
+            raise self.bad("a page map names a page that the frame does not have", number)
+        if frame.codec != CODEC_ZSTD_PAGES:
+            return self.read(number, KIND_PAGES), slots
+        frame, data = self.read_stored(number)
+        return self._pages_apart(number, frame, data, slots), np.arange(len(slots), dtype=np.uint32)
+
+    def _pages_apart(self, number: int, frame: Frame, data: bytes, slots: np.ndarray[Any, Any]) -> bytes:
+        """These slots out of a frame whose pages are compressed one by one (FORMAT.md, "Frame of codec 3")."""
+        head = 2 * frame.nr_pages
+        if frame.kind != KIND_PAGES or len(data) < head:
+            raise self.bad("a frame of single pages that is none", number)
+        sizes = np.frombuffer(data, dtype="<u2", count=frame.nr_pages).astype(np.uint64)
+        ends = np.cumsum(sizes) + np.uint64(head)
+        if int(ends[-1]) != len(data) or int(sizes.max()) > PAGE_SIZE:
+            raise self.bad("the sizes of a frame's pages do not add up", number)
+        table = np.stack((ends - sizes, sizes), axis=1)[slots]
+        packed = table[table[:, 1] < PAGE_SIZE]
+        try:
+            unpacked: list[Any] = []
+            if len(packed):
+                found = self._decompressor(None).multi_decompress_to_buffer(
+                    zstandard.BufferWithSegments(data, packed.tobytes()),
+                    decompressed_sizes=np.full(len(packed), PAGE_SIZE, dtype=np.uint64).tobytes(),
+                    threads=1,
+                )
+                unpacked = [found[i] for i in range(len(packed))]
+            if len(packed) < len(table):
+                rest = iter(unpacked)
+                unpacked = [
+                    next(rest) if size < PAGE_SIZE else data[start : start + size]
+                    for start, size in table.tolist()
+                ]
+            return b"".join(unpacked)
+        except zstandard.ZstdError as error:
+            raise self.bad(f"a page cannot be decompressed ({error})", number) from error
 
     def _decompressor(self, dictionary: bytes | None) -> zstandard.ZstdDecompressor:
         if dictionary is not None:

@@ -17,7 +17,6 @@ import numpy as np
 from snapshotter.base.errors import StoreError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE, Run
 from store import native, pagemap
-from store.pack import KIND_PAGES
 
 if TYPE_CHECKING:
     from store.pagemap import U64
@@ -179,12 +178,7 @@ class PointReader:
 
     def _one_frame(self, pack: int, frame: int, pages: U64, slots: np.ndarray, piece: _Piece) -> None:
         with self._store.naming_points(((pack, frame),)):
-            data = self._store.readers.get(pack).read(frame, KIND_PAGES)
-            if int(slots.max()) * PAGE_SIZE >= len(data):
-                raise VerificationError(
-                    "a page map names a page that the frame does not have",
-                    where=f"pack {pack:08x}, frame {frame}",
-                )
+            data, slots = self._store.readers.get(pack).read_pages(frame, slots)
         first = int(slots[0])
         count = len(slots)
         if count >= _DIRECT and int(slots[-1]) - first + 1 == count and (slots[1:] > slots[:-1]).all():

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from store.pagemap import U64
 
 CHUNK_PAGES = 256
-BIG_FRAME, SMALL_FRAME = 256, 16
-"""1 MiB for first dumps and long fresh runs, 64 KiB for scattered pages: what a restore reads beside its own."""
+BIG_FRAME, SMALL_FRAME = 256, 128
+"""1 MiB for first dumps and long fresh runs; scattered pages go by 128, compressed one by one."""
+_APART_FROM = 24
+"""Fewer pages than this compress better together, and are not worth it."""
 _SMALL_TAKE = 128
 PROVISIONAL = 1 << 63
 """Marks a location as PROVISIONAL | worker << 48 | serial."""
@@ -73,15 +75,13 @@ class Worker:
                 self._flush(self._fill)
         elif contiguous and nr_new == CHUNK_PAGES:
             self._flush(self._fill)
-        elif self._fill >= SMALL_FRAME * 2:
+        elif self._fill >= SMALL_FRAME:
             self._flush(SMALL_FRAME)
 
     def finish(self) -> None:
         """The last frames."""
         if self._fill:
-            # A rest of up to two small frames is one: it saves a header where every byte counts.
-            small = self._unit == SMALL_FRAME and self._fill >= 2 * SMALL_FRAME
-            self._flush(SMALL_FRAME if small else self._fill, rest=True)
+            self._flush(self._fill, rest=True)
 
     def _flush(self, unit: int, *, rest: bool = False) -> None:
         """Frames of `unit` pages; what is left over stays at the front, or goes into the last one with `rest`."""
@@ -99,7 +99,9 @@ class Worker:
     def _write(self, start: int, count: int) -> None:
         pages = self._buffer[start * PAGE_SIZE : (start + count) * PAGE_SIZE]
         level = SMALL_LEVEL if self.pages_new <= _SMALL_TAKE and self._unit == SMALL_FRAME else FAST_LEVEL
-        codec, data = self._compressor.pages(pages, level)
+        apart = self._unit == SMALL_FRAME and _APART_FROM <= count <= SMALL_FRAME
+        compress = self._compressor.pages_apart if apart else self._compressor.pages
+        codec, data = compress(pages, level)
         pack, frame = self._packs.append(
             data,
             raw=len(pages),

@@ -16,6 +16,7 @@ from store.compress import FrameCompressor
 from store.pack import (
     CODEC_RAW,
     CODEC_ZSTD,
+    CODEC_ZSTD_PAGES,
     KIND_IMAGES,
     KIND_PAGES,
     PackFile,
@@ -206,6 +207,54 @@ def test_no_damaged_pack_reads_wrong(tmp_path_factory, data):
     # Padding before the footer is the one place that nothing depends on.
     start = struct.unpack_from("<Q", whole, len(whole) - 64 + 24)[0]
     assert wrong or content[: start - 8] == whole[: start - 8]
+
+
+def one_frame(directory, stored, codec, nr_pages):
+    """A pack of one frame of pages that says what it is told, with a right checksum."""
+    pack = PackWriter(directory, 0x1234, KEYS)
+    number, offset = pack.reserve(len(stored))
+    pack.write_frame(
+        number, offset, stored, raw=nr_pages * 4096, codec=codec, kind=KIND_PAGES, base=None, page_keys=bytes(16 * nr_pages)
+    )  # fmt: skip
+    pack.seal()
+    return PackFile(directory, 0x1234, KEYS)
+
+
+def test_pages_apart(tmp_path):
+    """Each page can be had alone; one that does not compress is stored as it is."""
+    pages = b"".join(os.urandom(4096) if n % 5 == 0 else bytes([n]) * 4096 for n in range(100))
+    codec, stored = FrameCompressor().pages_apart(memoryview(pages))
+    assert codec == CODEC_ZSTD_PAGES
+    sizes = np.frombuffer(stored, dtype="<u2", count=100)
+    assert [size == 4096 for size in sizes] == [n % 5 == 0 for n in range(100)]
+    assert sum(sizes.tolist()) + 200 == len(stored)
+    pack = one_frame(tmp_path, stored, codec, 100)
+    assert pack.read(0, KIND_PAGES) == pages
+    for slots in ([0], [1], [0, 99], [3, 5, 50], [7, 6], list(range(100))):
+        data, where = pack.read_pages(0, np.array(slots, dtype=np.uint32))
+        for slot, at in zip(slots, where.tolist(), strict=True):
+            assert data[at * 4096 : (at + 1) * 4096] == pages[slot * 4096 : (slot + 1) * 4096]
+    with pytest.raises(VerificationError, match="does not have"):
+        pack.read_pages(0, np.array([100], dtype=np.uint32))
+    assert FrameCompressor().pages_apart(memoryview(os.urandom(4096 * 30)))[0] == CODEC_RAW
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_forged_pages_apart_are_refused_or_whole(tmp_path_factory, data):
+    """Whoever has the key may write anything: no size of it is believed."""
+    nr_pages = 8
+    stored = bytearray(
+        FrameCompressor().pages_apart(memoryview(b"".join(bytes([n]) * 4096 for n in range(nr_pages))))[1]
+    )
+    for _ in range(data.draw(st.integers(1, 4))):
+        stored[data.draw(st.integers(0, len(stored) - 1))] = data.draw(st.integers(0, 255))
+    del stored[data.draw(st.integers(0, len(stored))) or len(stored) :]
+    pack = one_frame(tmp_path_factory.mktemp("pack"), bytes(stored), CODEC_ZSTD_PAGES, nr_pages)
+    try:
+        assert len(pack.read(0, KIND_PAGES)) == nr_pages * 4096
+    except VerificationError as error:
+        assert "frame 0" in error.where
 
 
 def test_the_cycle_collector_may_meet_a_pack(tmp_path):
