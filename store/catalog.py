@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from snapshotter.base.errors import NoStoreError, PermissionDeniedError, SnapshotterError, StoreError
 from store import schema
-from store.files import make_dir, open_new, wrapped
+from store.files import NoSpaceError, make_dir, open_new, wrapped
 from store.types import FileRecord, Point
 
 FrameRef = tuple[int, int]
@@ -63,7 +63,7 @@ def _database_error(error: sa.exc.SQLAlchemyError, where: str) -> SnapshotterErr
             f"the catalog cannot be written: {text}", where=where, hint="is the file system read-only?"
         )
     if "full" in low:
-        return StoreError(
+        return NoSpaceError(
             f"the catalog cannot be written: {text}",
             where=where,
             hint="free some space, or run `snap forget` and `snap prune`; the points that exist are whole",
@@ -223,6 +223,12 @@ class Catalog:
         """Every pack that exists."""
         with self._read() as connection:
             return {row.id: PackRow(*row) for row in connection.execute(sa.select(schema.packs))}
+
+    def job_of_points(self) -> dict[str, str]:
+        """Every point's job, by the point's id."""
+        query = sa.select(schema.points.c.id, schema.jobs.c.name).join_from(schema.points, schema.jobs)
+        with self._read() as connection:
+            return {row.id: row.name for row in connection.execute(query)}
 
     def files(self, point_id: str) -> list[FileRecord]:
         """File identities of a point."""

@@ -30,11 +30,19 @@ _HINTS = {
 }
 
 
+class NoSpaceError(StoreError):
+    """The disk or the quota is full."""
+
+
 def store_error(error: OSError, what: str, where: str | Path) -> SnapshotterError:
     """The error to raise for an errno met in the store; use with `from error`."""
     code = error.errno or 0
     text = f"{what}: {os.strerror(code)} ({errno.errorcode.get(code, '?')})"
-    kind = PermissionDeniedError if code in {errno.EACCES, errno.EPERM} else StoreError
+    kind: type[SnapshotterError] = StoreError
+    if code in {errno.EACCES, errno.EPERM}:
+        kind = PermissionDeniedError
+    elif code in {errno.ENOSPC, errno.EDQUOT}:
+        kind = NoSpaceError
     return kind(text, where=str(where), hint=_HINTS.get(code, ""))
 
 

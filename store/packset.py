@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 
-from snapshotter.base.errors import StoreError, VerificationError
+from snapshotter.base.errors import SnapshotterError, StoreError, VerificationError
 from store import imageset, pagemap
 from store.catalog import BlobRefs, PackRow
 from store.files import fsync_dir, wrapped
@@ -156,6 +156,8 @@ class PackSet:
     ) -> FrameRef:  # fmt: skip
         """Writes one frame. Any thread; only the reservation is serialised."""
         with self._lock:
+            if isinstance(self._error, SnapshotterError):
+                raise self._error  # with its reason: a full disk is told from others
             if self._error is not None:
                 raise StoreError("an earlier write failed", where=str(self._directory)) from self._error
             if self._current is None:

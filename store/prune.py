@@ -1,14 +1,21 @@
-"""Giving space back: files nobody needs, packs without a live page, packs that are less than half alive.
+"""Giving space back: files nobody needs, packs without a live page, packs half dead, many small packs.
 
-Runs alone (the store's exclusive lock). Live is what the points' page maps and blobs reach. A pack less than
-half alive is copied: its live pages into new packs, then the page maps (and images) of every point that needs
-anything in it are written again, then one catalog transaction swaps old for new, then the old files go. A crash
-before the transaction leaves new packs as garbage, after it old packs as garbage; the next prune removes either.
+Runs alone (the store's exclusive lock). Live is what the points' page maps and blobs reach. First go stray
+files, then packs without anything live: both free space without needing any. Then packs less than half alive,
+damaged ones, and small ones if there are many are copied: their live frames into new packs, then the page maps
+(and images) of every point that needs anything in them are written again, then one catalog transaction swaps
+old for new, then the old files go. A crash before the transaction leaves new packs as garbage, after it old packs
+as garbage; the next prune removes either. All that is copied is copied in one swap, so that a point's page map is
+written again once at most, however many packs it needs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +29,21 @@ from store import compress, native, pagemap
 from store.blobs import add_maps
 from store.catalog import BlobRefs, PackRow
 from store.compress import FrameCompressor
-from store.files import TEMP_SUFFIX, wrapped
-from store.pack import CODEC_ZSTD_BASE, KIND_IMAGES, KIND_PAGES, PACK_SUFFIX, FrameRef, location
+from store.files import TEMP_SUFFIX, NoSpaceError, wrapped
+from store.pack import (
+    FRAME_BYTES,
+    HEADER_BYTES,
+    KIND_IMAGES,
+    KIND_PAGES,
+    PACK_SUFFIX,
+    TRAILER_BYTES,
+    DamagedPackError,
+    Frame,
+    FrameRef,
+    PackFile,
+    location,
+    pack_name,
+)
 from store.packset import PackSet
 from store.staging import BIG_FRAME, SMALL_FRAME
 from store.types import PruneReport
@@ -35,6 +55,14 @@ if TYPE_CHECKING:
 LIVE_ENOUGH = 0.5
 SMALL_PACK = 1 << 20
 """Packs below this are repacked only with others: copying one small file into another gains nothing."""
+MERGE_BELOW = 4 << 20
+MERGE_FROM = 64
+"""More packs than this that are smaller than that are merged: every increment makes one."""
+ROOM_SHARE = 0.9
+"""Of the free space that copying may use; the catalog's journal and the page maps need some too."""
+HEAD_TEMP_AGE_S = 3600
+"""A rollback that writes its head does not hold the store's lock any more, but is done in milliseconds."""
+_CACHED_MAPS = 8
 
 
 @dataclass(slots=True)
@@ -43,6 +71,7 @@ class _Live:
 
     locs: list[U64] = field(default_factory=list)
     blobs: set[int] = field(default_factory=set)
+    size_bytes: int | None = None  # once it was reckoned
 
     def pages(self) -> U64:
         """Sorted locations of live pages."""
@@ -61,27 +90,30 @@ class _Pruner:
         self._store = store
         self._rows = store.catalog.packs()
         self._refs = store.catalog.blobs()
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, _Live] = {}  # in order of age: by the first point that needs the pack
         self._needs: dict[str, set[int]] = {}  # point -> packs that it needs
+        self._image_users: Counter[FrameRef] = Counter()
         self._whole = True  # every point resolves
+        self._warnings: list[str] = []
 
     def run(self, *, dry_run: bool) -> PruneReport:
-        """Marks, then repacks, then removes."""
+        """Marks, then removes, then repacks."""
         self._mark()
         dead = {pack for pack in self._rows if pack not in self._live} if self._whole else set()
-        repack = self._choose(dead) if self._whole else set()
         garbage = self._garbage()
-        before = sum(self._rows[pack].size_bytes for pack in dead | repack) + sum(size for _, size in garbage)
-        added: list[PackRow] = []
+        if not dry_run:
+            self._remove([path for path, _ in garbage])
+            self._drop(dead)
+        repack = self._choose() if self._whole else []
         if dry_run:
             new_bytes = sum(self._live_bytes(pack) for pack in repack)
         else:
-            added = self._swap(dead, repack)
+            repack, added = self._repack(repack)
             new_bytes = sum(row.size_bytes for row in added)
-            self._remove(dead | repack, garbage)
-        kept = (
-            sum(row.size_bytes for pack, row in self._rows.items() if pack not in dead | repack) + new_bytes
-        )
+            self._store.damage.strike(self._store.damage.load().keys() - self._store.catalog.packs().keys())
+        gone = dead.union(repack)
+        before = sum(self._rows[pack].size_bytes for pack in gone) + sum(size for _, size in garbage)
+        kept = sum(row.size_bytes for pack, row in self._rows.items() if pack not in gone) + new_bytes
         return PruneReport(
             packs_removed=len(dead),
             packs_repacked=len(repack),
@@ -89,6 +121,7 @@ class _Pruner:
             bytes_freed=max(before - new_bytes, 0),
             bytes_kept=kept,
             dry_run=dry_run,
+            warnings=tuple(self._warnings),
         )
 
     # -- mark -----------------------------------------------------------------------------------------
@@ -97,14 +130,17 @@ class _Pruner:
         cache: dict[FrameRef, pagemap.Maps] = {}
         for point, refs in self._refs.items():
             try:
-                maps = self._store.readers.maps(refs.maps, cache)
-                blobs = self._store.readers.blob_frames(refs)
+                with self._store.noting_damage():
+                    maps = self._store.readers.maps(refs.maps, cache)
+                    blobs = self._store.readers.blob_frames(refs)
+                    image_base = self._store.readers.base(refs.images)
             except VerificationError:
                 # What a damaged point needs cannot be known, so nothing is thrown away until it is forgotten.
                 self._whole = False
                 continue
-            while len(cache) > 8:
+            while len(cache) > _CACHED_MAPS:
                 cache.pop(next(iter(cache)))
+            self._image_users.update({refs.images, image_base or refs.images})
             needs = {pack for pack, _ in blobs}
             for pack, frame in blobs:
                 self._live.setdefault(pack, _Live()).blobs.add(frame)
@@ -121,39 +157,75 @@ class _Pruner:
             self._needs[point] = needs
 
     def _live_bytes(self, pack: int) -> int:
-        """Stored bytes of live frames, a frame counted by its share of live pages."""
-        file = self._store.readers.get(pack)
+        """What a pack of nothing but its live frames would take, a frame counted by its share of live pages."""
         live = self._live[pack]
-        total = float(sum(file.frame(frame).stored for frame in live.blobs))
-        frames = ((live.pages() & np.uint64(0xFFFFFFFF)) >> np.uint64(12)).astype(np.int64)
-        for number, count in zip(*np.unique(frames, return_counts=True), strict=True):
-            frame = file.frame(int(number))
-            total += frame.stored * int(count) / frame.nr_pages + int(count) * (native.KEY_BYTES + 8)
-        return int(total)
+        if live.size_bytes is None:
+            file = self._store.readers.get(pack)
+            total = float(HEADER_BYTES + TRAILER_BYTES)
+            total += sum(file.frame(frame).stored + FRAME_BYTES for frame in live.blobs)
+            for number, locs in _by_frame(live.pages()):
+                frame = file.frame(number)
+                if frame.kind != KIND_PAGES:
+                    raise file.bad("a page map names a frame that holds no pages", number)
+                share = len(locs) / frame.nr_pages
+                total += (frame.stored + FRAME_BYTES) * share + len(locs) * (native.KEY_BYTES + 8)
+            live.size_bytes = int(total)
+        return live.size_bytes
 
-    def _choose(self, dead: set[int]) -> set[int]:
-        """Packs to copy. Damaged ones are left for `verify` to speak about."""
-        chosen: set[int] = set()
-        small: set[int] = set()
-        for pack, row in self._rows.items():
-            if pack in dead:
-                continue
+    def _choose(self) -> list[int]:
+        """Packs to copy, in order of age, so that neighbouring points come together."""
+        damaged = self._store.damage.load()
+        chosen: list[int] = []
+        tiny: list[int] = []
+        small: list[int] = []
+        for pack in self._live:
+            row = self._rows.get(pack)
             try:
-                alive = self._live_bytes(pack)
+                with self._store.noting_damage():
+                    alive = self._live_bytes(pack)
             except SnapshotterError:
+                continue  # `verify` speaks about it; what it still holds may be needed
+            if row is None:
                 continue
-            if alive < row.size_bytes * LIVE_ENOUGH:
-                (small if row.size_bytes < SMALL_PACK else chosen).add(pack)
-        if len(small) > 1 or chosen:
-            chosen |= small
-        return {pack for pack in chosen if self._readable(pack)}
+            if row.size_bytes < MERGE_BELOW:
+                small.append(pack)
+            if pack in damaged:
+                chosen.append(pack)
+            elif alive < row.size_bytes * LIVE_ENOUGH:
+                (tiny if row.size_bytes < SMALL_PACK else chosen).append(pack)
+        if len(tiny) > 1 or chosen:
+            chosen += tiny
+        if len(small) > MERGE_FROM:
+            chosen += small
+        fits = self._that_fit([pack for pack in dict.fromkeys(chosen) if self._readable(pack)])
+        return [pack for pack in self._live if pack in fits]
+
+    def _that_fit(self, packs: Sequence[int]) -> set[int]:
+        """As many of the packs as there is room for copying, the first ones first."""
+        with wrapped("cannot look at the file system", self._store.packs_dir):
+            status = os.statvfs(self._store.packs_dir)
+        room = status.f_bavail * status.f_frsize * ROOM_SHARE
+        fits: set[int] = set()
+        for pack in packs:
+            room -= self._live_bytes(pack)
+            if room < 0:
+                self._warn(len(packs) - len(fits), "the disk is nearly full")
+                break
+            fits.add(pack)
+        return fits
+
+    def _warn(self, nr_packs: int, why: str) -> None:
+        packs = "a pack was" if nr_packs == 1 else f"{nr_packs} packs were"
+        self._warnings.append(f"{packs} not repacked: {why}; free some space and prune again")
 
     def _readable(self, pack: int) -> bool:
-        file = self._store.readers.get(pack)
-        frames = {int(loc) & 0xFFFFFFFF for loc in self._live[pack].pages()}
+        """Whether everything that is needed of a pack can be had."""
+        live = self._live[pack]
         try:
-            for number in {low >> 12 for low in frames} | self._live[pack].blobs:
-                file.read_stored(number)
+            with self._store.noting_damage():
+                file = self._store.readers.get(pack)
+                for number in [number for number, _ in _by_frame(live.pages())] + sorted(live.blobs):
+                    file.read_stored(number)
         except VerificationError:
             return False
         return True
@@ -167,6 +239,12 @@ class _Pruner:
                     orphan = entry.name.endswith(PACK_SUFFIX) and self._unknown(entry.name)
                     if entry.name.endswith(TEMP_SUFFIX) or orphan:
                         found.append((Path(entry.path), entry.stat(follow_symlinks=False).st_size))
+        heads = self._store.path / "heads"
+        with wrapped("cannot list the store", heads), contextlib.suppress(FileNotFoundError):
+            for path in heads.glob("*" + TEMP_SUFFIX):
+                status = path.lstat()
+                if status.st_mtime < time.time() - HEAD_TEMP_AGE_S:
+                    found.append((path, status.st_size))
         return found
 
     def _unknown(self, name: str) -> bool:
@@ -177,21 +255,52 @@ class _Pruner:
 
     # -- sweep ----------------------------------------------------------------------------------------
 
-    def _swap(self, dead: set[int], repack: set[int]) -> list[PackRow]:
+    def _drop(self, dead: set[int]) -> None:
+        """Packs without anything live: out of the catalog, then off the disk."""
+        if not dead:
+            return
+        self._drop_indexes(dead)
+        try:
+            self._store.catalog.replace_packs([], dead, {})
+        except NoSpaceError:
+            # The journal needs a few KiB. Key tables can be made again.
+            self._store.index.remove(self._store.index.names())
+            self._store.catalog.replace_packs([], dead, {})
+        faults.point("store.prune_committed")
+        self._remove(self._paths(dead))
+
+    def _repack(self, packs: list[int]) -> tuple[list[int], list[PackRow]]:
+        """Copies what lives in `packs`. Returns the packs that went and the new ones; a full disk only warns."""
+        while packs:
+            try:
+                with self._store.noting_damage():
+                    added = self._swap(packs)
+            except NoSpaceError as error:
+                self._warn(len(packs), error.what)
+                break
+            except DamagedPackError as error:
+                if error.pack not in packs:
+                    raise
+                packs = [pack for pack in packs if pack != error.pack]
+            else:
+                self._remove(self._paths(packs))
+                return packs, added
+        return [], []
+
+    def _swap(self, repack: list[int]) -> list[PackRow]:
         """New packs for what lives in `repack`, and the transaction. Returns the new packs."""
-        if not dead | repack:
-            return []
+        gone = set(repack)
         packs = PackSet(self._store.packs_dir, self._store.keys, set(self._rows))
         try:
             old, new = self._copy_pages(packs, repack)
-            moved = self._rewrite(packs, repack, old, new)
+            moved = self._rewrite(packs, gone, old, new)
             rows = packs.publish()
             faults.point("store.prune_copied")
-            self._drop_indexes(dead | repack)
-            self._store.catalog.replace_packs(rows, dead | repack, moved)
+            self._drop_indexes(gone)
+            self._store.catalog.replace_packs(rows, gone, moved)
             faults.point("store.prune_committed")
         except BaseException:
-            if self._untouched(dead | repack):
+            if self._untouched(gone):
                 packs.discard()
             raise
         return rows
@@ -203,8 +312,12 @@ class _Pruner:
         except SnapshotterError:
             return False
 
-    def _copy_pages(self, packs: PackSet, repack: set[int]) -> tuple[U64, U64]:
-        """Live pages into new frames. Returns old locations, sorted, and the new one of each."""
+    def _copy_pages(self, packs: PackSet, repack: list[int]) -> tuple[U64, U64]:
+        """Live pages into new packs; a frame that is all alive goes as it is.
+
+        Returns:
+            The old locations, sorted, and the new one of each.
+        """
         compressor = FrameCompressor()
         old: list[U64] = []
         new: list[U64] = []
@@ -223,13 +336,16 @@ class _Pruner:
             new.append(np.arange(len(locs), dtype="<u8") + np.uint64(location(pack, frame)))
             buffer, waiting = bytearray(), []
 
-        for pack in sorted(repack):
+        for pack in repack:
             file = self._store.readers.get(pack)
             keys = file.page_keys()
-            locs = self._live[pack].pages()
-            frames = ((locs & np.uint64(0xFFFFFFFF)) >> np.uint64(12)).astype(np.int64)
-            for number in np.unique(frames).tolist():
-                mine = locs[frames == number]
+            for number, mine in _by_frame(self._live[pack].pages()):
+                frame = file.frame(number)
+                if frame.nr_pages == len(mine) == (int(mine[-1]) & 0xFFF) + 1:
+                    place = _copy_frame(packs, file, number, frame, keys.get(number, b""))
+                    old.append(mine)
+                    new.append(np.arange(len(mine), dtype="<u8") + np.uint64(location(*place)))
+                    continue
                 if len(buffer) + len(mine) * PAGE_SIZE > BIG_FRAME * PAGE_SIZE:
                     flush()
                 data = file.read(number, KIND_PAGES)
@@ -253,44 +369,52 @@ class _Pruner:
     def _rewrite(self, packs: PackSet, repack: set[int], old: U64, new: U64) -> dict[str, BlobRefs]:
         """New blobs for every point that needs a pack that goes."""
         moved: dict[str, BlobRefs] = {}
-        previous: tuple[pagemap.Maps, BlobRefs] | None = None
-        image_base: tuple[FrameRef, bytes] | None = None
+        previous: dict[str, tuple[pagemap.Maps, BlobRefs]] = {}
         cache: dict[FrameRef, pagemap.Maps] = {}
+        images: dict[FrameRef, FrameRef] = {}
+        jobs = self._store.catalog.job_of_points()
         for point, refs in self._refs.items():
             if not self._needs[point] & repack:
                 continue
-            readers = self._store.readers
             maps = {
                 name: pagemap.Space(space.pages, _translate(space.locs, old, new))
-                for name, space in readers.maps(refs.maps, cache).items()
+                for name, space in self._store.readers.maps(refs.maps, cache).items()
             }
-            while len(cache) > 8:
+            while len(cache) > _CACHED_MAPS:
                 cache.pop(next(iter(cache)))
-            images = refs.images
-            frames = {images, readers.base(images) or images}
-            if any(pack in repack for pack, _ in frames):
-                images, image_base = self._copy_images(packs, readers.image_bytes(refs.images), image_base)
-            # Each on the one before: neighbours in time share most, whichever job they are of; the rule bounds it.
-            before_maps, before = previous or ({}, None)
-            moved[point] = add_maps(packs, maps, before_maps, before, images)
-            previous = (maps, moved[point])
+            place = self._copy_images(packs, repack, refs.images, images)
+            # Each on the one before of its job: they share most; the keyframe rule bounds the chain.
+            before_maps, before = previous.pop(jobs[point], ({}, None))
+            moved[point] = add_maps(packs, maps, before_maps, before, place)
+            previous[jobs[point]] = (maps, moved[point])
+            while len(previous) > _CACHED_MAPS:
+                previous.pop(next(iter(previous)))
         return moved
 
-    @staticmethod
     def _copy_images(
-        packs: PackSet, raw: bytes, base: tuple[FrameRef, bytes] | None
-    ) -> tuple[FrameRef, tuple[FrameRef, bytes]]:
-        """An image set again, against the last full one written here if that pays. Returns it and the base to use next."""
-        codec, data = compress.blob(raw)
-        if base is not None:
-            packed = compress.blob(raw, base[1])[1]
-            if len(packed) * 2 < len(data):
-                ref = packs.append(
-                    packed, raw=len(raw), codec=CODEC_ZSTD_BASE, kind=KIND_IMAGES, base=base[0]
-                )
-                return ref, base
-        ref = packs.append(data, raw=len(raw), codec=codec, kind=KIND_IMAGES)
-        return ref, (ref, raw)
+        self, packs: PackSet, repack: set[int], ref: FrameRef, done: dict[FrameRef, FrameRef]
+    ) -> FrameRef:
+        """The place of an image set from now on; `done` knows those that were copied."""
+        readers = self._store.readers
+        base = readers.base(ref)
+        if ref[0] not in repack and (base is None or base[0] not in repack):
+            return ref
+        if ref in done:
+            return done[ref]
+        if base is None or self._image_users[base] > 1:
+            if base is not None and readers.base(base) is not None:
+                raise readers.get(base[0]).bad("an image set's base has a base", base[1])
+            place = None if base is None else self._copy_images(packs, repack, base, done)
+            frame, data = readers.get(ref[0]).read_stored(ref[1])
+            if frame.kind != KIND_IMAGES:
+                raise readers.get(ref[0]).bad("not an image set", ref[1])
+            done[ref] = packs.append(data, raw=frame.raw, codec=frame.codec, kind=KIND_IMAGES, base=place)
+        else:
+            # Its base is kept for this one alone: without it, it takes less.
+            raw = readers.image_bytes(ref)
+            codec, data = compress.blob(raw)
+            done[ref] = packs.append(data, raw=len(raw), codec=codec, kind=KIND_IMAGES)
+        return done[ref]
 
     def _drop_indexes(self, gone: set[int]) -> None:
         """Index files that cover a pack that goes: removed before the catalog changes, never after."""
@@ -301,14 +425,30 @@ class _Pruner:
                     names.discard(index.name)
             self._store.index.remove(names)
 
-    def _remove(self, packs: set[int], garbage: list[tuple[Path, int]]) -> None:
+    def _paths(self, packs: Iterable[int]) -> list[Path]:
+        return [self._store.packs_dir / pack_name(pack) for pack in packs]
+
+    def _remove(self, paths: Iterable[Path]) -> None:
         self._store.readers.forget_all()
-        paths = [path for path, _ in garbage]
-        paths += [self._store.packs_dir / f"{pack:08x}{PACK_SUFFIX}" for pack in sorted(packs)]
         with wrapped("cannot remove a file of the store", self._store.packs_dir):
             for path in paths:
                 path.unlink(missing_ok=True)
                 faults.point("store.prune_deleted")
+
+
+def _by_frame(locs: U64) -> Iterator[tuple[int, U64]]:
+    """Sorted locations of one pack, by the number of their frame."""
+    frames = (locs & np.uint64(0xFFFFFFFF)) >> np.uint64(12)
+    numbers, starts = np.unique(frames, return_index=True)
+    return zip(numbers.tolist(), np.split(locs, starts[1:]) if len(numbers) else [], strict=True)
+
+
+def _copy_frame(packs: PackSet, file: PackFile, number: int, frame: Frame, page_keys: bytes) -> FrameRef:
+    """A frame of pages into another pack, compressed as it is."""
+    if frame.kind != KIND_PAGES or frame.base or len(page_keys) != frame.nr_pages * native.KEY_BYTES:
+        raise file.bad("the frame's pages do not fit its keys", number)
+    data = file.read_stored(number)[1]
+    return packs.append(data, raw=frame.raw, codec=frame.codec, kind=KIND_PAGES, page_keys=page_keys)
 
 
 def _translate(locs: U64, old: U64, new: U64) -> U64:

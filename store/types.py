@@ -115,6 +115,8 @@ class PruneReport:
     bytes_freed: int
     bytes_kept: int
     dry_run: bool = False
+    warnings: tuple[str, ...] = ()
+    """What was left for another time, and why."""
 
 
 @dataclass(frozen=True, slots=True)

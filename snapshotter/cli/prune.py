@@ -26,4 +26,5 @@ def command(app: App, dry_run: bool) -> int:
         f"{report.packs_repacked} repacked, {plural(report.garbage_removed, 'stray file')}); "
         f"{format_bytes(report.bytes_kept)} kept",
     )
+    app.out.warnings(report.warnings)
     return 0
