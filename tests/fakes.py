@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 import itertools
+import time
 import types
 
 from snapshotter.base.errors import Finding, LockedError, NoStoreError, NoSuchPointError, TargetGoneError
@@ -122,16 +123,32 @@ class FakeEngine:
 
     def __init__(self):
         self.alive = {7: 100}
-        self.started_at = {}
+        self.started_s = {}
         self.uptime_ns = 10**12
+        self.clock_offset_s = time.time() - self.uptime_ns / 1e9
+        """Wall clock minus uptime; a test sets the clock by changing it."""
+        self.late_warnings = []
         self.dumps = []
         self.findings = ()
+        self.images = {"manifest": b""}
         self.during_dump = lambda: None
 
     def identify(self, pid):
         if pid not in self.alive:
             raise TargetGoneError(f"there is no process {pid}")
-        return Identity(pid, self.alive[pid], BOOT, "sim", self.started_at.get(pid, 1000.0))
+        uptime_s = self.uptime_ns / 1e9
+        return Identity(
+            pid,
+            self.alive[pid],
+            BOOT,
+            "sim",
+            started_uptime_s=self.started_s.get(pid, self.alive[pid] / 100),
+            uptime_s=uptime_s,
+            seen_at=self.wall(uptime_s),
+        )
+
+    def wall(self, uptime_s):
+        return self.clock_offset_s + uptime_s
 
     def dump(self, pid, sink, parent, after, commit):
         self.dumps.append((pid, parent, after))
@@ -139,11 +156,11 @@ class FakeEngine:
         self.uptime_ns += 10**9
         commit(
             Dumped(
-                images={"manifest": b""},
+                images=self.images,
                 pid=pid,
                 boot_id=BOOT,
                 dump_uptime_ns=self.uptime_ns,
-                taken_at=dt.datetime.fromtimestamp(self.uptime_ns / 1e9, dt.UTC),
+                taken_at=dt.datetime.fromtimestamp(self.wall(self.uptime_ns / 1e9), dt.UTC),
                 tracker="compare",
                 nonce="n",
                 tasks={pid: self.alive[pid]},
@@ -153,6 +170,7 @@ class FakeEngine:
                 warnings=["a warning"],
             )
         )
+        return self.late_warnings
 
     def check(self, pid):
         self.identify(pid)

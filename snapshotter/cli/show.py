@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--image", metavar="NAME", help="Print one image (process/PID, mm/PID, files ...) as JSON.")
 @common
 def command(app: App, point: str, image: str | None) -> int:
-    """Show what POINT holds: tasks, memory, files."""
+    """Show what POINT holds: tasks, memory, files, and the files outside of it that a rollback needs."""
     from snapshotter.manager.listing import image_json, show
 
     with app.session() as session:
@@ -36,6 +37,7 @@ def command(app: App, point: str, image: str | None) -> int:
         "tasks": [_process_json(process) for process in details.processes],
         "memory": {name: _memory_json(mm) for name, mm in details.memory.items()},
         "files": details.files,
+        "file_identities": [dataclasses.asdict(record) for record in details.file_identities],
     }
     app.out.result(data, _text(details), brief=details.point.id)
     return 0
@@ -81,6 +83,10 @@ def _text(details: Details) -> list[str]:
     ]
     if details.children:
         lines.append(f"children {' '.join(short(child) for child in details.children)}")
+    if details.file_identities:
+        size_bytes = sum(record.size_bytes for record in details.file_identities)
+        needed = plural(len(details.file_identities), "file")
+        lines.append(f"needs    {needed} outside the store, {format_bytes(size_bytes)} (--json names each)")
     lines += [f"warning  {text}" for text in point.warnings]
     rows = [
         (str(p["pid"]), str(p["ppid"]), str(p["sid"]), p["state"].lower(), str(len(p["threads"])), p["comm"])

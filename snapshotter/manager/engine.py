@@ -39,14 +39,14 @@ class RealEngine:
                 f"process {pid} has ended; it is a zombie",
                 hint=f"its parent, process {stat.ppid}, must reap it",
             )
-        now_boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        age_s = now_boottime_ns / 1e9 - stat.start_time_ticks / os.sysconf("SC_CLK_TCK")
         return Identity(
             pid=pid,
             start_time_ticks=stat.start_time_ticks,
             boot_id=proc.boot_id(),
             comm=stat.comm.decode(errors="replace"),
-            started_at=time.time() - age_s,
+            started_uptime_s=stat.start_time_ticks / os.sysconf("SC_CLK_TCK"),
+            uptime_s=time.clock_gettime(time.CLOCK_BOOTTIME),
+            seen_at=time.time(),
         )
 
     def boot_id(self) -> str:
@@ -62,8 +62,11 @@ class RealEngine:
         parent: ParentInfo | None,
         after: str,
         commit: Callable[[Dumped], None],
-    ) -> None:
-        """Dump the job below `pid` into `sink`; calls `commit` once everything was read."""
+    ) -> Sequence[str]:
+        """Dump the job below `pid` into `sink`; calls `commit` once everything was read.
+
+        Returns warnings that came too late to be part of the point.
+        """
         from checkpoint.context import DumpOptions, ParentPoint
         from checkpoint.dump import dump
         from snapshotter import __version__
@@ -82,7 +85,13 @@ class RealEngine:
         options = DumpOptions(
             after=cast("Literal['run', 'stop', 'kill']", after), producer=f"snap {__version__}"
         )
-        dump(pid, sink, known, options, lambda result: commit(_dumped(result)))
+        told: list[str] = []
+
+        def hand_over(result: DumpResult) -> None:
+            told.extend(result.warnings)
+            commit(_dumped(result))
+
+        return dump(pid, sink, known, options, hand_over).warnings[len(told) :]
 
     def check(self, pid: int) -> Checked:
         """The engine's look at a running job; never touches it."""
@@ -150,5 +159,5 @@ def _dumped(result: DumpResult) -> Dumped:
         nr_tasks=result.stats.nr_tasks,
         frozen_us=result.stats.frozen_us,
         pages_dirty=result.stats.pages_dirty,
-        warnings=result.warnings,
+        warnings=tuple(result.warnings),
     )

@@ -1,20 +1,30 @@
 """Which job a pid file means, for periodic takes.
 
-A pid file is read long after it was written, so its pid may belong to somebody else by now. The process
-counts as the job if a point or a rollback of the job says so, or else if it started before the pid
-file was written. Everything else is doubt, and doubt never takes a stranger's memory.
+A pid file is read long after it was written, so its pid may belong to somebody else by now. What a point or a
+rollback says of a process (boot id, pid, start time) needs no clock and settles it. Else times must: a process is the
+one that the file was written for only if it is older than the file. The start of a process is known on CLOCK_BOOTTIME,
+which nobody sets; the file's time stamp is of the wall clock, which may have been set since. So the stamp is
+translated by every offset between the two clocks that is known: today's, and those at the points of this boot. Where
+they disagree, or the stamp lies in the future, the clock was set and there is no telling: that is doubt, and doubt is
+said aloud, neither taking a stranger's memory nor calling a living job ended.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from snapshotter.base.errors import UsageError, wrap_os_error
 from snapshotter.manager.ports import Identity
+from store import Point
 
 CLOCK_SLACK_S = 2.0
-"""Start times have 10 ms ticks, and the wall clock may have been slewed since."""
+"""Start times have 10 ms ticks, file systems coarse stamps, and leap seconds are steps too."""
+
+Verdict = Literal["job", "ended", "stranger", "doubt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +41,7 @@ def read(path: Path) -> PidFile | None:
     try:
         with path.open("rb") as file:
             text = file.read(64).strip()
-            written_at = path.stat().st_mtime
+            written_at = os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -49,6 +59,46 @@ def read(path: Path) -> PidFile | None:
     return PidFile(path, pid, written_at)
 
 
-def could_mean(pidfile: PidFile, identity: Identity) -> bool:
-    """Whether the process is old enough to be the one that the file was written for."""
-    return identity.started_at <= pidfile.written_at + CLOCK_SLACK_S
+def judge(pidfile: PidFile, identity: Identity, points: Iterable[Point]) -> Verdict:
+    """Whether a process that no point of the job knows is the one that the file was written for.
+
+    Args:
+        pidfile: What the file says.
+        identity: The process that has the file's pid now.
+        points: The job's. None of them may be of this very process.
+
+    Returns:
+        "job"; "stranger" (it is younger than the file); "ended" (the same, and the file was written for a process that a
+        point knows, which is gone); "doubt" (the clock was set meanwhile).
+    """
+    points = list(points)
+    known = [point for point in points if point.boot_id == identity.boot_id]
+    if pidfile.written_at > identity.seen_at + CLOCK_SLACK_S:
+        return "doubt"  # the clock was set back since, or the stamp is made up
+    now_s = identity.seen_at - identity.uptime_s
+    older = {
+        identity.started_uptime_s <= pidfile.written_at - offset_s + CLOCK_SLACK_S
+        for offset_s in [now_s, *map(_offset_s, known)]
+    }
+    if len(older) > 1:
+        return "doubt"
+    if older == {True}:
+        return "job"
+    return "ended" if any(_was_written_for(pidfile, point) for point in points) else "stranger"
+
+
+def _offset_s(point: Point) -> float:
+    """Wall clock minus CLOCK_BOOTTIME when the point was taken."""
+    return point.taken_at.timestamp() - point.dump_uptime_ns / 1e9
+
+
+def _was_written_for(pidfile: PidFile, point: Point) -> bool:
+    """Whether the file, as it is now, was there when the point was taken and meant the point's root.
+
+    The lower bound keeps a file of a machine without a battery-backed clock, which wakes up in the past, from passing
+    for one that an earlier boot left behind.
+    """
+    if point.pid != pidfile.pid or point.pid not in point.tasks:
+        return False
+    started_at = _offset_s(point) + point.tasks[point.pid] / os.sysconf("SC_CLK_TCK")
+    return started_at - CLOCK_SLACK_S <= pidfile.written_at <= point.taken_at.timestamp() + CLOCK_SLACK_S

@@ -49,8 +49,12 @@ class Identity:
     start_time_ticks: int
     boot_id: str
     comm: str
-    started_at: float
-    """Wall clock seconds, as far as the clock was not set since."""
+    started_uptime_s: float
+    """When it started, on CLOCK_BOOTTIME."""
+    uptime_s: float
+    """CLOCK_BOOTTIME when it was identified, and"""
+    seen_at: float
+    """the wall clock at the same instant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +124,7 @@ class EngineLike(Protocol):
         parent: ParentInfo | None,
         after: str,
         commit: Callable[[Dumped], None],
-    ) -> None: ...
+    ) -> Sequence[str]: ...
     def check(self, pid: int) -> Checked: ...
     def restore(
         self,

@@ -34,6 +34,7 @@ def not_a_directory(path: Path) -> Path | None:
 
 def point_meta(dumped: Dumped, started_ns: int) -> PointMeta:
     """What the catalog is to know of a dump."""
+    from snapshotter.manager import identities
     from store import PointMeta
 
     return PointMeta(
@@ -49,4 +50,5 @@ def point_meta(dumped: Dumped, started_ns: int) -> PointMeta:
         taken_at=dumped.taken_at,
         warnings=tuple(dumped.warnings),
         tasks=dict(dumped.tasks),
+        files=identities.of_images(dumped.images),
     )

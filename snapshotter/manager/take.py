@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from snapshotter.base.errors import (
     SnapshotterError,
     TargetGoneError,
     UsageError,
+    VerificationError,
 )
 from snapshotter.manager import jobs, pidfile
 from snapshotter.manager.ports import Dumped, Identity, ParentInfo, Skipped, StoreLike
@@ -83,19 +85,29 @@ def take_periodic(
         if isinstance(error, StrangerError):
             raise
         return _ended(job, f"process {found.pid} of {path} is gone")
-    if max_points is not None:
-        _keep_last(session, job, max_points)
-    return point
+    if max_points is None:
+        return point
+    return _with_warnings(point, _keep_last(session, job, max_points))
 
 
 class StrangerError(TargetGoneError):
-    """The pid file's pid belongs to a process that started after the file was written."""
+    """The pid file's pid belongs to a process that the file was not, or maybe not, written for."""
 
 
-def _keep_last(session: Session, job: str, count: int) -> None:
+def _keep_last(session: Session, job: str, count: int) -> Sequence[str]:
+    """Forget older points. The new point is safe already, so a failure is but a warning of its take."""
     from snapshotter.manager.upkeep import forget_all_but
 
-    forget_all_but(session, job, count)
+    try:
+        forget_all_but(session, job, count)
+    except SnapshotterError as error:
+        return [f"older points were not forgotten: {error}"]
+    return []
+
+
+def _with_warnings(point: Point, texts: Sequence[str]) -> Point:
+    """The point with warnings that came after its commit: whoever took it is told, the store is not."""
+    return dataclasses.replace(point, warnings=(*point.warnings, *texts)) if texts else point
 
 
 def _ended(job: str, why: str) -> Skipped:
@@ -103,36 +115,48 @@ def _ended(job: str, why: str) -> Skipped:
 
 
 def _check_is_job(session: Session, job: str, found: pidfile.PidFile, identity: Identity) -> None:
-    """Raise TargetGoneError if the pid was reused since the pid file was written."""
-    if pidfile.could_mean(found, identity):
+    """Raise TargetGoneError unless the process is the one that the pid file was written for."""
+    points = _known_points(session, job)
+    head = jobs.read_head(session.store_path, job)
+    if any(_is_of(point, identity) for point in points) or (head is not None and head.is_of(identity)):
         return
-    try:
-        store = session.store()
-    except NoStoreError:
-        points_known = False
-    else:
-        if find_parent(store, session.store_path, job, identity) is not None:
-            return
-        points_known = bool(store.points(job))
-    if points_known:
+    verdict = pidfile.judge(found, identity, points)
+    if verdict == "job":
+        return
+    if verdict == "ended":
         raise TargetGoneError(f"process {found.pid} ended; its pid is {identity.comm!r} now")
+    why = (
+        "started after this pid file was written, so it is another one"
+        if verdict == "stranger"
+        else "may or may not be the one that this pid file was written for: the clock was set since"
+    )
     raise StrangerError(
-        f"process {found.pid} ({identity.comm}) started after this pid file was written, so it is another one",
+        f"process {found.pid} ({identity.comm}) {why}",
         where=str(found.path),
-        hint="write the pid file anew, or name the process: snap take PID",
+        hint=f"if it is the job, write the pid file anew, or name it once: snap take {found.pid} --job {job}",
+    )
+
+
+def _known_points(session: Session, job: str) -> Sequence[Point]:
+    try:
+        return session.store().points(job)
+    except NoStoreError:
+        return ()  # made by the take, if there is one
+
+
+def _is_of(point: Point, identity: Identity) -> bool:
+    """Whether the point is of this very process, by what cannot be set or reused."""
+    return (
+        point.boot_id == identity.boot_id
+        and point.pid == identity.pid
+        and point.tasks.get(identity.pid) == identity.start_time_ticks
     )
 
 
 def find_parent(store: StoreLike, store_path: Path, job: str, identity: Identity) -> Parent | None:
     """The point that a take of this process now would be chained to; None starts a new chain."""
     points = store.points(job)
-    same = [
-        point
-        for point in points
-        if point.boot_id == identity.boot_id
-        and point.pid == identity.pid
-        and point.tasks.get(identity.pid) == identity.start_time_ticks
-    ]
+    same = [point for point in points if _is_of(point, identity)]
     latest = max(same, key=lambda point: point.dump_uptime_ns, default=None)
     head = jobs.read_head(store_path, job)
     if head is not None and head.is_of(identity):
@@ -163,21 +187,27 @@ def _parent_info(store: StoreLike, parent: Parent | None) -> ParentInfo | None:
 def _take_locked(session: Session, job: str, identity: Identity, after: str) -> Point:
     store = session.store(create=True)
     parent = find_parent(store, session.store_path, job, identity)
-    try:
-        return _dump_into(session, job, identity, after, parent)
-    except MissingPagesError as error:
-        if parent is None:
-            raise
-        # Nothing was committed and the job runs on. Whatever the tracker missed, reading everything does not; it costs
-        # time, and the point says why.
-        note = (
-            f"the parent point could not be built upon, so everything was read ({error.where}: {error.what})"
-        )
-        return _dump_into(session, job, identity, after, Parent(parent.point, rolled_back=True), note)
+    notes: list[str] = []
+    while True:
+        try:
+            return _dump_into(session, job, identity, after, parent, notes)
+        except (MissingPagesError, VerificationError) as error:
+            if parent is None:
+                raise
+            # Nothing was committed and the job runs on. Whatever the tracker missed, reading everything does not, and
+            # a damaged parent hurts nothing that is not built upon it; it costs time, and the point says why.
+            where = f"{error.where}: " if error.where else ""
+            if isinstance(error, MissingPagesError) and not parent.rolled_back:
+                text = "the parent point could not be built upon, so everything was read"
+                parent = Parent(parent.point, rolled_back=True)
+            else:
+                text = f"the parent point {parent.point.id[:8]} is damaged, so a new chain begins"
+                parent = None
+            notes.append(f"{text} ({where}{error.what})")
 
 
 def _dump_into(
-    session: Session, job: str, identity: Identity, after: str, parent: Parent | None, note: str = ""
+    session: Session, job: str, identity: Identity, after: str, parent: Parent | None, notes: Sequence[str]
 ) -> Point:
     from snapshotter.manager.stores import point_meta
 
@@ -187,17 +217,17 @@ def _dump_into(
     with store.writer(job, None if parent is None else parent.point) as writer:
 
         def commit(dumped: Dumped) -> None:
-            if note:
-                dumped = dataclasses.replace(dumped, warnings=[*dumped.warnings, note])
+            if notes:
+                dumped = dataclasses.replace(dumped, warnings=[*dumped.warnings, *notes])
             writer.add_images(dumped.images)
             committed.append(writer.commit(point_meta(dumped, started)))
 
         try:
-            session.engine.dump(identity.pid, writer, _parent_info(store, parent), after, commit)
+            late = session.engine.dump(identity.pid, writer, _parent_info(store, parent), after, commit)
         except NoSuchPointError as error:
             raise SnapshotterError(
                 f"the parent point was removed during the take: {error.what}", hint="take again"
             ) from error
     if not committed:
         raise SnapshotterError(f"the engine ended without a point of job {job}")
-    return committed[0]
+    return _with_warnings(committed[0], late)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -15,12 +16,12 @@ from snapshotter.base.errors import (
     UsageError,
     VerificationError,
 )
-from snapshotter.manager import config, jobs, listing, pidfile, upkeep
+from snapshotter.manager import config, doctor, identities, jobs, listing, pidfile, upkeep
 from snapshotter.manager.ports import Identity, Skipped
 from snapshotter.manager.rollback import rollback
 from snapshotter.manager.session import Session
 from snapshotter.manager.take import StrangerError, take, take_periodic
-from store.types import Damage
+from store.types import Damage, FileRecord
 from tests.fakes import BOOT, FakeEngine, FakeStore
 
 
@@ -130,7 +131,7 @@ def test_good_job_names(name):
     [("python3", "python3-7"), ("(sd-pam)", "sd-pam-7"), ("../../x", "_.._x-7"), ("\N{SNOWMAN}", "job-7")],
 )
 def test_default_names_are_names(comm, name):
-    made = jobs.default_name(Identity(7, 1, BOOT, comm, 0.0))
+    made = jobs.default_name(Identity(7, 1, BOOT, comm, 0.0, 1.0, 1.0))
     assert jobs.check_name(made) == made
     if "/" not in comm:
         assert made == name
@@ -165,22 +166,79 @@ def test_periodic_job_that_ends_during_the_take(session, engine, tmp_path):
     assert periodic(session, tmp_path / "pid").reason == "ended"
 
 
+def write_pid(path, engine, pid, uptime_s):
+    """A pid file, written when the machine had been up that long, by the clock as it is set now."""
+    path.write_text(f"{pid}\n")
+    os.utime(path, (engine.wall(uptime_s),) * 2)
+
+
 def test_periodic_pid_of_a_stranger(session, engine, tmp_path, monkeypatch):
     monkeypatch.setattr("time.clock_gettime_ns", lambda _clock: engine.uptime_ns)
     path = tmp_path / "pid"
-    path.write_text("7")
-    os.utime(path, (500, 500))
+    engine.alive[7] = 500_00
+    write_pid(path, engine, 7, 400)
     with pytest.raises(StrangerError):
         periodic(session, path)
-    os.utime(path, (1500, 1500))
+    write_pid(path, engine, 7, 600)
     first = periodic(session, path)
-    os.utime(path, (500, 500))
+    # What a point knows of a process needs no time stamp.
+    write_pid(path, engine, 7, 400)
     assert periodic(session, path).parent == first.id
     # Rolled back: a new start time, younger than the pid file, and the job all the same.
+    write_pid(path, engine, 7, 600)
     rollback(session, first.id)
+    engine.started_s[7] = engine.uptime_ns / 1e9
     assert periodic(session, path).parent == first.id
     engine.alive[7] += 1
     assert periodic(session, path).reason == "ended"
+
+
+def test_clock_set_forward_never_ends_a_restarted_job(session, engine, tmp_path):
+    path = tmp_path / "pid"
+    write_pid(path, engine, 7, 900)
+    first = periodic(session, path)
+    del engine.alive[7]
+    engine.alive[8] = 1000_50
+    write_pid(path, engine, 8, 1001)
+    engine.clock_offset_s += 3600
+    for _ in range(2):
+        with pytest.raises(StrangerError, match="the clock was set") as caught:
+            periodic(session, path)
+        assert "snap take 8 --job a" in caught.value.hint
+    # Named once, or with the file written anew, it is known.
+    taken = take(session, 8, job="a")
+    assert taken.parent is None
+    assert periodic(session, path).parent == taken.id
+    assert first.job == "a"
+
+
+def test_clock_set_back_never_makes_a_stranger_the_job(session, engine, tmp_path):
+    path = tmp_path / "pid"
+    write_pid(path, engine, 7, 900)
+    periodic(session, path)
+    engine.clock_offset_s -= 3600
+    engine.alive[7] = 1002_00  # the pid was reused
+    with pytest.raises(StrangerError, match="the clock was set"):
+        periodic(session, path)  # the file is of the future
+    engine.uptime_ns += 5000 * 10**9
+    with pytest.raises(StrangerError, match="the clock was set"):
+        periodic(session, path)
+
+
+def test_pid_file_of_an_earlier_boot(session, engine, store, tmp_path):
+    path = tmp_path / "pid"
+    write_pid(path, engine, 7, 900)
+    point = periodic(session, path)
+    store.saved[point.id] = dataclasses.replace(point, boot_id="another boot")
+    # The machine restarted: the uptime is small, the wall clock went on, the pid is another process's.
+    engine.clock_offset_s += 2000
+    engine.uptime_ns = 60 * 10**9
+    engine.alive[7] = 20_00
+    assert periodic(session, path).reason == "ended"
+    # Without a clock that runs while it is off, a new file is older than everything. That proves nothing.
+    os.utime(path, (1000, 1000))
+    with pytest.raises(StrangerError):
+        periodic(session, path)
 
 
 @pytest.mark.parametrize("text", ["", "abc", "-5", "0", "99999999999"])
@@ -213,6 +271,59 @@ def test_forget_refuses_everything_when_one_is_unknown(session):
     with pytest.raises(NoSuchPointError):
         upkeep.forget(session, [point.id, "ffff"])
     assert len(listing.list_points(session)) == 1
+
+
+def test_keep_last_goes_by_commits_not_by_the_clock(session, engine):
+    points = []
+    for step_s in (0, -3600, -7200):
+        engine.clock_offset_s += step_s
+        points.append(take(session, 7, job="a"))
+    assert [point.id for point in listing.list_points(session)] == [point.id for point in points]
+    assert [point.id for point in upkeep.forget_all_but(session, "a", 1)] == [p.id for p in points[:2]]
+    assert [point.id for point in listing.list_points(session)] == [points[2].id]
+
+
+def test_keep_last_that_fails_is_a_warning_of_the_take(session, store, tmp_path):
+    (tmp_path / "pid").write_text("7")
+    take(session, 7, job="a")
+    store.forget_error = LockedError("a prune of the store is running")
+    point = take_periodic(session, tmp_path / "pid", job="a", max_points=1)
+    assert len(store.points()) == 2
+    assert any("not forgotten" in text and "prune" in text for text in point.warnings)
+
+
+def test_forget_and_prune_wait_as_long_as_the_settings_say(tmp_path, engine, store):
+    settings = config.Config(store=tmp_path / "store", store_from="test", lock_wait_s=7.5)
+    session = Session(settings, open_store=store.opener, open_engine=lambda: engine)
+    points = [take(session, 7, job="a") for _ in range(3)]
+    upkeep.forget(session, [points[0].id])
+    upkeep.forget_all_but(session, "a", 1)
+    upkeep.prune(session)
+    assert store.waited == [("forget", 7.5), ("forget", 7.5), ("prune", 7.5)]
+
+
+def test_a_prune_is_waited_for_as_long_as_the_settings_say(tmp_path):
+    from store import Store
+
+    with Store.open(tmp_path / "store", create=True) as store, store.lock_exclusive():
+        settings = config.Config(store=tmp_path / "store", store_from="test", lock_wait_s=0.0)
+        with Session(settings) as session:
+            with pytest.raises(LockedError):
+                session.store().forget(["f" * 32], wait_s=settings.lock_wait_s)
+            with pytest.raises(LockedError):
+                upkeep.prune(session)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "-0.5", "1e6", "1" + "0" * 400])
+def test_lock_wait_out_of_range(tmp_path, text):
+    path = tmp_path / "c.toml"
+    path.write_text(f"lock_wait_s = {text}")
+    env = {"HOME": str(tmp_path)}
+    with pytest.raises(UsageError) as caught:
+        config.load(env=env, uid=0, system_config=path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(UsageError):
+        config.load(env=env | {"SNAP_LOCK_WAIT_S": text}, uid=0, system_config=tmp_path / "none")
 
 
 def test_config_precedence(tmp_path):
@@ -256,6 +367,171 @@ def test_living_job_is_replaced_only_by_a_whole_point(session, engine, store):
     del engine.alive[7]
     rollback(session, point.id)
     assert 7 in engine.alive
+
+
+def test_any_living_task_makes_the_point_be_verified_first(session, engine, store):
+    """The root is gone, a child lives: the rollback would kill it."""
+    engine.alive[8] = 200
+    point = take(session, 7, job="a")
+    store.saved[point.id] = dataclasses.replace(point, tasks={7: 100, 8: 200, 9: 300})
+    store.damage = (Damage("pack 1", "frame 3 is wrong", (point.id,)),)
+    del engine.alive[7]
+    with pytest.raises(VerificationError):
+        rollback(session, point.id)
+    assert engine.alive == {8: 200}
+    engine.alive[8] = 201  # somebody else
+    rollback(session, point.id)
+
+
+def test_name_is_resolved_again_once_the_lock_is_held(session, store, monkeypatch):
+    older = take(session, 7, job="a")
+    lock = store.lock_job
+    committed = []
+
+    def lock_late(job, wait_s=0.0):
+        if not committed:  # while we waited for the lock, a take committed
+            committed.append(take_into(store, older))
+        return lock(job, wait_s)
+
+    monkeypatch.setattr(store, "lock_job", lock_late)
+    assert rollback(session, "a").point.id == committed[0].id
+
+
+def test_latest_may_be_another_jobs_by_then(session, store, monkeypatch):
+    older = take(session, 7, job="a")
+    lock = store.lock_job
+    locked = []
+
+    def lock_late(job, wait_s=0.0):
+        if not locked:
+            take_into(store, dataclasses.replace(older, job="b"))
+        locked.append(job)
+        return lock(job, wait_s)
+
+    monkeypatch.setattr(store, "lock_job", lock_late)
+    assert rollback(session, "latest").point.job == "b"
+    assert locked == ["a", "b"]
+
+
+def take_into(store, like):
+    """Commits a copy of a point behind the manager's back."""
+    point = dataclasses.replace(like, id=next(store.ids))
+    store.saved[point.id] = point
+    return point
+
+
+def test_a_damaged_parent_is_not_built_upon(session, engine, store, monkeypatch):
+    """In the parent's page map, in its images, or in pages that the dump compares: a new chain, and a word of it."""
+    for number, place in enumerate(("writer", "reader", "dump")):
+        first = take(session, 7, job=f"job{number}")
+
+        real = getattr(store, place, None)
+
+        def bad(*args, real=real):
+            if args[-1] is not None:
+                raise VerificationError("frame 3 does not match its digest", where="pack 1")
+            return real(*args)
+
+        if place == "dump":
+            failing = iter([VerificationError("frame 3 does not match its digest", where="pack 1")])
+
+            def fail_once(failing=failing):
+                for error in failing:
+                    raise error
+
+            monkeypatch.setattr(engine, "during_dump", fail_once)
+        else:
+            monkeypatch.setattr(store, place, bad)
+        second = take(session, 7, job=f"job{number}")
+        monkeypatch.undo()
+        assert second.parent is None
+        assert engine.dumps[-1][1] is None
+        text = next(text for text in second.warnings if "new chain" in text)
+        assert first.id[:8] in text
+        assert "pack 1: frame 3" in text
+        assert take(session, 7, job=f"job{number}").parent == second.id
+
+
+def test_damage_without_a_parent_is_an_error(session, engine):
+    def fail():
+        raise VerificationError("no memory is right")
+
+    engine.during_dump = fail
+    with pytest.raises(VerificationError):
+        take(session, 7, job="a")
+    assert len(engine.dumps) == 1
+
+
+def test_warnings_after_the_commit_reach_whoever_took_the_point(session, engine, store):
+    engine.late_warnings = ["tracking ends here: no keeper"]
+    point = take(session, 7, job="a")
+    assert point.warnings == ("a warning", "tracking ends here: no keeper")
+    assert store.saved[point.id].warnings == ("a warning",)
+
+
+def test_the_engines_late_warnings_are_told_from_those_of_the_point(monkeypatch):
+    import checkpoint.dump
+    from checkpoint.context import DumpResult, DumpStats
+    from snapshotter.manager.engine import RealEngine
+
+    def dump(_pid, _sink, _parent, _options, commit):
+        result = DumpResult(7, {}, DumpStats(), ["early"], BOOT, 1, 1, {7: 1}, "compare", "")
+        commit(result)
+        result.warnings.append("tracking ends here: EIO")
+        return result
+
+    monkeypatch.setattr(checkpoint.dump, "dump", dump)
+    committed = []
+    late = RealEngine().dump(7, None, None, "run", committed.append)
+    assert list(late) == ["tracking ends here: EIO"]
+    assert list(committed[0].warnings) == ["early"]
+
+
+def test_file_identities_come_from_the_images():
+    from images import common_pb2, files_pb2, mm_pb2
+
+    def identity(path, **fields):
+        return common_pb2.FileIdentity(path=path, dev=1, ino=len(path), size_bytes=5, mtime_ns=-6, **fields)
+
+    mm = mm_pb2.Mm(
+        exe=identity(b"/bin/x", build_id=b"id"),
+        files=[identity(b"/lib/y"), identity(b"/gone", deleted=True), identity(b"/bad\xff")],
+    )
+    replaced = mm_pb2.Mm(exe=identity(b"/bin/replaced"), exe_shmem="shmem/1", files=[identity(b"/lib/y")])
+    files = files_pb2.Files(
+        descriptions=[
+            files_pb2.Description(id=1, regular=files_pb2.RegularFile(identity=identity(b"/log"))),
+            files_pb2.Description(
+                id=2, regular=files_pb2.RegularFile(identity=identity(b"/memfd:a"), shmem="shmem/2")
+            ),
+            files_pb2.Description(id=3, directory=files_pb2.Directory(identity=identity(b"/tmp"))),
+        ]
+    )
+    images = {"manifest": b"", "mm/7": mm, "mm/8": replaced, "files": files, "fdtable/7": b""}
+    found = identities.of_images(
+        {n: m if isinstance(m, bytes) else m.SerializeToString() for n, m in images.items()}
+    )
+    assert [record.path for record in found] == ["/bad\\xff", "/bin/x", "/lib/y", "/log"]
+    assert found[1] == FileRecord("/bin/x", 1, 6, 5, -6, b"id")
+
+
+def test_file_identities_are_recorded_with_the_point(session, engine, store):
+    from images import common_pb2, mm_pb2
+
+    mm = mm_pb2.Mm(exe=common_pb2.FileIdentity(path=b"/bin/x", size_bytes=9))
+    engine.images = {"manifest": b"", "mm/7": mm.SerializeToString()}
+    point = take(session, 7)
+    assert [record.path for record in store.files(point)] == ["/bin/x"]
+
+
+def test_doctor_needs_names_that_the_probes_have(session, engine):
+    """A name that no probe has is a feature that is missing, and there is none of that kind."""
+    from checkpoint.kernel.features import probe_all
+
+    engine.features = lambda: [{"name": "wp_async", "ok": True, "errno": 0, "note": ""}]
+    missing = {note.subject for note in doctor.doctor(session).notes if note.level == "problem"}
+    assert {"kcmp", "clone3_set_tid"} <= missing
+    assert missing - {"machine", "yama"} <= {found.name for found in probe_all()}
 
 
 def test_pages_that_the_tracker_missed_are_read_again(session, engine, store):
