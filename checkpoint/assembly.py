@@ -12,6 +12,7 @@ import functools
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 from checkpoint import environment
@@ -33,6 +34,7 @@ _LEAST_SUPERVISOR_FD = 63
 _HELPER_TRIES = 100
 _SIG_DFL_ACTION = bytes(32)
 _EVERY_FD = 0xFFFFFFFF
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Assembly:
@@ -223,11 +225,17 @@ class Assembly:
         for _, process in self.living():
             for thread in process.threads:
                 ptrace.set_sigmask(thread.tid, thread.sigmask)
-        self.released = True
-        for _, process in reversed(list(self.living())):
-            for thread in process.threads:
+        tids = [thread.tid for _, process in reversed(list(self.living())) for thread in process.threads]
+        with _signals_wait():
+            # While one task still has EXITKILL, our end kills it and leaves those that were let go. So it is taken
+            # from all of them first; from then on our end, whatever the reason, lets every one of them go.
+            for tid in tids:
+                ptrace.setoptions(tid, 0)
+            self.released = True
+            faults.point("restore.unguarded")
+            for tid in tids:
                 with contextlib.suppress(TargetGoneError):
-                    ptrace.detach(thread.tid)
+                    ptrace.detach(tid)
                 faults.point("restore.detached")
 
     def _is_stopped(self, process: task_pb2.Process) -> bool:
@@ -275,6 +283,29 @@ class Assembly:
                 _, status = os.waitpid(tid, _WALL)
                 if os.WIFEXITED(status) or os.WIFSIGNALED(status):
                     return
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Hold Ctrl-C, SIGTERM and SIGHUP back. Blocking is not enough: another thread would take them, and Python runs
+    their handlers in the main thread at its next instruction.
+    """
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signo in _ENDING:
+            if signal.getsignal(signo) is not None:  # None: somebody's C code has it
+                before[signo] = signal.signal(signo, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        # Those that were blocked arrive now, while `came` still takes them.
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for signo, handler in before.items():
+            signal.signal(signo, handler)
+        for signo in came:
+            signal.raise_signal(signo)
 
 
 def _start_time(pid: int, tid: int) -> int:

@@ -60,6 +60,7 @@ POINTS: dict[str, str] = {
     "restore.memory": "memory of one process is in place",
     "restore.threads": "threads exist",
     "restore.state": "all state is set, nothing detached",
+    "restore.unguarded": "every task outlives snap from here on, nothing is detached",
     "restore.detached": "one task was detached",
     # store
     "store.pack_written": "a pack was written, not yet synced",

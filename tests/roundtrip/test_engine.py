@@ -11,8 +11,10 @@ import sys
 
 import pytest
 
+from checkpoint import assembly
 from checkpoint.restore import plan
 from checkpoint.restore_context import RestoreOptions
+from snapshotter.base import faults
 from snapshotter.base.errors import RestoreConflictError
 from tests import memory_store
 from tests.jobs import is_running, reap, reap_all, state, tree, wait_until
@@ -291,3 +293,52 @@ def test_zombie_that_nobody_reaps_is_named(start):
     assert f"pid {pid} is still held by a zombie".encode() in done.stdout, done.stderr
     assert f"task {os.getpid()}".encode() in done.stdout
     reap(pid)
+
+
+FAMILY = """
+import os, time
+for _ in range(4):
+    if os.fork() == 0:
+        break
+open(f"here.{os.getpid()}", "w").close()
+while True: time.sleep(0.01)
+"""
+
+
+def family(start, tmp_path):
+    """A job of five processes and its point."""
+    pid = start(sys.executable, "-c", FAMILY)
+    wait_until(lambda: len(list(tmp_path.glob("here.*"))) == 5, "all five")
+    return pid, sorted(tree(pid)), memory_store.take(pid)
+
+
+@pytest.mark.parametrize("at", ["restore.unguarded", "restore.detached", "restore.detached@3"])
+def test_killed_while_letting_go_the_whole_job_runs(start, tmp_path, at):
+    pid, pids, point = family(start, tmp_path)
+    kill(pid)
+    snap = os.fork()
+    if snap == 0:
+        try:
+            faults.configure(f"{at}:kill")
+            memory_store.rollback(point)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(snap, 0)[1]) == signal.SIGKILL
+    wait_until(lambda: all(state(one) in {"S", "R"} for one in pids), "all five run")
+    assert sorted(tree(pid)) == pids
+
+
+@pytest.mark.parametrize("at", ["restore.unguarded", "restore.detached"])
+def test_interrupted_while_letting_go_the_whole_job_runs(start, tmp_path, monkeypatch, at):
+    pid, pids, point = family(start, tmp_path)
+    kill(pid)
+    monkeypatch.setattr(
+        assembly.faults, "point", lambda name: signal.raise_signal(signal.SIGINT) if name == at else None
+    )
+    with pytest.raises(KeyboardInterrupt):
+        memory_store.rollback(point)
+    monkeypatch.undo()
+    wait_until(lambda: all(state(one) in {"S", "R"} for one in pids), "all five run")
+    assert sorted(tree(pid)) == pids
+    for one in pids:
+        assert "TracerPid:\t0" in pathlib.Path(f"/proc/{one}/status").read_text()
