@@ -7,6 +7,7 @@ walk through every resource's look(). Reads /proc only. dump() begins with the s
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +23,9 @@ from snapshotter.base.errors import (
 )
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD
+_VFORK_S = 1.0
+_SHARED = "address space"
+"""Where memory.look() finds two processes in one."""
 _LOOKS: tuple[Callable[[int, list[Finding]], None], ...] = (task.look, memory.look, files.look)
 
 
@@ -72,8 +76,9 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
     if report.findings:
         return report
     _walk(report, max_tasks)
+    deadline = time.monotonic() + _VFORK_S
     for one in report.tasks:
-        if not look_at_process(one, report.findings) and one == pid:
+        if not _look_patiently(one, report.findings, deadline) and one == pid:
             raise TargetGoneError("ended while it was looked at", where=f"task {pid}")
     files.look_job(report.pids, report.findings)
     return report
@@ -87,6 +92,19 @@ def look_at_process(pid: int, findings: list[Finding]) -> bool:
         except (TargetGoneError, FileNotFoundError, ProcessLookupError):
             return False
     return True
+
+
+def _look_patiently(pid: int, findings: list[Finding], deadline: float) -> bool:
+    """look_at_process; a vfork that is under way, mostly over in a moment, is waited for."""
+    pause = 0.0005
+    while True:
+        found: list[Finding] = []
+        there = look_at_process(pid, found)
+        if time.monotonic() > deadline or not any(item.where == _SHARED for item in found):
+            findings += found
+            return there
+        time.sleep(pause)
+        pause = min(0.05, pause * 2)
 
 
 def _check_root(pid: int, report: CheckReport) -> None:

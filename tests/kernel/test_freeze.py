@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
+from checkpoint import freeze
+from checkpoint.check import check
 from checkpoint.freeze import FrozenTree, stopped_process
+from checkpoint.kernel import ptrace
 from snapshotter.base import faults
 from snapshotter.base.errors import TargetGoneError, UnsupportedError
 from tests.jobs import reap, state, wait_until
 
 pytestmark = pytest.mark.requires("root")
+
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
 
 BUSY = """
 import os, subprocess, sys, threading, time
@@ -120,3 +128,113 @@ def test_one_process_alone(busy):
         sleeper = next(pid for pid in map(int, os.listdir("/proc/self/task")) if pid)
         assert tracer(sleeper) == 0
     assert tracer(busy.pid) == 0
+
+
+@pytest.fixture
+def run(compile_program):
+    """run("low_tid.c", ...) -> the running program, its standard output a pipe; killed after the test."""
+    running = []
+
+    def start(name, *arguments):
+        program = compile_program(str(PROGRAMS / name))
+        running.append(
+            subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.requires("clone3_set_tid")
+def test_killed_though_a_thread_has_a_lower_tid_than_its_leader(run):
+    job = run("low_tid.c")
+    tid = int(job.stdout.readline())
+    assert 0 < tid < job.pid
+    child = os.fork()  # a tracer that hangs can be killed
+    if child == 0:
+        try:
+            with FrozenTree(job.pid) as tree:
+                tree.leave("kill")
+        finally:
+            os._exit(0)
+    try:
+        assert reap(child, 10) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+            reap(child)
+    assert job.wait(10) == -signal.SIGKILL
+
+
+def test_more_children_than_one_read_tells(job):
+    count = 1500
+    script = f"import os, signal, sys\nfor _ in range({count}):\n    os.fork() or signal.pause()\n"
+    script += "open(os.path.join(sys.argv[1], 'ready'), 'w').close()\nsignal.pause()\n"
+    job.start([sys.executable, "-S", "-c", script]).wait_ready()
+    assert len(freeze.children(job.pid, [job.pid])) == count
+    with FrozenTree(job.pid) as tree:
+        assert len(tree.processes) == count + 1
+
+
+def test_one_task_that_cannot_be_cured_keeps_no_other_in(busy, monkeypatch):
+    left = []
+
+    def cure(remote):
+        left.append(remote.tid)
+        if len(left) == 1:
+            raise OSError("told to fail")
+        real(remote)
+
+    real = freeze.cure
+    monkeypatch.setattr(freeze, "cure", cure)
+    maps = pathlib.Path(f"/proc/{busy.pid}/maps")
+    with pytest.raises(OSError, match="told to fail"), FrozenTree(busy.pid) as tree:
+        tasks = list(tree.tasks())
+        for task in tasks:
+            task.infect().call("getpid")
+    assert left == [task.tid for task in reversed(tasks)]
+    assert tracer(busy.pid) == 0
+    assert maps.exists()
+
+
+def test_registers_are_not_those_of_a_restartable_sequence(run):
+    """The dump of a task that was infected before its registers were written down."""
+    job = run("rseq_section.c")
+    first, end, abort = (int(word, 16) for word in job.stdout.readline().split())
+
+    def caught():
+        with FrozenTree(job.pid) as tree:
+            leader = tree.processes[job.pid].leader
+            if not first <= leader.regs.rip < end:
+                return False
+            leader.infect().call("getpid")
+            assert leader.regs.rip == abort
+            tree.cure()
+            assert ptrace.getregs(job.pid).rip == abort
+        return True
+
+    wait_until(caught, "stopped inside the section")
+    assert job.poll() is None
+
+
+def test_a_vfork_under_way_is_waited_for(run):
+    job = run("slow_vfork.c", "300")
+    wait_until(lambda: freeze.children(job.pid, [job.pid]), "the child is there")
+    report = check(job.pid)
+    assert report.ok, [finding.what for finding in report.findings]
+    assert len(report.pids) == 2
+
+
+def test_a_vfork_that_stays_is_refused_by_name(run):
+    job = run("slow_vfork.c")
+    wait_until(lambda: freeze.children(job.pid, [job.pid]), "the child is there")
+    began = time.monotonic()
+    report = check(job.pid)
+    assert time.monotonic() - began < 5
+    assert {finding.where for finding in report.findings} == {"address space"}
+    assert "vfork" in report.findings[0].what
