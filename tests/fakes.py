@@ -37,7 +37,7 @@ class FakeStore:
     def points(self, job=None):
         return [point for point in self.saved.values() if job in {None, point.job}]
 
-    def resolve(self, text, job=None):
+    def resolve(self, text):
         if text in {point.job for point in self.saved.values()}:
             return self.points(text)[-1]
         found = [point for point in self.saved.values() if point.id.startswith(text)]

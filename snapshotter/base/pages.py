@@ -59,6 +59,3 @@ class PageSource(Protocol):
         """Read, verify and decompress all pages of the space; `write(runs, data)` gets them in pieces, from
         several threads at once. All-zero pages are not handed out. Returns the number of pages handed out.
         """
-
-    def read(self, space: str, runs: Sequence[Run]) -> bytes:
-        """Those pages, in order; absent ones read as zero (in-place rollback, tests, core dumps)."""
