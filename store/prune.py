@@ -45,7 +45,7 @@ from store.pack import (
     pack_name,
 )
 from store.packset import PackSet
-from store.staging import BIG_FRAME, SMALL_FRAME
+from store.staging import APART_FROM, BIG_FRAME, SMALL_FRAME
 from store.types import PruneReport
 
 if TYPE_CHECKING:
@@ -328,7 +328,10 @@ class _Pruner:
             nonlocal buffer, waiting
             if not waiting:
                 return
-            codec, data = compressor.pages(memoryview(bytes(buffer)), 1)
+            # What is left of old frames is what newer points still need some of: see staging.
+            apart = len(buffer) >= APART_FROM * PAGE_SIZE
+            compress = compressor.pages_apart if apart else compressor.pages
+            codec, data = compress(memoryview(bytes(buffer)), 1)
             keys = native.hash_pages(self._store.keys.pages, bytes(buffer))
             pack, frame = packs.append(data, raw=len(buffer), codec=codec, kind=KIND_PAGES, page_keys=keys)
             locs = np.concatenate(waiting)

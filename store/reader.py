@@ -174,7 +174,12 @@ class PointReader:
         for thread in threads:
             thread.join()
         if errors:
-            raise errors[0]
+            error = errors[0]
+            errors.clear()
+            try:
+                raise error
+            finally:
+                del error  # no cycle of the error and this frame, which holds buffers (see KeyTable)
 
     def _one_frame(self, pack: int, frame: int, pages: U64, slots: np.ndarray, piece: _Piece) -> None:
         with self._store.naming_points(((pack, frame),)):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CHUNK_PAGES = 256
 BIG_FRAME, SMALL_FRAME = 256, 128
 """1 MiB for first dumps and long fresh runs; scattered pages go by 128, compressed one by one."""
-_APART_FROM = 24
+APART_FROM = 24
 """Fewer pages than this compress better together, and are not worth it."""
 _SMALL_TAKE = 128
 PROVISIONAL = 1 << 63
@@ -99,7 +99,7 @@ class Worker:
     def _write(self, start: int, count: int) -> None:
         pages = self._buffer[start * PAGE_SIZE : (start + count) * PAGE_SIZE]
         level = SMALL_LEVEL if self.pages_new <= _SMALL_TAKE and self._unit == SMALL_FRAME else FAST_LEVEL
-        apart = self._unit == SMALL_FRAME and _APART_FROM <= count <= SMALL_FRAME
+        apart = self._unit == SMALL_FRAME and APART_FROM <= count <= SMALL_FRAME
         compress = self._compressor.pages_apart if apart else self._compressor.pages
         codec, data = compress(pages, level)
         pack, frame = self._packs.append(
