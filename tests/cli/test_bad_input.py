@@ -13,53 +13,10 @@ import time
 
 import pytest
 
+from tests.counting import COUNTER, count, fails, goes_on
 from tests.jobs import ROOT, SNAP, SnapFailedError, is_running, reap, snap, state, wait_until
 
 pytestmark = pytest.mark.requires("root")
-
-COUNTER = """
-import sys, time
-n = 0
-while True:
-    n += 1
-    with open(sys.argv[1] + "/count", "w") as f: f.write(str(n))
-    time.sleep(0.01)
-"""
-
-
-def fails(status: int, *args, store, **popen) -> dict:
-    """Run snap, which must fail with `status` and a whole error object."""
-    with pytest.raises(SnapFailedError) as caught:
-        snap(*args, store=store, **popen)
-    assert caught.value.status == status, caught.value
-    error = caught.value.error
-    assert error.get("message"), caught.value
-    assert "Traceback" not in caught.value.stderr
-    assert "internal error" not in error["message"]
-    return error
-
-
-@pytest.fixture
-def counter(job):
-    """A job that counts in a file."""
-    job.start([sys.executable, "-c", COUNTER])
-    wait_until(lambda: count(job) > 3, "the counter counting")
-    return job
-
-
-def count(job) -> int:
-    try:
-        return int((job.directory / "count").read_text() or 0)
-    except FileNotFoundError:
-        return 0
-
-
-def goes_on(job) -> None:
-    """The job runs, is not traced, and makes progress."""
-    at = count(job)
-    wait_until(lambda: count(job) > at + 2, "the job going on")
-    status = pathlib.Path(f"/proc/{job.pid}/status").read_text()
-    assert "TracerPid:\t0" in status
 
 
 def no_points(store) -> bool:
@@ -241,8 +198,20 @@ def test_a_directory_that_is_no_store(counter, tmp_path):
     (tmp_path / "other" / "file").write_text("mine")
     fails(10, "take", counter.pid, store=tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["file"]
+    goes_on(counter)
+
+
+def test_a_file_is_no_store(counter, tmp_path):
     (tmp_path / "plain").write_text("")
-    fails(1, "take", counter.pid, store=tmp_path / "plain")
+    lines = (
+        ["take", counter.pid], ["list"], ["show", "latest"], ["verify"], ["prune"], ["rollback", "latest"],
+        ["forget", "abcd"],
+    )  # fmt: skip
+    for line in lines:
+        for store in (tmp_path / "plain", tmp_path / "plain" / "below"):
+            error = fails(10, *line, store=store)
+            assert str(tmp_path / "plain") in error["message"]
+    assert (tmp_path / "plain").read_text() == ""
     goes_on(counter)
 
 
