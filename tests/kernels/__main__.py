@@ -12,7 +12,7 @@ import sys
 
 from tests.kernels.guest import GuestError, run
 
-ROUND_TRIPS = "nothing or signals or timers or tree or threads_scheduling or mem_anon or fd_pipe"
+ROUND_TRIPS = "nothing or signals or timers or tree or threads_scheduling or mem_private or fd_pipes"
 SELECTION = [
     [sys.executable, "-m", "snapshotter.cli.main", "doctor"],
     [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/kernel"],
