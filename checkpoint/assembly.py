@@ -34,6 +34,7 @@ _LEAST_SUPERVISOR_FD = 63
 _HELPER_TRIES = 100
 _SIG_DFL_ACTION = bytes(32)
 _EVERY_FD = 0xFFFFFFFF
+_ALL_SIGNALS = 2**64 - 1
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -221,7 +222,7 @@ class Assembly:
                 # The leader is the last to need the arena.
                 self.ctx.threads[thread.tid].finish(regs, unmap_arena=thread.tid == process.pid)
             if self._is_stopped(process):
-                self._stop(stub)
+                self._stop(stub, process)
         for _, process in self.living():
             for thread in process.threads:
                 ptrace.set_sigmask(thread.tid, thread.sigmask)
@@ -244,15 +245,34 @@ class Assembly:
     def _stopped_children(self, pid: int) -> list[int]:
         return [child.pid for _, child in self.living() if child.ppid == pid and self._is_stopped(child)]
 
-    def _stop(self, stub: StubTask) -> None:
-        """Bring the leader into a group-stop, everything blocked; the other threads follow when detached."""
+    def _stop(self, stub: StubTask, process: task_pb2.Process) -> None:
+        """Bring a process into a group-stop by the signal that had stopped it, everything else blocked.
+
+        All of its threads: the stop counts, and its parent is told, when the last of them has stopped.
+        """
+        signo = _stop_signal(process)
+        ptrace.set_sigmask(stub.tid, _ALL_SIGNALS & ~(1 << (signo - 1)))
         os.kill(stub.pid, signal.SIGSTOP)
         ptrace.cont(stub.tid)
         status = ptrace.wait(stub.tid)
         while status.stopped and not status.group_stop:
-            passed = status.stop_signal if status.stop_signal == signal.SIGSTOP and not status.event else 0
+            passed = 0
+            if status.event:
+                # Its group is an orphaned one now, in which the terminal's signals stop nobody.
+                signo = signal.SIGSTOP
+                os.kill(stub.pid, signo)
+            elif status.stop_signal == signal.SIGSTOP:
+                # Not one instruction of the job's own, even if the signal stops nobody.
+                ptrace.interrupt(stub.tid)
+                passed = signo
             ptrace.cont(stub.tid, passed)
             status = ptrace.wait(stub.tid)
+        for thread in process.threads[1:]:
+            while status.stopped:
+                ptrace.cont(thread.tid)
+                status = ptrace.wait(thread.tid)
+                if status.group_stop:
+                    break
         if not status.stopped:
             raise TargetGoneError("ended while it was being stopped", where=f"task {stub.pid}")
 
@@ -304,8 +324,16 @@ def _signals_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for signo, handler in before.items():
             signal.signal(signo, handler)
-        for signo in came:
-            signal.raise_signal(signo)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _stop_signal(process: task_pb2.Process) -> int:
+    """What stops it: the signal that had, if it still would."""
+    caught = {action.signo for action in process.actions if action.handler}
+    if process.state != task_pb2.Process.STOPPED or process.stop_signal in caught:
+        return signal.SIGSTOP
+    return process.stop_signal or signal.SIGSTOP
 
 
 def _start_time(pid: int, tid: int) -> int:

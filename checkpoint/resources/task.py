@@ -54,7 +54,7 @@ _GET_REGISTRATIONS = 1 << 9
 """MEMBARRIER_CMD_GET_REGISTRATIONS (Linux 6.3); its bits are the commands that register."""
 _P_PID, _WSTOPPED = 1, 2
 _SIGINFO_SIZE = 128
-_SI_PID = slice(12, 16)  # in the siginfo of a child
+_SI_PID = slice(16, 20)  # in the siginfo of a child: after three ints, and 4 bytes that align the union
 _DELETED = " (deleted)"
 
 
