@@ -18,7 +18,7 @@ $(VENV)/.deps: pyproject.toml
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
 	@touch $@
 
-SOURCES := $(wildcard images/*.proto parasite_c/*.c parasite_c/*.h parasite_c/*.S parasite_c/*.ld parasite_c/*.lds parasite_c/*.py)
+SOURCES := $(wildcard images/*.proto parasite_c/*.c parasite_c/*.h parasite_c/*.S parasite_c/*.ld parasite_c/*.py)
 build: $(VENV)/.built ## generated messages, blobs and the extension, in place; .venv/bin/snap runs
 $(VENV)/.built: $(VENV)/.deps setup.py $(SOURCES)
 	$(BIN)/python setup.py -q generate build_ext --inplace
@@ -52,6 +52,6 @@ wheel: venv ## dist/*.whl, with the compiled parts inside
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
 clean: ## remove everything generated except .venv
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache $(VENV)/.built
-	rm -f images/*_pb2.py images/*_pb2.pyi parasite_c/*.bin parasite_c/*.so parasite_c/*.o parasite_c/_native.c
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-run $(VENV)/.built
+	rm -f images/*_pb2.py images/*_pb2.pyi parasite_c/*.bin parasite_c/*.so parasite_c/*.o parasite_c/_native.c parasite_c/stub
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
