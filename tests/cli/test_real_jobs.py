@@ -166,6 +166,28 @@ def test_hundred_threads(job, tmp_path):
     assert job.points[0]["nr_tasks"] == 100
 
 
+RUST = """
+use std::{env, fs, io::Write, sync::mpsc, thread, time::Duration};
+
+fn main() {
+    let path = env::args().last().unwrap() + "/log";
+    let mut log = fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
+    let (send, receive) = mpsc::sync_channel::<u64>(4);
+    thread::spawn(move || for n in 1.. { send.send(n).unwrap(); thread::sleep(Duration::from_millis(5)); });
+    for n in receive { writeln!(log, "{n}").unwrap(); }
+}
+"""
+
+
+@pytest.mark.requires("program:rustc")
+def test_rust(job, tmp_path):
+    source = tmp_path / "job.rs"
+    source.write_text(RUST)
+    subprocess.run(["rustc", "-O", "-o", tmp_path / "rust", source], check=True)
+    job.start([tmp_path / "rust"])
+    go_through(job)
+
+
 # Workers
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import pathlib
+import random
 import select
 import signal
 import time
@@ -226,6 +228,28 @@ def test_keeper_leaves_with_the_job(kind, tmp_path, monkeypatch):
     assert state.exists()
     writer.end()
     wait_until(lambda: not state.exists(), "the keeper removes its state file")
+
+
+def test_both_trackers_agree(writer, tmp_path, monkeypatch):
+    """Where a kernel has both: the same writes, seen by each."""
+    if len(LIVE) < 2:
+        pytest.skip("needs soft-dirty bits and write-protection in one kernel: `make test-kernels` has one")
+    tasks = {writer.pid: writer.start_time()}
+    chance = random.Random(1)
+    with contextlib.ExitStack() as stack:
+        sessions = []
+        for kind in LIVE:
+            monkeypatch.setenv(
+                "SNAP_RUNTIME_DIR", str(tmp_path / kind.name)
+            )  # one take of a job at a time in each
+            sessions.append(stack.enter_context(kind().session(writer.pid, tasks, "")))
+        for session in sessions:
+            assert session.collect(writer.pid, writer.vmas) is None
+        for _ in range(20):
+            pages = sorted(chance.sample(range(NR_PAGES), chance.randrange(30)))
+            writer.write(*pages)
+            for session in sessions:
+                assert pages_of(session.collect(writer.pid, writer.vmas), writer) == pages
 
 
 def test_nothing_is_left_to_see_in_the_job(writer):
