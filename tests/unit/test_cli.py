@@ -12,9 +12,10 @@ from snapshotter.base.errors import SnapshotterError
 from snapshotter.cli import main, options, output
 from snapshotter.manager.config import Config
 from snapshotter.manager.session import Session
+from store import Store
 from store.types import Damage
 from tests.fakes import FakeEngine, FakeStore, finding
-from tests.jobs import ROOT
+from tests.jobs import ROOT, SNAP
 
 
 @pytest.fixture
@@ -240,14 +241,15 @@ def test_every_command_has_help(run):
         assert run(name, "--help")[0] == 0
 
 
-def imported_by(*args, cwd):
+def imported_by(*args, cwd, store="none"):
+    """Packages, and modules of packages with their full names."""
     code = (
         "import sys; from snapshotter.cli.main import run; status = run(sys.argv[1:]);"
-        "print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+        "print(sorted({name.split('.')[0] for name in sys.modules} | set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=True,
-        env={"SNAP_STORE": str(cwd / "none"), "HOME": str(cwd), "PATH": "/usr/bin"},
+        env={"SNAP_STORE": str(cwd / store), "HOME": str(cwd), "PATH": "/usr/bin"},
     )  # fmt: skip
     return set(json.loads(done.stderr.strip().splitlines()[-1].replace("'", '"')))
 
@@ -256,3 +258,30 @@ def test_help_and_list_are_light(tmp_path):
     heavy = {"checkpoint", "numpy", "google", "alembic", "cffi"}
     assert not imported_by("--help", cwd=tmp_path) & (heavy | {"sqlalchemy", "store"})
     assert not imported_by("list", cwd=tmp_path) & heavy
+
+
+def test_a_store_of_today_needs_no_migrations_and_no_orm(tmp_path):
+    with Store.open(tmp_path / "store", create=True):
+        pass
+    heavy = {"checkpoint", "numpy", "google", "alembic", "cffi", "sqlalchemy.orm", "grpc"}
+    found = imported_by("list", cwd=tmp_path, store="store")
+    assert "sqlalchemy" in found
+    assert not found & heavy
+
+
+@pytest.mark.parametrize("args", [("--version",), ("--help",), ("list",)])
+def test_all_output_is_written_before_the_process_ends(tmp_path, args):
+    """The command leaves without finalising the interpreter, so nothing may be left in a buffer; errors show."""
+    command = [*SNAP, *args]
+    env = {
+        "SNAP_STORE": str(tmp_path / "none"),
+        "HOME": str(tmp_path),
+        "PATH": "/usr/bin",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.endswith("\n")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
