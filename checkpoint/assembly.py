@@ -180,13 +180,9 @@ class Assembly:
         """Everything but registers, masks and stops."""
         for stub, process in self.living():
             batch = stub.batch()
-            opened = task.restore_directories(self.ctx, batch, process)
+            task.restore_directories(self.ctx, batch, process)
             task.restore_process_early(batch, process)
-            try:
-                stub.run(batch)
-            finally:
-                for fd in opened:
-                    os.close(fd)
+            stub.run(batch)
             task.create_timers(stub, process)
             batch = stub.batch()
             batch.call("close", self.ctx.supervisor_fd)

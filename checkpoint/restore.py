@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,6 +27,8 @@ from snapshotter.base.pages import PageSource
 
 __all__ = ["RestoreOptions", "RestoreResult", "plan", "restore"]
 
+_DESCRIPTORS = 1 << 16
+
 
 def plan(
     images: Callable[[str], bytes],
@@ -39,7 +42,8 @@ def plan(
         RestoreConflictError: something on this machine stands in the way.
         VerificationError, UnsupportedError: the point itself does.
     """
-    _, _, planned = _prepare(images, names, source, options or RestoreOptions())
+    ctx, _, planned = _prepare(images, names, source, options or RestoreOptions())
+    _release(ctx)
     return planned
 
 
@@ -71,13 +75,13 @@ def restore(
     result.warnings = ctx.warnings
     faults.point("restore.planned")
     if options.dry_run:
-        files.close_all(ctx)
+        _release(ctx)
         return result
     try:
         with _timed(phases, "replace"):
             environment.replace(ctx, found)
     except BaseException:
-        files.close_all(ctx)
+        _release(ctx)
         raise
     faults.point("restore.killed")
     collecting = gc.isenabled()
@@ -97,15 +101,35 @@ def _prepare(
     images: Callable[[str], bytes], names: Sequence[str], source: PageSource, options: RestoreOptions
 ) -> tuple[RestoreContext, environment.Survey, RestorePlan]:
     ctx = decode(images, names, source, options)
-    environment.check_machine(ctx)
-    found = environment.survey(ctx)
-    planned = make_plan(ctx, found)
-    environment.check_free(planned.tree.helper_pids, found)
-    for process in ctx.processes.values():
-        task.check(ctx, process)
-    memory.check(ctx)
-    files.check(ctx)
+    _allow_descriptors()
+    try:
+        environment.check_machine(ctx)
+        found = environment.survey(ctx)
+        planned = make_plan(ctx, found)
+        environment.check_free(planned.tree.helper_pids, found)
+        for process in ctx.processes.values():
+            task.check(ctx, process)
+        memory.check(ctx)
+        files.check(ctx)
+    except BaseException:
+        _release(ctx)
+        raise
     return ctx, found, planned
+
+
+def _allow_descriptors() -> None:
+    """Every mapped file is open at once from the check on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _release(ctx: RestoreContext) -> None:
+    """Close what the checks opened and keep open: files, directories, pipes of others."""
+    files.close_all(ctx)
+    memory.release(ctx)
+    task.release(ctx)
 
 
 def _build(ctx: RestoreContext, planned: RestorePlan, phases: dict[str, int]) -> None:
@@ -147,9 +171,7 @@ def _build(ctx: RestoreContext, planned: RestorePlan, phases: dict[str, int]) ->
         raise
     finally:
         with contextlib.suppress(Exception):
-            files.close_all(ctx)
-        with contextlib.suppress(Exception):
-            memory.finish(ctx)
+            _release(ctx)
 
 
 @contextlib.contextmanager

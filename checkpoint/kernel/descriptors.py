@@ -28,6 +28,7 @@ SYS_TIMERFD_CREATE = 283
 SYS_TIMERFD_SETTIME = 286
 SYS_SIGNALFD4 = 289
 SYS_KCMP = 312
+SYS_OPENAT2 = 437
 SYS_PIDFD_GETFD = 438
 
 KCMP_FILE = 0
@@ -48,6 +49,8 @@ F_OFD_SETLK = 37
 TFD_TIMER_ABSTIME = 1
 TFD_IOC_SET_TICKS = 0x40085400
 TIOCGDEV = 0x80045432
+AT_FDCWD = -100
+RESOLVE_NO_SYMLINKS = 4
 
 _Result = TypeVar("_Result")
 
@@ -75,6 +78,20 @@ def is_epoll_target(pid: int, fd: int, epoll_pid: int, epoll_fd: int, target_fd:
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """A duplicate here, close-on-exec, of a descriptor of another process. Runs no code in it."""
     return _syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+
+
+def open_without_symlinks(path: bytes, flags: int) -> int:
+    """openat2(2) with RESOLVE_NO_SYMLINKS: ELOOP when any part of the path is a symbolic link (with O_PATH and
+    O_NOFOLLOW the last one may be, and is then what the descriptor stands for).
+    """
+    how = struct.pack("=QQQ", flags, 0, RESOLVE_NO_SYMLINKS)
+    return _syscall(
+        SYS_OPENAT2,
+        AT_FDCWD,
+        ctypes.create_string_buffer(path),
+        ctypes.create_string_buffer(how, len(how)),
+        len(how),
+    )
 
 
 def tee(source: int, target: int, nr_bytes: int) -> int:

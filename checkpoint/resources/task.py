@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat as stat_module
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc, ptrace, sys
-from checkpoint.resources import cgroups, credentials, limits, prctl, registers, scheduling, signals, timers
+from checkpoint.resources import (
+    cgroups,
+    credentials,
+    limits,
+    paths,
+    prctl,
+    registers,
+    scheduling,
+    signals,
+    timers,
+)
 from images import common_pb2, task_pb2
 from snapshotter.base.errors import (
     Finding,
@@ -56,6 +67,7 @@ _P_PID, _WSTOPPED = 1, 2
 _SIGINFO_SIZE = 128
 _SI_PID = slice(16, 20)  # in the siginfo of a child: after three ints, and 4 bytes that align the union
 _DELETED = " (deleted)"
+_DIRECTORIES = "task.directories"
 
 
 # -- look -------------------------------------------------------------------------------------------------------
@@ -326,46 +338,65 @@ def _directory(pid: int, link: str) -> common_pb2.FileIdentity:
 
 
 def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
-    """Working directory and root must be there. Touches nothing."""
+    """Working directory and root must be there. Touches nothing; the directories stay open until `release`."""
     if process.state == task_pb2.Process.ZOMBIE:
         return
     for what, identity in (("working directory", process.cwd), ("root directory", process.root)):
-        path = os.fsdecode(identity.path)
+        path, opened = paths.shown(identity.path), _directories(ctx)
+        where = f"task {process.pid}"
+        if _place(identity) in opened:
+            continue
         try:
-            info = os.stat(path)
+            fd = opened[_place(identity)] = paths.find(identity.path)
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise paths.through_a_link(identity.path) from error
             raise RestoreConflictError(
                 f"its {what} {path} cannot be opened: {error.strerror}",
-                where=f"task {process.pid}",
+                where=where,
                 hint="make it again, then roll back",
             ) from error
-        if not os.path.isdir(path):
+        info = os.fstat(fd)
+        if not stat_module.S_ISDIR(info.st_mode):
+            raise RestoreConflictError(f"its {what} {path} is no directory any more", where=where)
+        if (info.st_dev, info.st_ino) == (identity.dev, identity.ino):
+            continue
+        if identity is process.root:
             raise RestoreConflictError(
-                f"its {what} {path} is no directory any more", where=f"task {process.pid}"
+                f"its {what} {path} is another directory now than at the point",
+                where=where,
+                hint="put the old one back: programs trust what they find below their root",
             )
-        if (info.st_dev, info.st_ino) != (identity.dev, identity.ino):
-            ctx.warn(f"task {process.pid}: its {what} {path} is another directory now than at the point")
+        ctx.warn(f"task {process.pid}: its {what} {path} is another directory now than at the point")
 
 
-def restore_directories(ctx: RestoreContext, batch: Batch, process: task_pb2.Process) -> list[int]:
-    """Root, cwd, umask. Returns descriptors of ours to close once the batch ran."""
-    opened = []
+def _directories(ctx: RestoreContext) -> dict[tuple[bytes, int, int], int]:
+    found: dict[tuple[bytes, int, int], int] = ctx.state.setdefault(_DIRECTORIES, {})
+    return found
 
-    def directory(identity: common_pb2.FileIdentity) -> int:
-        opened.append(os.open(identity.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        return opened[-1]
 
+def _place(identity: common_pb2.FileIdentity) -> tuple[bytes, int, int]:
+    return identity.path, identity.dev, identity.ino
+
+
+def release(ctx: RestoreContext) -> None:
+    """Close the directories that `check` opened. Safe to call twice."""
+    for fd in ctx.state.pop(_DIRECTORIES, {}).values():
+        os.close(fd)
+
+
+def restore_directories(ctx: RestoreContext, batch: Batch, process: task_pb2.Process) -> None:
+    """Root, cwd, umask."""
     own_root = os.stat("/")
     for identity, chroot in ((process.root, True), (process.cwd, False)):
         if chroot and (identity.dev, identity.ino) == (own_root.st_dev, own_root.st_ino):
             continue
-        remote = ctx.give(batch, directory(identity))
+        remote = ctx.give(batch, _directories(ctx)[_place(identity)])
         batch.call("fchdir", remote)
         if chroot:
             batch.call("chroot", b".\0")
         batch.call("close", remote)
     batch.call("umask", process.umask)
-    return opened
 
 
 def restore_thread_early(batch: Batch, thread: task_pb2.Thread) -> None:

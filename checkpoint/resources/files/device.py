@@ -9,7 +9,8 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from checkpoint.resources.files import kind, paths
+from checkpoint.resources import paths
+from checkpoint.resources.files import kind
 from snapshotter.base.errors import Finding, RestoreConflictError
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class DeviceKind(kind.Kind):
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         self.check(opening, description)
-        return paths.open_identity(description.device.identity, description.flags, same_inode=False)
+        device = description.device
+        return paths.open_identity(device.identity, description.flags, same_inode=False, rdev=device.rdev)
 
 
 def _leads_to_device(path: bytes, rdev: int) -> bool:

@@ -11,7 +11,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel.fdinfo import O_PATH
-from checkpoint.resources.files import kind, paths
+from checkpoint.resources import paths
+from checkpoint.resources.files import kind
 from snapshotter.base.errors import Finding
 
 if TYPE_CHECKING:
@@ -79,8 +80,10 @@ class PathOnlyKind(kind.Kind):
         fd = paths.locate(identity, same_inode=not identity.path.startswith(b"/proc/"))
         if description.flags & (O_PATH | os.O_DIRECTORY) == O_PATH:
             return fd
-        os.close(fd)
-        return os.open(identity.path, O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return os.open(f"/proc/self/fd/{fd}", O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        finally:
+            os.close(fd)
 
 
 DIRECTORY = DirectoryKind()

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_PATH, WatchLine
-from checkpoint.resources.files import kind, paths
+from checkpoint.resources import paths
+from checkpoint.resources.files import kind
 from images import common_pb2
 from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError, wrap_os_error
 

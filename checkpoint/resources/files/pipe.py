@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_DIRECT
-from checkpoint.resources.files import kind, outside, paths
+from checkpoint.resources import paths
+from checkpoint.resources.files import kind, outside
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 
 if TYPE_CHECKING:

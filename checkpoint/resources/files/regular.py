@@ -17,7 +17,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
-from checkpoint.resources.files import kind, paths
+from checkpoint.resources import paths
+from checkpoint.resources.files import kind
 from checkpoint.resources.memory import shmem
 from snapshotter.base.errors import Finding
 

@@ -17,7 +17,8 @@ import termios
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors, proc
-from checkpoint.resources.files import kind, paths
+from checkpoint.resources import paths
+from checkpoint.resources.files import kind
 from snapshotter.base.errors import Finding, RestoreConflictError
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import sockdiag
-from checkpoint.resources.files import kind, outside, paths, sockets
+from checkpoint.resources import paths
+from checkpoint.resources.files import kind, outside, sockets
 from images import common_pb2, files_pb2
 from snapshotter.base.errors import (
     Finding,

@@ -15,6 +15,7 @@ Restore (checkpoint.restore calls, in this order):
     shmem.open_shared(ctx, name)                       also by the descriptors: one object for all
     restore_mm(ctx, stub, process)                     per process, its descriptors are installed already
     finish(ctx)                                        after the last process: late seals, closes
+    release(ctx)                                       closes what check() opened when nothing is restored
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from checkpoint.resources.memory.dump import (
     space_name,
 )
 from checkpoint.resources.memory.mappings import AddressSpace, look, read_mappings
-from checkpoint.resources.memory.restore import arena_hole, check, finish, restore_mm
+from checkpoint.resources.memory.restore import arena_hole, check, finish, release, restore_mm
 
 __all__ = [
     "AddressSpace",
@@ -47,6 +48,7 @@ __all__ = [
     "plan_pages",
     "read_mappings",
     "reader",
+    "release",
     "restore_mm",
     "shmem",
     "space_name",

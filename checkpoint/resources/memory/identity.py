@@ -1,18 +1,22 @@
 """Files that are mapped, not stored: what they looked like, and whether they still do.
 
 Owns FileIdentity: made at the dump from a stat of the open file (never from the device numbers in maps, which
-differ from stat's on overlay and btrfs roots), compared at the restore. Build ids are read once per
+differ from stat's on overlay and btrfs roots), compared at the restore with an open descriptor, never with a path
+that may lead elsewhere a moment later. Build ids are read once per
 (device, inode, mtime, size) and kept for the life of this process, so that looking warms them for the freeze.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat as stat_module
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from checkpoint.resources import paths
 from images import common_pb2
 from snapshotter.base.errors import RestoreConflictError
 
@@ -117,26 +121,22 @@ class Difference:
     """How a file differs from what the image needs; empty `text`: not at all."""
 
     text: str
-    missing: bool = False
     size_bytes: int = 0
 
 
-def compare(wanted: common_pb2.FileIdentity) -> Difference:
-    """Look at the file that the image names.
+def compare(wanted: common_pb2.FileIdentity, path_fd: int) -> Difference:
+    """Whether an open file (O_PATH will do) is the one that the image names.
 
     The same inode with the same size and mtime is the same file; so is one with the same build id and size
     (a package installed again, a copied root). Device numbers may change with a reboot: inode, size and mtime
     decide then.
     """
-    try:
-        found = os.stat(wanted.path)
-    except OSError as error:
-        return Difference(f"cannot be found: {os.strerror(error.errno or 0)}", missing=True)
+    found = os.fstat(path_fd)
     unchanged = found.st_size == wanted.size_bytes and found.st_mtime_ns == wanted.mtime_ns
     if unchanged and found.st_ino == wanted.ino:
         return Difference("", size_bytes=found.st_size)
     if wanted.build_id and found.st_size == wanted.size_bytes:
-        now = build_id(wanted.path, found)
+        now = build_id(f"/proc/self/fd/{path_fd}", found)
         if now == wanted.build_id:
             return Difference("", size_bytes=found.st_size)
         return Difference(f"is another build: build id {now.hex() or 'none'}, not {wanted.build_id.hex()}")
@@ -149,35 +149,46 @@ def compare(wanted: common_pb2.FileIdentity) -> Difference:
     return Difference(text, size_bytes=found.st_size)
 
 
-def require_same(wanted: common_pb2.FileIdentity, use: str) -> None:
-    """Raise unless the file is what the image needs.
+def open_same(wanted: common_pb2.FileIdentity, use: str) -> int:
+    """An O_PATH descriptor of the file that the image needs.
 
     Raises:
         RestoreConflictError: names the file and what changed.
     """
-    difference = compare(wanted)
-    if difference.text:
-        path = wanted.path.decode(errors="backslashreplace")
-        raise RestoreConflictError(
-            f"{use} {difference.text}",
-            where=path,
-            hint="put the file back as it was when the point was taken",
-        )
+    where = paths.shown(wanted.path)
+    hint = "put the file back as it was when the point was taken"
+    try:
+        fd = paths.find(wanted.path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise paths.through_a_link(wanted.path) from error
+        text = os.strerror(error.errno or 0)
+        raise RestoreConflictError(f"{use} cannot be found: {text}", where=where, hint=hint) from error
+    try:
+        if not stat_module.S_ISREG(os.fstat(fd).st_mode):
+            raise RestoreConflictError(f"{use} is no regular file any more", where=where, hint=hint)
+        difference = compare(wanted, fd)
+        if difference.text:
+            raise RestoreConflictError(f"{use} {difference.text}", where=where, hint=hint)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
-def open_mapped(wanted: common_pb2.FileIdentity, *, writable: bool) -> int:
-    """Open a mapped file for the restore; the caller closes it.
+def reopen_mapped(wanted: common_pb2.FileIdentity, path_fd: int, *, writable: bool) -> int:
+    """Open what an O_PATH descriptor stands for, to be mapped.
 
     Raises:
         RestoreConflictError: it cannot be opened.
     """
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
     try:
-        return os.open(wanted.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{path_fd}", flags)
     except OSError as error:
-        path = wanted.path.decode(errors="backslashreplace")
         raise RestoreConflictError(
             f"cannot be opened to be mapped: {os.strerror(error.errno or 0)}",
-            where=path,
+            where=paths.shown(wanted.path),
             hint="put the file back as it was when the point was taken",
         ) from error
 

@@ -25,7 +25,7 @@ import numpy as np
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import Runs
-from checkpoint.resources.memory import identity, set_mm, shmem, vdso
+from checkpoint.resources.memory import identity, mapped, set_mm, shmem, vdso
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2, task_pb2
 from snapshotter.base.errors import RestoreConflictError, VerificationError, wrap_os_error
@@ -54,6 +54,8 @@ _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 def check(ctx: RestoreContext) -> None:
     """Whether files, executables and the vdso are still what the job's memory relies on. Touches nothing.
 
+    The files stay open until `finish` or `release`.
+
     Raises:
         RestoreConflictError: names what changed.
     """
@@ -62,40 +64,11 @@ def check(ctx: RestoreContext) -> None:
         if process.mm and process.mm not in seen:
             seen.add(process.mm)
             mm = ctx.mm(process)
-            _check_files(ctx, mm)
+            mapped.check(ctx, mm)
             _check_objects(ctx, process.mm, mm)
             _verify_pages(process.mm, mm, pageplan.from_list(ctx.source.runs(process.mm)))
             vdso.base_address(mm)
     shmem.check(ctx)
-
-
-def _check_files(ctx: RestoreContext, mm: mm_pb2.Mm) -> None:
-    private = {vma.file for vma in mm.vmas if vma.kind == model.FILE_PRIVATE}
-    reach: dict[int, int] = {}
-    for vma in mm.vmas:
-        if vma.kind == model.FILE_SHARED:
-            reach[vma.file] = max(reach.get(vma.file, 0), vma.offset + vma.end - vma.start)
-    for index in sorted(private | set(reach)):
-        wanted = mm.files[index]
-        if index in private:
-            identity.require_same(wanted, "is mapped by the job and")
-            continue
-        difference = identity.compare(wanted)
-        path = wanted.path.decode(errors="backslashreplace")
-        if difference.missing:
-            raise RestoreConflictError(
-                f"is mapped by the job and {difference.text}", where=path, hint="put it back"
-            )
-        if difference.size_bytes < min(wanted.size_bytes, reach[index]) and difference.text:
-            raise RestoreConflictError(
-                f"is mapped by the job and {difference.text}: its mapping would reach behind its end",
-                where=path,
-                hint="put the file back as it was when the point was taken",
-            )
-        if difference.text:
-            ctx.warn(f"{path} {difference.text}; the job maps it shared and gets it as it is now")
-    if not mm.exe_shmem:
-        identity.require_same(mm.exe, "is the job's executable and")
 
 
 def _check_objects(ctx: RestoreContext, space: str, mm: mm_pb2.Mm) -> None:
@@ -106,8 +79,6 @@ def _check_objects(ctx: RestoreContext, space: str, mm: mm_pb2.Mm) -> None:
         if name not in ctx.names:
             raise VerificationError(f"maps shared memory {name!r}, which the point lacks", where=space)
         ctx.image(name, mm_pb2.Shmem)
-    for file in {vma.file for vma in mm.vmas if vma.kind == model.FILE_SHARED and vma.writable_fd}:
-        os.close(identity.open_mapped(mm.files[file], writable=True))
 
 
 def arena_hole(mms: Iterable[mm_pb2.Mm], size_bytes: int, avoid: Iterable[tuple[int, int]] = ()) -> int:
@@ -193,9 +164,15 @@ def finish(ctx: RestoreContext) -> None:
     try:
         shmem.seal_late(ctx)
     finally:
-        shmem.release(ctx)
-        for fd in ctx.state.pop(_FILES, {}).values():
-            identity.safe_close(fd)
+        release(ctx)
+
+
+def release(ctx: RestoreContext) -> None:
+    """Close snap's descriptors of everything that is mapped. Safe to call twice."""
+    shmem.release(ctx)
+    mapped.release(ctx)
+    for fd in ctx.state.pop(_FILES, {}).values():
+        identity.safe_close(fd)
 
 
 def _verify_pages(space: str, mm: mm_pb2.Mm, pages: Runs) -> None:
@@ -234,13 +211,12 @@ def _map_all(ctx: RestoreContext, stub: StubTask, mm: mm_pb2.Mm, pages: Runs) ->
 
 def _local_fd(ctx: RestoreContext, mm: mm_pb2.Mm, file: int, name: str, *, writable: bool) -> int:
     """Snap's descriptor of a mapped file or object, opened once per restore; `finish` closes it."""
+    if file >= 0:
+        return mapped.descriptor(ctx, mm.files[file], writable=writable)
     opened = ctx.state.setdefault(_FILES, {})
-    path = mm.files[file].path if file >= 0 else name.encode()
-    key = (path, writable)
+    key = (name, writable)
     if key not in opened:
-        if file >= 0:
-            opened[key] = identity.open_mapped(mm.files[file], writable=writable)
-        elif name == "/dev/zero":
+        if name == "/dev/zero":
             opened[key] = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
         elif writable:
             return shmem.open_shared(ctx, name)

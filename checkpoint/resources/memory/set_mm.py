@@ -7,10 +7,11 @@ while any mapping of the old executable is left, so it comes after everything of
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from typing import TYPE_CHECKING
 
-from checkpoint.resources.memory import identity, shmem
+from checkpoint.resources.memory import identity, mapped, shmem
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
@@ -38,7 +39,7 @@ def set_mm(ctx: RestoreContext, stub: StubTask, mm: mm_pb2.Mm) -> None:
     if mm.exe_shmem:
         local_fd = shmem.open_read_only(ctx, mm.exe_shmem, drop_writable=True)
     else:
-        local_fd = identity.open_mapped(mm.exe, writable=False)
+        local_fd = os.dup(mapped.descriptor(ctx, mm.exe))
     try:
         batch = stub.batch()
         remote_fd = ctx.give(batch, local_fd)

@@ -1,15 +1,19 @@
 """Opens a file of an image by path, and only if it is that very file.
 
-Owns the identity check that every kind with a path shares. Nothing is ever created or truncated here,
+Owns the way in which everything with a path is found again: descriptors, mapped files, the executable, directories.
+The recorded paths are the kernel's own and hold no symbolic links, so none is followed: whoever may write below a
+path of the job must not choose which file root opens for it. Nothing is ever created or truncated here,
 and no device is opened before it is known to be the right one: the path is first opened O_PATH (which
-has no side effect), compared, and then reopened through /proc/self/fd.
+has no side effect), the *descriptor* is compared, and then reopened through /proc/self/fd.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
+from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_PATH, O_TMPFILE_BIT
 from images import common_pb2
 from snapshotter.base.errors import RestoreConflictError, wrap_os_error
@@ -37,39 +41,68 @@ def shown(path: bytes) -> str:
     return path.decode("utf-8", "backslashreplace")
 
 
-def locate(identity: common_pb2.FileIdentity, *, same_inode: bool = True) -> int:
+def find(path: bytes) -> int:
+    """An O_PATH descriptor of whatever is there; OSError, ELOOP when the path leads through a symbolic link."""
+    return descriptors.open_without_symlinks(path, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def locate(
+    identity: common_pb2.FileIdentity, *, same_inode: bool = True, rdev: int | None = None, had: str = "open"
+) -> int:
     """An O_PATH descriptor of the file; RestoreConflictError if it is gone or another one.
 
-    `same_inode=False` compares the type only (devices, whose nodes may be made anew at boot).
+    Args:
+        identity: what it was.
+        same_inode: False compares the type only (devices, whose nodes may be made anew at boot).
+        rdev: the device that it must be.
+        had: what the job had of it, for messages: "open", "mapped".
     """
     kind = type_name(identity.mode)
     where = shown(identity.path)
     try:
-        fd = os.open(identity.path, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = find(identity.path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RestoreConflictError(
-            f"the {kind} that the job had open is gone",
+            f"the {kind} that the job had {had} is gone",
             where=where,
             hint="put it back under this path, or roll back to another point",
         ) from error
     except OSError as error:
-        raise wrap_os_error(error, f"cannot open the {kind} that the job had open", where=where) from error
+        if error.errno == errno.ELOOP:
+            raise through_a_link(identity.path) from error
+        raise wrap_os_error(error, f"cannot open the {kind} that the job had {had}", where=where) from error
     now = os.fstat(fd)
     if stat.S_IFMT(now.st_mode) != stat.S_IFMT(identity.mode):
         os.close(fd)
         raise RestoreConflictError(
-            f"the job had a {kind} open here, now there is a {type_name(now.st_mode)}",
+            f"the job had a {kind} {had} here, now there is a {type_name(now.st_mode)}",
             where=where,
             hint="put the old one back",
         )
     if same_inode and (now.st_dev, now.st_ino) != (identity.dev, identity.ino):
         os.close(fd)
         raise RestoreConflictError(
-            f"the {kind} that the job had open was replaced by another (inode {identity.ino}, now {now.st_ino})",
+            f"the {kind} that the job had {had} was replaced by another (inode {identity.ino}, now {now.st_ino})",
             where=where,
             hint="put the old one back under this path, or roll back to another point",
         )
+    if rdev is not None and now.st_rdev != rdev:
+        os.close(fd)
+        raise RestoreConflictError(
+            f"no longer the device {os.major(rdev)}:{os.minor(rdev)}",
+            where=where,
+            hint="make it again with mknod",
+        )
     return fd
+
+
+def through_a_link(path: bytes) -> RestoreConflictError:
+    """The error for a path that a symbolic link has come into."""
+    return RestoreConflictError(
+        "the path leads through a symbolic link now, which it did not at the point",
+        where=shown(path),
+        hint="a rollback follows none: put the directories and the file themselves back",
+    )
 
 
 def reopen(path_fd: int, flags: int, where: str) -> int:
@@ -83,9 +116,11 @@ def reopen(path_fd: int, flags: int, where: str) -> int:
         raise wrap_os_error(error, "cannot open it again", where=where) from error
 
 
-def open_identity(identity: common_pb2.FileIdentity, flags: int, *, same_inode: bool = True) -> int:
+def open_identity(
+    identity: common_pb2.FileIdentity, flags: int, *, same_inode: bool = True, rdev: int | None = None
+) -> int:
     """locate() and reopen() in one."""
-    fd = locate(identity, same_inode=same_inode)
+    fd = locate(identity, same_inode=same_inode, rdev=rdev)
     try:
         return reopen(fd, flags, shown(identity.path))
     finally:

@@ -1,0 +1,102 @@
+"""Files that are mapped by path: found, compared and opened once, and kept open until the mappings are made.
+
+Owns those descriptors of snap's. `check` opens each before anything is touched, `descriptor` gives it to the mapping:
+in between nobody can put another file under the path. A file that is mapped shared must be the very inode, since
+the job writes into it (and snap opens it with root's rights); one that is mapped privately, or executed, may also be
+another copy of the same build.
+"""
+
+from __future__ import annotations
+
+import os
+
+from checkpoint.model import vma as model
+from checkpoint.resources import paths
+from checkpoint.resources.memory import identity
+from checkpoint.restore_context import RestoreContext
+from images import common_pb2, mm_pb2
+from snapshotter.base.errors import RestoreConflictError
+
+_KEY = "memory.mapped"
+_Key = tuple[bytes, int, int, bool]
+
+
+def check(ctx: RestoreContext, mm: mm_pb2.Mm) -> None:
+    """Open every file that an address space maps, and its executable.
+
+    Raises:
+        RestoreConflictError: names what is gone or changed.
+    """
+    shared: dict[int, tuple[int, bool]] = {}  # file -> how far mappings reach, whether one can be written
+    for vma in mm.vmas:
+        if vma.kind == model.FILE_SHARED:
+            reach, writable = shared.get(vma.file, (0, False))
+            shared[vma.file] = (
+                max(reach, vma.offset + vma.end - vma.start),
+                writable or vma.writable_fd,
+            )
+    for index in sorted({vma.file for vma in mm.vmas if vma.kind == model.FILE_PRIVATE}):
+        _keep(ctx, mm.files[index], identity.open_same(mm.files[index], "is mapped by the job and"))
+    for index, (reach, writable) in sorted(shared.items()):
+        wanted = mm.files[index]
+        path_fd = paths.locate(wanted, had="mapped")
+        try:
+            _check_shared(ctx, wanted, path_fd, reach, writable=writable)
+        except BaseException:
+            os.close(path_fd)
+            raise
+        _keep(ctx, wanted, path_fd, writable=writable)
+    if not mm.exe_shmem:
+        _keep(ctx, mm.exe, identity.open_same(mm.exe, "is the job's executable and"))
+
+
+def _check_shared(
+    ctx: RestoreContext, wanted: common_pb2.FileIdentity, path_fd: int, reach: int, *, writable: bool
+) -> None:
+    difference = identity.compare(wanted, path_fd)
+    if not difference.text:
+        return
+    where = paths.shown(wanted.path)
+    if difference.size_bytes < min(wanted.size_bytes, reach):
+        raise RestoreConflictError(
+            f"is mapped by the job and {difference.text}: its mapping would reach behind its end",
+            where=where,
+            hint="put the file back as it was when the point was taken",
+        )
+    how = "shared and writable: the job gets the file as it is at the rollback"
+    ctx.warn(
+        f"{where} {difference.text}; it is mapped {how if writable else 'shared: the job gets it as it is'}"
+    )
+
+
+def _keep(
+    ctx: RestoreContext, wanted: common_pb2.FileIdentity, path_fd: int, *, writable: bool = False
+) -> None:
+    """Open it as it will be mapped; takes over the O_PATH descriptor."""
+    opened = _opened(ctx)
+    try:
+        for mode in {False, writable}:
+            if _key(wanted, mode) not in opened:
+                opened[_key(wanted, mode)] = identity.reopen_mapped(wanted, path_fd, writable=mode)
+    finally:
+        os.close(path_fd)
+
+
+def descriptor(ctx: RestoreContext, wanted: common_pb2.FileIdentity, *, writable: bool = False) -> int:
+    """Snap's descriptor of a file that `check` opened; `release` closes it."""
+    return _opened(ctx)[_key(wanted, writable)]
+
+
+def release(ctx: RestoreContext) -> None:
+    """Close them all. Safe to call twice."""
+    for fd in ctx.state.pop(_KEY, {}).values():
+        identity.safe_close(fd)
+
+
+def _opened(ctx: RestoreContext) -> dict[_Key, int]:
+    opened: dict[_Key, int] = ctx.state.setdefault(_KEY, {})
+    return opened
+
+
+def _key(wanted: common_pb2.FileIdentity, writable: bool) -> _Key:
+    return wanted.path, wanted.dev, wanted.ino, writable
