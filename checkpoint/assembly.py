@@ -12,7 +12,6 @@ import functools
 import os
 import resource
 import signal
-import threading
 from collections.abc import Callable, Iterator
 
 from checkpoint import environment
@@ -22,6 +21,7 @@ from checkpoint.parasite import StubTask, spawn_root_stub
 from checkpoint.plan import RestorePlan
 from checkpoint.resources import cgroups, files, memory, prctl, registers, signals, task
 from checkpoint.restore_context import RestoreContext
+from checkpoint.uninterrupted import signals_wait
 from images import task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
@@ -35,7 +35,6 @@ _HELPER_TRIES = 100
 _SIG_DFL_ACTION = bytes(32)
 _EVERY_FD = 0xFFFFFFFF
 _ALL_SIGNALS = 2**64 - 1
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Assembly:
@@ -223,7 +222,7 @@ class Assembly:
             for thread in process.threads:
                 ptrace.set_sigmask(thread.tid, thread.sigmask)
         tids = [thread.tid for _, process in reversed(list(self.living())) for thread in process.threads]
-        with _signals_wait():
+        with signals_wait():
             # While one task still has EXITKILL, our end kills it and leaves those that were let go. So it is taken
             # from all of them first; from then on our end, whatever the reason, lets every one of them go.
             for tid in tids:
@@ -299,29 +298,6 @@ class Assembly:
                 _, status = os.waitpid(tid, _WALL)
                 if os.WIFEXITED(status) or os.WIFSIGNALED(status):
                     return
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Hold Ctrl-C, SIGTERM and SIGHUP back. Blocking is not enough: another thread would take them, and Python runs
-    their handlers in the main thread at its next instruction.
-    """
-    came: list[int] = []
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for signo in _ENDING:
-            if signal.getsignal(signo) is not None:  # None: somebody's C code has it
-                before[signo] = signal.signal(signo, lambda number, _: came.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-    try:
-        yield
-    finally:
-        # Those that were blocked arrive now, while `came` still takes them.
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for signo, handler in before.items():
-            signal.signal(signo, handler)
-        for number in came:
-            signal.raise_signal(number)
 
 
 def _stop_signal(process: task_pb2.Process) -> int:

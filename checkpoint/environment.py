@@ -1,29 +1,24 @@
-"""Whether this machine can take a point back: CPU, pids, the old job. Looks, judges, and (last) kills the old job.
+"""Whether this machine can take a point back: CPU, rights, pids, the old job. Looks and judges; replace.py kills.
 
 Owns the survey of what holds the pids that are needed, the rule for "it is the old job" (same pid, same start time,
-same boot; or an identity that the caller vouches for: a restored task has a new start time), and its replacement.
-Everything raises RestoreConflictError before anything is touched; only `replace` touches, and only what the survey
-named, verified once more through a pidfd.
+same boot; or an identity that the caller vouches for: a restored task has a new start time).
+Everything raises RestoreConflictError before anything is touched.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
-import select
-import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from checkpoint.kernel import proc
 from checkpoint.resources import registers
 from checkpoint.restore_context import RestoreContext
-from snapshotter.base.errors import RestoreConflictError, TargetGoneError
+from snapshotter.base.errors import RestoreConflictError
 
 # Flags of /proc/cpuinfo that name instructions a program may have chosen at its start.
 _INSTRUCTIONS = frozenset(
@@ -272,114 +267,6 @@ def own_xfeatures() -> int:
 
 def _is_instruction(flag: str) -> bool:
     return flag in _INSTRUCTIONS or flag.startswith(_INSTRUCTION_PREFIXES)
-
-
-# -- the old job ------------------------------------------------------------------------------------------------
-
-
-def replace(ctx: RestoreContext, found: Survey) -> None:
-    """Kill the old job and wait until its pids are free.
-
-    Raises:
-        RestoreConflictError: a zombie keeps a pid; whose task it is to reap it is named.
-    """
-    if found.old:
-        with contextlib.ExitStack() as stack:
-            pidfds = _stop_all(found, stack)
-            for pidfd in pidfds.values():
-                _signal(pidfd, signal.SIGKILL)
-            _await_exit(pidfds, time.monotonic() + ctx.options.reap_timeout_s)
-    wanted = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
-        ctx.processes
-    )
-    _await_free(wanted | set(found.old), set(ctx.processes), time.monotonic() + ctx.options.reap_timeout_s)
-
-
-def _stop_all(found: Survey, stack: contextlib.ExitStack) -> dict[int, int]:
-    """Stop every process of the old job, newly forked ones too, so that none escapes the kill."""
-    pidfds: dict[int, int] = {}
-    while True:
-        fresh = [holder for holder in found.old.values() if holder.pid not in pidfds]
-        if not fresh:
-            return pidfds
-        for holder in fresh:
-            try:
-                pidfd = os.pidfd_open(holder.pid)
-            except ProcessLookupError:
-                pidfd = -1
-            pidfds[holder.pid] = pidfd
-            if pidfd < 0:
-                continue
-            stack.callback(os.close, pidfd)
-            now = holder_of(holder.pid)
-            # The pidfd is open: if the start time is right now, it is that process for good.
-            if now is None or now.start_time_ticks != holder.start_time_ticks:
-                pidfds[holder.pid] = -1
-                continue
-            _signal(pidfd, signal.SIGSTOP)
-        for holder in fresh:
-            for child in _children(holder.pid):
-                if child.pid not in found.old:
-                    found.old[child.pid] = child
-
-
-def _children(pid: int) -> list[Holder]:
-    """Of all threads of a process that is stopping: those forked after the survey too."""
-    try:
-        pids = proc.children(pid)
-    except TargetGoneError:
-        return []
-    return [holder for holder in map(_parse, pids) if holder is not None]
-
-
-def _signal(pidfd: int, number: int) -> None:
-    if pidfd >= 0:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, number)
-
-
-def _await_exit(pidfds: dict[int, int], deadline: float) -> None:
-    for pid, pidfd in pidfds.items():
-        if pidfd < 0:
-            continue
-        timeout = max(0.0, deadline - time.monotonic())
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        if not poller.poll(int(timeout * 1000) + 1):
-            raise RestoreConflictError(
-                "it was killed but does not end (an uninterruptible wait?)",
-                where=f"task {pid}",
-                hint="see /proc/PID/stack; nothing was restored, run the rollback again once it is gone",
-            )
-
-
-def _await_free(wanted: Iterable[int], pids: set[int], deadline: float) -> None:
-    """Wait until no needed number is held by a dead task; reap those that are our own children."""
-    waiting = set(wanted)
-    while True:
-        for pid in list(waiting):
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-            if not os.path.exists(f"/proc/{pid}"):
-                waiting.discard(pid)
-        if not waiting & pids and not waiting:
-            return
-        if time.monotonic() > deadline:
-            _still_held(min(waiting))
-        time.sleep(_POLL_S)
-
-
-def _still_held(pid: int) -> None:
-    holder = holder_of(pid)
-    if holder is None:
-        return
-    if holder.state in "ZX":
-        parent = holder_of(holder.ppid)
-        raise RestoreConflictError(
-            f"pid {pid} is still held by a zombie ({holder.comm}) that its parent has not reaped",
-            hint=f"{parent or f'task {holder.ppid}'} must wait for it (or end); then run the rollback again",
-        )
-    raise RestoreConflictError(f"pid {pid} is needed but held by {holder}", hint="nothing was restored")
 
 
 def until_free(pid: int, timeout_s: float, make: Callable[[], T]) -> T:

@@ -3,7 +3,7 @@
     decode -> survey, plan, check (nothing touched) -> replace the old job -> tree of stubs -> descriptors
     -> memory -> threads -> state -> registers, all tasks let go together
 
-Invariants: until `environment.replace` nothing on the machine changes. From the first stub on, a failure kills
+Invariants: until `replace` nothing on the machine changes. From the first stub on, a failure kills
 every stub (they also die with snap: PTRACE_O_EXITKILL) and raises; no stub runs an instruction of the job before
 all of them are complete. What one kind of state needs is its resource's; building and releasing tasks is assembly.py's.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from checkpoint import environment
 from checkpoint.assembly import Assembly
 from checkpoint.plan import RestorePlan, decode, make_plan
+from checkpoint.replace import replace
 from checkpoint.resources import files, memory, task
 from checkpoint.restore_context import RestoreContext, RestoreOptions, RestoreResult
 from snapshotter.base import faults
@@ -79,7 +80,7 @@ def restore(
         return result
     try:
         with _timed(phases, "replace"):
-            environment.replace(ctx, found)
+            replace(ctx, found)
     except BaseException:
         _release(ctx)
         raise

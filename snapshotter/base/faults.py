@@ -53,6 +53,7 @@ POINTS: dict[str, str] = {
     "stub.spawned": "the first stub exists and is seized, not yet executed",
     # engine, restore
     "restore.planned": "the plan is made, nothing was touched",
+    "restore.held": "the old job is frozen and about to be killed",
     "restore.killed": "the old job is gone, no stub yet",
     "restore.root_stub": "the root stub exists",
     "restore.tree": "all stub processes exist",

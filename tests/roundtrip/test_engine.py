@@ -15,7 +15,7 @@ from checkpoint import assembly
 from checkpoint.restore import plan
 from checkpoint.restore_context import RestoreOptions
 from snapshotter.base import faults
-from snapshotter.base.errors import RestoreConflictError
+from snapshotter.base.errors import RestoreConflictError, UnsupportedError
 from tests import memory_store
 from tests.jobs import is_running, reap, reap_all, state, tree, wait_until
 
@@ -342,3 +342,75 @@ def test_interrupted_while_letting_go_the_whole_job_runs(start, tmp_path, monkey
     assert sorted(tree(pid)) == pids
     for one in pids:
         assert "TracerPid:\t0" in pathlib.Path(f"/proc/{one}/status").read_text()
+
+
+def test_killed_before_the_old_job_is_it_runs_on(start, tmp_path):
+    pid, pids, point = family(start, tmp_path)
+    snap = os.fork()
+    if snap == 0:
+        try:
+            faults.configure("restore.held:kill")
+            memory_store.rollback(point)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(snap, 0)[1]) == signal.SIGKILL
+    wait_until(lambda: all(state(one) in {"S", "R"} for one in pids), "all five run")
+    assert sorted(tree(pid)) == pids
+
+
+FORKING = """
+import os, signal, time
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+open("ready", "w").close()
+while True:
+    if os.path.exists("go") and os.fork() == 0:
+        os.setsid()
+        end = time.monotonic() + 0.03
+        while time.monotonic() < end: pass
+        if os.fork() == 0:
+            os.setsid()
+        time.sleep(0.05)
+        os._exit(0)
+    time.sleep(0.001)
+"""
+
+
+def test_children_made_while_the_old_job_is_killed_do_not_escape(start, tmp_path):
+    pid = start(sys.executable, "-c", FORKING)
+    wait_until((tmp_path / "ready").exists, "ready")
+    point = memory_store.take(pid)
+    known = []
+    for _ in range(5):
+        (tmp_path / "go").touch()
+        wait_until(lambda: len(tree(pid)) > 3, "forking")
+        seen = set(tree(pid))
+        (tmp_path / "go").rename(tmp_path / "gone")
+        known.append(memory_store.rollback(point, known_tasks=known).tasks)
+        assert tree(pid) == [pid]
+        wait_until(
+            lambda seen=seen: reap_all() or not any(map(state, seen - {pid})), "no child of the old job left"
+        )
+
+
+def test_a_job_that_a_debugger_has_is_left_alone(start):
+    pid = start("sleep", "1000")
+    wait_until(lambda: state(pid) == "S", "sleeping")
+    point = memory_store.take(pid)
+    debugger = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from checkpoint.kernel import ptrace; ptrace.seize(int(sys.argv[1])); print(flush=True); input()",
+            str(pid),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=pathlib.Path(__file__).resolve().parents[2],
+    )
+    with debugger:
+        debugger.stdout.readline()
+        with pytest.raises(UnsupportedError, match=f"traced by task {debugger.pid}"):
+            memory_store.rollback(point)
+        assert is_running(pid)
+        debugger.stdin.close()
+    memory_store.rollback(point)

@@ -1,0 +1,152 @@
+"""Replacing the old job: frozen as a whole, killed while it is held, waited for until its pids are free.
+
+Invariant: until the first SIGKILL nothing has happened to the old job, whatever happens to snap. Its tasks are seized and
+interrupted (freeze.py), which the kernel undoes when snap dies; a job that was stopped with SIGSTOP would stay so. And
+what stands still makes no children, so that none is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable
+
+from checkpoint import environment
+from checkpoint.environment import Survey
+from checkpoint.freeze import FrozenTree
+from checkpoint.kernel import interrupted, proc, ptrace
+from checkpoint.restore_context import RestoreContext
+from checkpoint.uninterrupted import signals_wait
+from snapshotter.base import faults
+from snapshotter.base.errors import RestoreConflictError, TargetGoneError
+
+_WAIT_ALL = 0x40000000  # __WALL
+_POLL_S = 0.005
+
+
+def replace(ctx: RestoreContext, found: Survey) -> None:
+    """Kill the old job and wait until its pids are free.
+
+    Raises:
+        RestoreConflictError: a zombie keeps a pid; whose task it is to reap it is named.
+        UnsupportedError, CannotStopError: it cannot be frozen (a debugger has it); it runs on as before.
+    """
+    if found.old:
+        with contextlib.ExitStack() as stack:
+            trees = _freeze(found, stack)
+            faults.point("restore.held")
+            with signals_wait():
+                for tree in trees:
+                    tree.kill()
+            deadline = time.monotonic() + ctx.options.reap_timeout_s
+            for tree in trees:
+                tree.reap(deadline)
+    wanted = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
+        ctx.processes
+    )
+    _await_free(wanted | set(found.old), set(ctx.processes), time.monotonic() + ctx.options.reap_timeout_s)
+
+
+class _HeldTree(FrozenTree):
+    """A frozen tree that is going to be killed: of its tasks nothing needs to be known but that they stand."""
+
+    def __init__(self, root_pid: int) -> None:
+        super().__init__(root_pid, max_tasks=1 << 22)
+        self.held: list[int] = []
+        """Its processes, zombies left out; those that have lost their parent meanwhile too."""
+
+    def _describe(self, tree: dict[int, list[int]]) -> None:
+        self.held = list(dict.fromkeys(pid for pid, _, _ in self._seized.values()))
+        # As everywhere: if it is let go after all, no system call of it may have been cut short.
+        for tid, (_, group_stopped, _) in self._seized.items():
+            regs = ptrace.getregs(tid)
+            if not group_stopped and interrupted.restart_instead(regs):
+                ptrace.setregs(tid, regs)
+
+    def kill(self) -> None:
+        """SIGKILL for all. A traced task's pid is not given to another before its tracer has waited for it."""
+        for pid in self.held:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def reap(self, deadline: float) -> None:
+        """Wait, as the tracer, until all have ended; their parents see it then."""
+        # A leader's end is told last, when its threads have been waited for.
+        waiting = sorted(self._order, key=self._is_leader)
+        while waiting:
+            waiting = [tid for tid in waiting if not self._has_ended(tid)]
+            if waiting and time.monotonic() > deadline:
+                raise RestoreConflictError(
+                    "it was killed but does not end (an uninterruptible wait?)",
+                    where=f"task {waiting[0]}",
+                    hint="see /proc/PID/stack; nothing was restored, run the rollback again once it is gone",
+                )
+            if waiting:
+                time.sleep(_POLL_S / 10)
+
+    def _has_ended(self, tid: int) -> bool:
+        try:
+            got, status = os.waitpid(tid, _WAIT_ALL | os.WNOHANG)
+        except ChildProcessError:
+            got, status = tid, 0
+        if not got or os.WIFSTOPPED(status):
+            return False
+        self._forget(tid)
+        return True
+
+
+def _freeze(found: Survey, stack: contextlib.ExitStack) -> list[_HeldTree]:
+    """Hold every process of the old job, and whatever they have made since the survey."""
+    trees: list[_HeldTree] = []
+    held: set[int] = set()
+    # Parents first: their trees hold most of the rest already.
+    for holder in sorted(found.old.values(), key=lambda holder: holder.ppid in found.old):
+        if holder.pid in held:
+            continue
+        tree = _HeldTree(holder.pid)
+        try:
+            tree.freeze()
+            mine = proc.read_stat(holder.pid).start_time_ticks == holder.start_time_ticks
+        except TargetGoneError:
+            tree.thaw()
+            continue
+        except BaseException:
+            tree.thaw()
+            raise
+        stack.callback(tree.thaw)
+        # It stands: if the start time is right now, it is that process for good.
+        if mine:
+            trees.append(tree)
+            held.update(tree.held)
+    return trees
+
+
+def _await_free(wanted: Iterable[int], pids: set[int], deadline: float) -> None:
+    """Wait until no needed number is held by a dead task; reap those that are our own children."""
+    waiting = set(wanted)
+    while True:
+        for pid in list(waiting):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+            if not os.path.exists(f"/proc/{pid}"):
+                waiting.discard(pid)
+        if not waiting & pids and not waiting:
+            return
+        if time.monotonic() > deadline:
+            _still_held(min(waiting))
+        time.sleep(_POLL_S)
+
+
+def _still_held(pid: int) -> None:
+    holder = environment.holder_of(pid)
+    if holder is None:
+        return
+    if holder.state in "ZX":
+        parent = environment.holder_of(holder.ppid)
+        raise RestoreConflictError(
+            f"pid {pid} is still held by a zombie ({holder.comm}) that its parent has not reaped",
+            hint=f"{parent or f'task {holder.ppid}'} must wait for it (or end); then run the rollback again",
+        )
+    raise RestoreConflictError(f"pid {pid} is needed but held by {holder}", hint="nothing was restored")
