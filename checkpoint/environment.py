@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from checkpoint.resources import registers
+from checkpoint.kernel import features, proc
+from checkpoint.resources import credentials, registers
 from checkpoint.restore_context import RestoreContext
-from snapshotter.base.errors import RestoreConflictError
+from images import task_pb2
+from snapshotter.base.errors import PermissionDeniedError, RestoreConflictError
 
 # Flags of /proc/cpuinfo that name instructions a program may have chosen at its start.
 _INSTRUCTIONS = frozenset(
@@ -80,6 +82,8 @@ _INSTRUCTIONS = frozenset(
 )
 _INSTRUCTION_PREFIXES = ("avx512", "amx")
 _XGETBV = bytes.fromhex("31c9 0f01d0 48c1e220 4809d0 c3")  # xor ecx,ecx; xgetbv; shl rdx,32; or rax,rdx; ret
+_CAP_CHECKPOINT_RESTORE, _CAP_SYS_ADMIN = 1 << 40, 1 << 21
+_ID_CAPS = {6: "CAP_SETGID", 7: "CAP_SETUID", 8: "CAP_SETPCAP"}
 _POLL_S = 0.005
 _STRAY_S = 1.0
 T = TypeVar("T")
@@ -242,6 +246,44 @@ def check_machine(ctx: RestoreContext) -> None:
             f"the job may use CPU instructions that are missing here: {' '.join(lost)}",
             hint="restore on a machine with the same or newer CPU",
         )
+
+
+def check_rights(ctx: RestoreContext) -> None:
+    """Whether snap may do here what building the job takes, found out before the old one is killed for it.
+
+    Raises:
+        PermissionDeniedError: names the right that is missing.
+    """
+    status = proc.read_status(os.getpid())
+    if not status.cap_effective & (_CAP_CHECKPOINT_RESTORE | _CAP_SYS_ADMIN):
+        raise PermissionDeniedError(
+            "snap may not make tasks with their old pids, nor set their executable (clone3 set_tid, PR_SET_MM_MAP)",
+            where="this process",
+            hint="run as root, or with CAP_CHECKPOINT_RESTORE; nothing was touched",
+        )
+    for name in ("clone3_set_tid", "set_mm_map", "pidfd_getfd"):
+        feature = features.probe(name)
+        if not feature.ok:
+            raise PermissionDeniedError(
+                f"this system does not allow {name}: {feature.note}",
+                where="this process",
+                hint="run as root of the pid namespace, or with CAP_CHECKPOINT_RESTORE; nothing was touched",
+            )
+    lacking = [name for bit, name in _ID_CAPS.items() if not status.cap_effective >> bit & 1]
+    if not lacking:
+        return
+    own = credentials.own()
+    for process in ctx.processes.values():
+        if process.state == task_pb2.Process.ZOMBIE:
+            continue
+        for thread in process.threads:
+            if thread.credentials != own:
+                raise PermissionDeniedError(
+                    f"it has other ids or capabilities (user {thread.credentials.euid}) than snap (user {own.euid}), "
+                    f"which lacks {', '.join(lacking)} to give them back",
+                    where=f"task {thread.tid}",
+                    hint="run as root, or as the user of the job; nothing was touched",
+                )
 
 
 def cpu_flags() -> set[str]:

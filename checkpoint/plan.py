@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from checkpoint.environment import Survey
 from checkpoint.model import tree
 from checkpoint.restore_context import RestoreContext, RestoreOptions
-from images import codec, manifest_pb2, task_pb2
+from images import codec, files_pb2, manifest_pb2, task_pb2
 from snapshotter.base.errors import UnsupportedError, VerificationError
 from snapshotter.base.pages import PageSource
 
@@ -58,6 +58,8 @@ def decode(
         processes[pid] = process
     ctx = RestoreContext(images, source, options, manifest, processes, tuple(names))
     _check_tasks(ctx)
+    ctx.parse_all()
+    _check_files(ctx)
     return ctx
 
 
@@ -81,6 +83,16 @@ def _check_tasks(ctx: RestoreContext) -> None:
                 raise VerificationError(
                     f"refers to image {name!r}, which is missing", where=where, hint=_HINT
                 )
+        if not all(thread.regs and thread.xstate for thread in process.threads):
+            raise VerificationError("lacks the registers of a thread", where=where, hint=_HINT)
+        tids = {thread.tid for thread in process.threads}
+        for timer in process.posix_timers:
+            if timer.notify_tid and timer.notify_tid not in tids:
+                raise UnsupportedError(
+                    f"has a POSIX timer for thread {timer.notify_tid}, which has ended",
+                    where=f"task {pid}",
+                    hint="let the program delete that timer, and take another point",
+                )
         if not process.mm:
             raise VerificationError("has no address space", where=where, hint=_HINT)
         if process.mm in spaces:
@@ -90,6 +102,33 @@ def _check_tasks(ctx: RestoreContext) -> None:
                 hint="not supported yet",
             )
         spaces[process.mm] = pid
+
+
+def _check_files(ctx: RestoreContext) -> None:
+    """Descriptors, descriptions and what those refer to (inside one image it is images/validate.py's)."""
+    tables = {process.files: pid for pid, process in ctx.processes.items() if process.files}
+    if "files" not in ctx.names:
+        if tables:
+            raise VerificationError("is missing", where="image 'files'", hint=_HINT)
+        return
+    files = ctx.image("files", files_pb2.Files)
+    known = {description.id for description in files.descriptions}
+    for name in tables:
+        for entry in ctx.image(name, files_pb2.FdTable).entries:
+            if entry.description not in known:
+                raise VerificationError(
+                    f"descriptor {entry.fd} is of file description {entry.description}, which the point lacks",
+                    where=f"image {name!r}",
+                    hint=_HINT,
+                )
+    for description in files.descriptions:
+        shmem = description.regular.shmem if description.HasField("regular") else ""
+        if shmem and shmem not in ctx.names:
+            raise VerificationError(
+                f"file description {description.id} has its content in {shmem!r}, which the point lacks",
+                where="image 'files'",
+                hint=_HINT,
+            )
 
 
 def make_plan(ctx: RestoreContext, found: Survey) -> RestorePlan:

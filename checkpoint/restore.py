@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from checkpoint import environment
-from checkpoint.assembly import Assembly
+from checkpoint.assembly import ARENA_BYTES, Assembly
 from checkpoint.plan import RestorePlan, decode, make_plan
 from checkpoint.replace import replace
 from checkpoint.resources import files, memory, task
@@ -105,12 +105,15 @@ def _prepare(
     _allow_descriptors()
     try:
         environment.check_machine(ctx)
+        environment.check_rights(ctx)
         found = environment.survey(ctx)
         planned = make_plan(ctx, found)
         environment.check_free(planned.tree.helper_pids, found)
         for process in ctx.processes.values():
             task.check(ctx, process)
         memory.check(ctx)
+        # The root stub's own few mappings will want to be avoided too: in 128 TiB that never decides.
+        memory.arena_hole([ctx.mm(process) for process in ctx.processes.values() if process.mm], ARENA_BYTES)
         files.check(ctx)
     except BaseException:
         _release(ctx)

@@ -99,6 +99,12 @@ class RestoreContext:
             raise VerificationError(f"is not a {message_type.__name__}", where=f"image {name!r}")
         return message
 
+    def parse_all(self) -> None:
+        """Parse every image now. VerificationError for one that is damaged, missing or of no known kind."""
+        for name in self.names:
+            if name not in self._parsed:
+                self._parsed[name] = codec.parse(name, self.load(name))
+
     def mm(self, process: task_pb2.Process) -> mm_pb2.Mm:
         """The address space of a process."""
         return self.image(process.mm, mm_pb2.Mm)

@@ -22,6 +22,7 @@ XSTATE_MAX_BYTES = 1 << 16  # 11,008 with AMX
 PATH_MAX_BYTES = 4096
 NR_OPEN_MAX = 1 << 30
 NR_TASKS_MAX = PID_MAX
+_SOCK_DGRAM = 2
 USER_END = 1 << 57  # five-level page tables
 
 
@@ -165,12 +166,22 @@ def _files(files: files_pb2.Files) -> None:
         _require(len(pipe.data) <= 1 << 31, f"pipe {pipe.id} holds {len(pipe.data)} bytes")
         _require(sum(pipe.packets) <= len(pipe.data), f"pipe {pipe.id} has packets beyond its data")
     known = set(ids)
+    sockets = {description.unix.ino for description in files.descriptions if description.HasField("unix")}
     for description in files.descriptions:
         kind = description.WhichOneof("kind")
         _require(kind is not None, f"file description {description.id} has no kind")
         if kind == "pipe":
             _require(description.pipe.id in pipes, f"file description {description.id} is of an unknown pipe")
+        if kind == "epoll":
+            for entry in description.epoll.entries:
+                _require(
+                    entry.target_description in known,
+                    f"epoll instance {description.id} watches an unknown file description",
+                )
         if kind == "unix":
+            peer = description.unix.peer_ino
+            if peer and description.unix.type == _SOCK_DGRAM:
+                _require(peer in sockets, f"datagram socket {description.id} is connected to an unknown one")
             for message in description.unix.queue:
                 _require(
                     set(message.descriptions) <= known,

@@ -341,6 +341,7 @@ def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
     """Working directory and root must be there. Touches nothing; the directories stay open until `release`."""
     if process.state == task_pb2.Process.ZOMBIE:
         return
+    timers.check(process)
     for what, identity in (("working directory", process.cwd), ("root directory", process.root)):
         path, opened = paths.shown(identity.path), _directories(ctx)
         where = f"task {process.pid}"

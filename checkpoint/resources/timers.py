@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from checkpoint.kernel import features
 from checkpoint.kernel.proc import TimerEntry
 from checkpoint.resources import prctl
 from images import task_pb2
@@ -87,6 +88,25 @@ def answer(results: Results, asked: Asked, process: task_pb2.Process) -> None:
         process.posix_timers.append(timer)
 
 
+def check(process: task_pb2.Process) -> None:
+    """Whether this kernel can give every timer its id. Touches nothing.
+
+    Raises:
+        UnsupportedError: it cannot count up to one of them.
+    """
+    highest = max((timer.id for timer in process.posix_timers), default=0)
+    if highest >= _MAX_ID_SEARCH and not features.probe("timer_restore_ids").ok:
+        raise _too_high(process.pid, highest)
+
+
+def _too_high(pid: int, timer_id: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"POSIX timer id {timer_id} cannot be made on this kernel",
+        where=f"task {pid}",
+        hint="Linux 6.15 or later restores timer ids directly",
+    )
+
+
 def restore_create(stub: RemoteTask, timers: Sequence[task_pb2.PosixTimer]) -> None:
     """Make every POSIX timer with its id, not armed yet. All threads must exist (SIGEV_THREAD_ID)."""
     if not timers:
@@ -116,11 +136,7 @@ def _create_by_search(stub: RemoteTask, timer: task_pb2.PosixTimer) -> None:
         stub.call("timer_delete", got)
         if got > timer.id:
             break
-    raise UnsupportedError(
-        f"POSIX timer id {timer.id} cannot be made on this kernel",
-        where=f"task {stub.pid}",
-        hint="Linux 6.15 or later restores timer ids directly",
-    )
+    raise _too_high(stub.pid, timer.id)
 
 
 def _sigevent(timer: task_pb2.PosixTimer) -> bytes:

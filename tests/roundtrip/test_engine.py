@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from checkpoint import assembly
-from checkpoint.restore import plan
+from checkpoint import assembly, environment
+from checkpoint.kernel import features
+from checkpoint.restore import plan, restore
 from checkpoint.restore_context import RestoreOptions
+from images import codec
 from snapshotter.base import faults
-from snapshotter.base.errors import RestoreConflictError, UnsupportedError
+from snapshotter.base.errors import (
+    PermissionDeniedError,
+    RestoreConflictError,
+    SnapshotterError,
+    UnsupportedError,
+    VerificationError,
+)
 from tests import memory_store
 from tests.jobs import is_running, reap, reap_all, state, tree, wait_until
 
 pytestmark = pytest.mark.requires("root")
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 COUNTER = """
 import os, sys, time
@@ -226,8 +238,6 @@ def test_pid_held_by_something_else(start):
         image = memory_store.take(pid)
         assert process.image_names() == image.image_names()
     # The same pid, another start time: what a reused pid looks like.
-    from images import codec
-
     message = codec.parse(f"process/{pid}", point.images[f"process/{pid}"])
     message.start_time_ticks -= 1
     point.images[f"process/{pid}"] = codec.serialise(f"process/{pid}", message)
@@ -283,12 +293,9 @@ def test_zombie_that_nobody_reaps_is_named(start):
         "try: memory_store.rollback(point, reap_timeout_s=0.3)\n"
         "except Exception as e: print(e)\n"
     )
-    import pickle
-
     point.result = None
-    root = pathlib.Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], input=pickle.dumps(point), capture_output=True, cwd=root, check=False
+        [sys.executable, "-c", code], input=pickle.dumps(point), capture_output=True, cwd=ROOT, check=False
     )
     assert f"pid {pid} is still held by a zombie".encode() in done.stdout, done.stderr
     assert f"task {os.getpid()}".encode() in done.stdout
@@ -405,7 +412,7 @@ def test_a_job_that_a_debugger_has_is_left_alone(start):
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        cwd=pathlib.Path(__file__).resolve().parents[2],
+        cwd=ROOT,
     )
     with debugger:
         debugger.stdout.readline()
@@ -414,3 +421,100 @@ def test_a_job_that_a_debugger_has_is_left_alone(start):
         assert is_running(pid)
         debugger.stdin.close()
     memory_store.rollback(point)
+
+
+def test_without_the_rights_the_job_is_left_alone(start):
+    pid = start("sleep", "1000", user=65534, group=65534, extra_groups=[])
+    wait_until(lambda: state(pid) == "S", "sleeping")
+    point = memory_store.take(pid)
+    read_end, write_end = os.pipe()
+    snap = os.fork()
+    if snap == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            restore(point.image, point.image_names(), point)
+        except SnapshotterError as error:
+            os.write(write_end, f"{type(error).__name__} {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(snap, 0)
+    assert said.startswith(b"PermissionDeniedError") and b"CAP_CHECKPOINT_RESTORE" in said
+    assert is_running(pid)
+
+
+def test_rights_for_other_ids_are_asked_for_before_anything_is_touched(start, monkeypatch):
+    pid = start("sleep", "1000", user=65534, group=65534, extra_groups=[])
+    wait_until(lambda: state(pid) == "S", "sleeping")
+    point = memory_store.take(pid)
+    real = environment.proc.read_status
+    few = lambda pid: dataclasses.replace(real(pid), cap_effective=1 << 40 | 1 << 7)  # noqa: E731
+    monkeypatch.setattr(environment.proc, "read_status", few)
+    with pytest.raises(PermissionDeniedError, match=r"user 65534.*CAP_SETGID, CAP_SETPCAP"):
+        memory_store.rollback(point)
+    assert is_running(pid)
+
+
+def _unknown_description(pid, point):
+    table = codec.parse(f"fdtable/{pid}", point.images[f"fdtable/{pid}"])
+    table.entries[-1].description = 999
+    point.images[f"fdtable/{pid}"] = table.SerializeToString()
+
+
+def _unknown_epoll_target(pid, point):
+    files = codec.parse("files", point.images["files"])
+    files.descriptions[0].epoll.entries.add(fd=3, target_description=999)
+    point.images["files"] = files.SerializeToString()
+
+
+def _no_registers(pid, point):
+    process = codec.parse(f"process/{pid}", point.images[f"process/{pid}"])
+    process.threads[0].regs = b""
+    point.images[f"process/{pid}"] = process.SerializeToString()
+
+
+def _cut_table(pid, point):
+    point.images[f"fdtable/{pid}"] = point.images[f"fdtable/{pid}"][:-1]
+
+
+def _no_files(pid, point):
+    del point.images["files"]
+
+
+def _no_shmem(pid, point):
+    files = codec.parse("files", point.images["files"])
+    files.descriptions[0].regular.shmem = "shmem/77"
+    point.images["files"] = files.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_unknown_description, _unknown_epoll_target, _no_registers, _cut_table, _no_files, _no_shmem],
+)
+def test_a_damaged_point_is_found_before_the_job_is_killed(start, damage):
+    pid = start("sleep", "1000")
+    wait_until(lambda: state(pid) == "S", "sleeping")
+    point = memory_store.take(pid)
+    damage(pid, point)
+    with pytest.raises(VerificationError):
+        memory_store.rollback(point)
+    assert is_running(pid)
+
+
+def test_timer_ids_that_cannot_be_counted_up_to(start, monkeypatch):
+    pid = start("sleep", "1000")
+    wait_until(lambda: state(pid) == "S", "sleeping")
+    point = memory_store.take(pid)
+    process = codec.parse(f"process/{pid}", point.images[f"process/{pid}"])
+    process.posix_timers.add(id=1 << 16, clock_id=1, notify=1)
+    point.images[f"process/{pid}"] = codec.serialise(f"process/{pid}", process)
+    monkeypatch.setitem(
+        features._answers, "timer_restore_ids", features.Feature("timer_restore_ids", False, 22, "")
+    )
+    with pytest.raises(UnsupportedError, match="POSIX timer id 65536"):
+        memory_store.rollback(point)
+    assert is_running(pid)
