@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from parasite_c._native import ffi
 
-from checkpoint.kernel import sys
+from checkpoint.kernel import sockdiag, sys
+from snapshotter.base.errors import UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,10 @@ def _clone3_set_tid() -> None:
     os.waitpid(child, 0)
     if child != first:
         raise _NoEffectError(f"asked for pid {first}, got {child}")
+
+
+def _unix_diag() -> None:
+    sockdiag.unix_sockets()
 
 
 def _kcmp() -> None:
@@ -227,6 +232,7 @@ PROBES: dict[str, tuple[Callable[[], None], str]] = {
     "wp_async": (_wp_async, "written pages by userfaultfd write-protection"),
     "pagemap_scan": (_pagemap_scan, "finding pages without reading every pagemap entry"),
     "clone3_set_tid": (_clone3_set_tid, "restoring under the same pids"),
+    "unix_diag": (_unix_diag, "jobs with unix sockets"),
     "kcmp": (_kcmp, "finding what tasks share"),
     "pidfd_getfd": (_pidfd_getfd, "fetching and handing over descriptors"),
     "pidfd_send_signal": (_pidfd_send_signal, "signals that cannot hit a reused pid"),
@@ -259,7 +265,7 @@ def probe(name: str) -> Feature:
     except OSError as error:
         code = error.errno or 0
         answer = Feature(name, False, code, f"{errno.errorcode.get(code, '?')}: {os.strerror(code)} ({use})")
-    except _NoEffectError as error:
+    except (_NoEffectError, UnsupportedError) as error:
         answer = Feature(name, False, 0, str(error))
     _answers[name] = answer
     return answer

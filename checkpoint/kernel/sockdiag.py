@@ -5,10 +5,13 @@ Owns the encoding of the request and the parsing of the answers; sees the networ
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from snapshotter.base.errors import UnsupportedError
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
@@ -72,7 +75,11 @@ def parse_unix_message(body: bytes) -> UnixSocketInfo:
 
 
 def unix_sockets() -> dict[int, UnixSocketInfo]:
-    """Every unix socket of this network namespace, by inode number."""
+    """Every unix socket of this network namespace, by inode number.
+
+    Raises:
+        UnsupportedError: the kernel has no unix_diag, or may not load the module.
+    """
     show = _SHOW_NAME | _SHOW_VFS | _SHOW_PEER | _SHOW_ICONS | _SHOW_RQLEN
     request = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, show, 0xFFFFFFFF, 0xFFFFFFFF)
     header = struct.pack("=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
@@ -88,7 +95,11 @@ def unix_sockets() -> dict[int, UnixSocketInfo]:
                     return found
                 if kind == _NLMSG_ERROR:
                     code = -struct.unpack_from("=i", data, offset + 16)[0]
-                    raise OSError(code, "unix_diag refused")
+                    raise UnsupportedError(
+                        f"this kernel cannot list its unix sockets: {os.strerror(code)}",
+                        where="unix_diag",
+                        hint="modprobe unix_diag (CONFIG_UNIX_DIAG)",
+                    )
                 info = parse_unix_message(data[offset + 16 : offset + length])
                 found[info.ino] = info
                 offset += (length + 3) & ~3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -70,6 +71,8 @@ def ctx():
 
 def area(nr_pages, flags=mmap.MAP_PRIVATE):
     found = mmap.mmap(-1, nr_pages * PAGE_SIZE, flags | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        found.madvise(mmap.MADV_NOHUGEPAGE)
     return found, ctypes.addressof(ctypes.c_char.from_buffer(found)) // PAGE_SIZE
 
 
