@@ -152,7 +152,11 @@ def _mm(mm: mm_pb2.Mm) -> None:
 
 
 def _shmem(shmem: mm_pb2.Shmem) -> None:
-    _require(shmem.kind in {0, 1, 2}, f"shared memory of kind {shmem.kind}")
+    _require(shmem.kind in {0, 1, 2, 3}, f"shared memory of kind {shmem.kind}")
+    if shmem.kind == mm_pb2.Shmem.NAMED:
+        _require(shmem.name.startswith(b"/"), "named shared memory without a path")
+    _require(b"\0" not in shmem.name, "a NUL in the name of shared memory")
+    _require(len(shmem.origin) <= 64, f"an origin of {len(shmem.origin)} bytes")
     _require(shmem.size_bytes < 1 << 63, f"a size of {shmem.size_bytes} bytes")
     _require(len(shmem.name) <= PATH_MAX_BYTES + 16, f"a name of {len(shmem.name)} bytes")
 

@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import struct
+import termios
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -572,3 +573,54 @@ def test_pidfd_of_itself(again):
         r = Restored(ctx, pid)
         assert r.info(3).pid == pid
         r.opening.close()
+
+
+def test_a_terminal_of_the_same_number_that_is_somebody_elses():
+    master, slave = os.openpty()
+    with child_keeping(slave) as pid:
+        ctx = dump(pid)
+    uid = os.fstat(slave).st_uid
+    os.fchown(slave, 65534, -1)
+    with pytest.raises(RestoreConflictError, match="belongs to user 65534"):
+        Restored(ctx, pid)
+    r = Restored(ctx, pid, terminal="null")
+    assert os.fstat(r[3]).st_rdev == os.makedev(1, 3) and "user 65534" in r.warnings[0]
+    r.opening.close()
+    os.fchown(slave, uid, -1)
+
+    name = os.ttyname(slave)
+
+    def lead():
+        os.setsid()
+        fcntl.ioctl(os.open(name, os.O_RDWR), termios.TIOCSCTTY, 0)
+
+    with child(lead) as other, pytest.raises(RestoreConflictError, match=f"session of process {other}"):
+        Restored(ctx, pid)
+    Restored(ctx, pid).opening.close()
+    (terminal,) = [d.terminal for d in ctx.images["files"].descriptions if d.HasField("terminal")]
+    terminal.boot_id = "another"
+    with pytest.raises(RestoreConflictError, match="booted"):
+        Restored(ctx, pid)
+    os.close(slave)
+    os.close(master)
+
+
+def test_the_session_on_a_terminal_is_recorded():
+    master, slave = os.openpty()
+    name = os.ttyname(slave)
+
+    def lead():
+        os.setsid()
+        fcntl.ioctl(os.open(name, os.O_RDWR), termios.TIOCSCTTY, 0)
+
+    with child(lead) as leader, child(lambda: os.open(name, os.O_RDWR | os.O_NOCTTY)) as pid:
+        ctx = dump(pid)
+        (terminal,) = [d.terminal for d in ctx.images["files"].descriptions if d.HasField("terminal")]
+        assert terminal.leader == leader and not terminal.session
+        r = Restored(ctx, pid)
+        assert os.ttyname(r[3]) == name
+        r.opening.close()
+    with pytest.raises(RestoreConflictError, match=f"session of process {leader} on it has ended"):
+        Restored(ctx, pid)
+    os.close(slave)
+    os.close(master)

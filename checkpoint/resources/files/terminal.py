@@ -1,7 +1,9 @@
 """Terminals: the job goes on on the terminal it had, if that still exists; else the user chooses.
 
 State: which terminal, and its settings as a record (the terminal itself lives on without the job and
-keeps its own). Restore: reopened without taking it as controlling terminal (O_NOCTTY). When it is gone,
+keeps its own). Restore: reopened without taking it as controlling terminal (O_NOCTTY). The number of a terminal
+is given to the next user as soon as it is free: it counts as the same one only in the same boot, with the same owner
+and with the same session on it (pid and start time of its leader; none or the job's own, where the job led it). When it is gone,
 options.terminal decides: "null" gives the job /dev/null, anything else is a RestoreConflictError that
 names the choice; nothing is ever swapped in silence. `/dev/tty` is recorded as the terminal behind it.
 
@@ -10,6 +12,7 @@ Refused: pty masters (the other side of a terminal of the job's own, as in tmux,
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import descriptors, proc
 from checkpoint.resources import paths
 from checkpoint.resources.files import kind
-from snapshotter.base.errors import Finding, RestoreConflictError
+from snapshotter.base.errors import Finding, RestoreConflictError, SnapshotterError
 
 if TYPE_CHECKING:
     from checkpoint.resources.files.dumping import FilesDump
@@ -43,6 +46,7 @@ class TerminalKind(kind.Kind):
         return rdev in {_TTY, _CONSOLE, _PTMX} or os.major(rdev) in _TTY_MAJORS
 
     def refusal(self, seen: Seen) -> Finding | None:
+        _leader_of(seen.stat.st_rdev)  # so that the frozen window need not walk through /proc
         if seen.stat.st_rdev == _PTMX or seen.link.endswith(b"/ptmx"):
             return Finding(
                 seen.pid,
@@ -66,26 +70,101 @@ class TerminalKind(kind.Kind):
         _record_session(job, terminal)
         if terminal.rdev != seen.stat.st_rdev:
             terminal.identity.path = _path_of(terminal.rdev) or seen.path
+        terminal.uid = seen.stat.st_uid
+        if terminal.rdev != seen.stat.st_rdev:
+            with contextlib.suppress(OSError):
+                terminal.uid = os.stat(terminal.identity.path).st_uid
+        terminal.leader, terminal.leader_start_time_ticks = _leader_of(terminal.rdev)
+        terminal.boot_id = _boot_id()
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
-        terminal = description.terminal
-        if _exists(terminal.identity.path, terminal.rdev) or opening.terminal == "null":
-            return
-        raise RestoreConflictError(
-            "the terminal that the job was on is gone",
-            where=paths.shown(terminal.identity.path),
-            hint="roll back with --terminal null to give the job /dev/null instead",
-        )
+        if opening.terminal != "null":
+            os.close(_find(opening, description.terminal))
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
-        terminal = description.terminal
-        self.check(opening, description)
-        if _exists(terminal.identity.path, terminal.rdev):
-            return paths.open_identity(terminal.identity, description.flags, same_inode=False)
-        opening.warn(
-            f"the terminal {paths.shown(terminal.identity.path)} is gone: the job has /dev/null instead"
-        )
-        return os.open("/dev/null", (description.flags & (os.O_ACCMODE | os.O_NONBLOCK)) | os.O_CLOEXEC)
+        where = paths.shown(description.terminal.identity.path)
+        try:
+            found = _find(opening, description.terminal)
+        except RestoreConflictError as error:
+            if opening.terminal != "null":
+                raise
+            opening.warn(f"{where}: {error.what}; the job has /dev/null instead")
+            return os.open("/dev/null", (description.flags & (os.O_ACCMODE | os.O_NONBLOCK)) | os.O_CLOEXEC)
+        try:
+            return paths.reopen(found, description.flags, where)
+        finally:
+            os.close(found)
+
+
+def _find(opening: Opening, terminal: files_pb2.Terminal) -> int:
+    """An O_PATH descriptor of the terminal; RestoreConflictError when it is gone, or somebody else's by now."""
+    try:
+        fd = paths.locate(terminal.identity, same_inode=False, rdev=terminal.rdev)
+    except SnapshotterError as error:
+        raise _gone(terminal, "is gone") from error
+    reason = _other(opening, terminal, os.fstat(fd).st_uid)
+    if reason:
+        os.close(fd)
+        raise _gone(terminal, f"is gone, and {reason}")
+    return fd
+
+
+def _other(opening: Opening, terminal: files_pb2.Terminal, uid: int) -> str:
+    """What shows that a terminal of this number is another one now; "" if nothing does."""
+    if terminal.boot_id != _boot_id():
+        return "the machine was booted since"
+    if uid != terminal.uid:
+        return f"the one of that number now belongs to user {uid}, not {terminal.uid}"
+    leader, start = _leader_of(terminal.rdev)
+    if (leader, start) == (terminal.leader, terminal.leader_start_time_ticks):
+        return ""
+    # The pids of the job are free or held by the old job itself: the survey has seen to that.
+    if leader in opening.ctx.processes or (not leader and terminal.session):
+        return ""
+    if leader:
+        return f"the one of that number has the session of process {leader} now"
+    return f"the session of process {terminal.leader} on it has ended"
+
+
+def _gone(terminal: files_pb2.Terminal, what: str) -> RestoreConflictError:
+    return RestoreConflictError(
+        f"the terminal that the job was on {what}",
+        where=paths.shown(terminal.identity.path),
+        hint="roll back with --terminal null to give the job /dev/null instead",
+    )
+
+
+_leaders: dict[int, tuple[int, int]] = {}
+"""rdev -> (pid, start time) of whoever led the session on it when it was last looked for."""
+
+
+def _leader_of(rdev: int) -> tuple[int, int]:
+    """(pid, start time) of the leader of the session that a terminal controls; zeros without one."""
+    known = _leaders.get(rdev)
+    if known is not None and _leads(known[0], rdev) == known[1] > 0:
+        return known
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            start = _leads(int(name), rdev)
+            if start:
+                _leaders[rdev] = int(name), start
+                return _leaders[rdev]
+    return 0, 0
+
+
+def _leads(pid: int, rdev: int) -> int:
+    """The start time of a process that leads a session on this terminal, else 0."""
+    try:
+        state = proc.read_stat(pid)
+    except (OSError, SnapshotterError):
+        return 0
+    tty = descriptors.device_number(state.tty_nr & 0xFFFFFFFF) if state.tty_nr else -1
+    return state.start_time_ticks if state.session == pid and tty == rdev else 0
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
 
 
 def _record_session(job: FilesDump, terminal: files_pb2.Terminal) -> None:
@@ -110,14 +189,6 @@ def _path_of(rdev: int) -> bytes | None:
     if major == 4:
         return b"/dev/tty%d" % minor if minor < 64 else b"/dev/ttyS%d" % (minor - 64)
     return b"/dev/console" if rdev == _CONSOLE else None
-
-
-def _exists(path: bytes, rdev: int) -> bool:
-    try:
-        now = os.stat(path)
-    except OSError:
-        return False
-    return stat.S_ISCHR(now.st_mode) and now.st_rdev == rdev
 
 
 KIND = TerminalKind()
