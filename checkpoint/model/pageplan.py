@@ -90,7 +90,8 @@ def _sweep(one: Runs, two: Runs, wanted: Sequence[bool]) -> Runs:
     edges = np.concatenate((one.ravel(), two.ravel()))
     if not len(edges):
         return EMPTY
-    points = np.unique(edges)
+    edges.sort(kind="stable")  # two ascending parts: no more than a merge
+    points = edges[np.concatenate(([True], edges[1:] != edges[:-1]))]
     starts = points[:-1]
     state = _inside(one, starts) + 2 * _inside(two, starts)
     chosen = np.asarray(wanted, dtype=bool)[state]
@@ -104,16 +105,22 @@ def _inside(runs: Runs, points: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def union(one: Runs, two: Runs) -> Runs:
     """What is in either."""
+    if not len(one) or not len(two):
+        return normalise(one if len(one) else two)
     return normalise(np.concatenate((one, two)))
 
 
 def intersect(one: Runs, two: Runs) -> Runs:
     """What is in both."""
+    if not len(one) or not len(two):
+        return EMPTY
     return _sweep(one, two, (False, False, False, True))
 
 
 def subtract(one: Runs, two: Runs) -> Runs:
     """What is in `one` and not in `two`."""
+    if not len(two):
+        return one
     return _sweep(one, two, (False, True, False, False))
 
 
