@@ -298,6 +298,22 @@ def test_eventfd_timerfd_signalfd(again):
     assert r.info(7).sigmask == 1 << (signal.SIGUSR2 - 1)
 
 
+def test_a_periodic_timer_that_fired_unread_fires_again(again):
+    def prepare():
+        for flags, clock in ((0, time.CLOCK_MONOTONIC), (3, time.CLOCK_REALTIME), (1, time.CLOCK_BOOTTIME)):
+            timer = sys.timerfd_create(clock, 0)
+            start = time.clock_gettime_ns(clock) if flags else 0
+            sys.timerfd_settime(timer, flags, start + 1_000_000, 50_000_000)
+            select.select([timer], [], [])
+
+    r = again(prepare)
+    for fd, flags in ((3, 0), (4, 3), (5, 1)):
+        assert struct.unpack("=Q", os.read(r[fd], 8))[0] >= 1
+        assert select.select([r[fd]], [], [], 5)[0], "it fires again"
+        assert r.info(fd).timer.settime_flags == flags
+        assert r.info(fd).timer.interval_ns == 50_000_000
+
+
 def test_epoll_keeps_numbers_data_and_dead_numbers(again):
     def prepare():
         poll = select.epoll()

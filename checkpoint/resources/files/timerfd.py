@@ -2,7 +2,10 @@
 
 A timer goes on with the time that remained at the dump; only an absolute one on the wall clock
 (TFD_TIMER_ABSTIME on CLOCK_REALTIME) keeps its date, and fires at once when that has passed.
-Expirations that were not read are put back with TFD_IOC_SET_TICKS.
+Expirations that were not read are put back with TFD_IOC_SET_TICKS. A periodic timer that has fired and was not
+read shows no remaining time: the kernel starts its next period at the read. Here the next period starts at the
+restore, since a timer without remaining time would never fire again. The flags of timerfd_settime(2) come back
+as they were, TFD_TIMER_CANCEL_ON_SET among them.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 _WALL_CLOCKS = frozenset({0, 8})
 """CLOCK_REALTIME, CLOCK_REALTIME_ALARM."""
+_PLAIN_CLOCKS = {9: time.CLOCK_BOOTTIME}
+"""CLOCK_BOOTTIME_ALARM is read as the clock that it is without waking the machine."""
 
 
 class TimerfdKind(kind.Kind):
@@ -43,11 +48,11 @@ class TimerfdKind(kind.Kind):
         timer.clock_id = state.clock_id
         timer.ticks = state.ticks
         timer.settime_flags = state.settime_flags
-        timer.value_ns = state.value_ns
+        timer.value_ns = state.value_ns or (state.interval_ns if state.ticks else 0)
         timer.interval_ns = state.interval_ns
         if state.clock_id in _WALL_CLOCKS and state.settime_flags & descriptors.TFD_TIMER_ABSTIME:
             timer.expires_ns = (
-                time.clock_gettime_ns(time.CLOCK_REALTIME) + state.value_ns if state.value_ns else 0
+                time.clock_gettime_ns(time.CLOCK_REALTIME) + timer.value_ns if timer.value_ns else 0
             )
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
@@ -57,7 +62,10 @@ class TimerfdKind(kind.Kind):
             if timer.expires_ns:
                 descriptors.timerfd_settime(fd, timer.settime_flags, timer.expires_ns, timer.interval_ns)
             elif timer.value_ns:
-                descriptors.timerfd_settime(fd, 0, timer.value_ns, timer.interval_ns)
+                flags, value_ns = timer.settime_flags, timer.value_ns
+                if flags & descriptors.TFD_TIMER_ABSTIME:
+                    value_ns += time.clock_gettime_ns(_PLAIN_CLOCKS.get(timer.clock_id, timer.clock_id))
+                descriptors.timerfd_settime(fd, flags, value_ns, timer.interval_ns)
             if timer.ticks:
                 descriptors.timerfd_set_ticks(fd, timer.ticks)
         except OSError as error:
