@@ -8,6 +8,7 @@ its registers and mask, stopped processes enter their group-stop, and all are de
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import resource
@@ -34,6 +35,7 @@ _LEAST_SUPERVISOR_FD = 63
 _HELPER_TRIES = 100
 _SIG_DFL_ACTION = bytes(32)
 _EVERY_FD = 0xFFFFFFFF
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 _ALL_SIGNALS = 2**64 - 1
 
 
@@ -94,7 +96,9 @@ class Assembly:
         self._connect(stub)
 
     def _connect(self, stub: StubTask) -> None:
-        """No descriptors but a pidfd of snap; no signal actions but SIG_DFL (exec keeps ignored ones)."""
+        """No descriptors but a pidfd of snap; no signal actions but SIG_DFL (exec keeps ignored ones); a session keyring
+        of its own, which every stub inherits: snap's may hold keys of root's that are none of the job's.
+        """
         number = max(_LEAST_SUPERVISOR_FD, files.highest_fd(self.ctx) + 1)
         soft, hard = resource.prlimit(stub.pid, resource.RLIMIT_NOFILE)
         if soft != resource.RLIM_INFINITY and soft <= number:
@@ -107,6 +111,8 @@ class Assembly:
         for signo in range(1, signals.NR_SIGNALS + 1):
             if signo not in {signals.SIGKILL, signals.SIGSTOP}:
                 batch.call("rt_sigaction", signo, _SIG_DFL_ACTION, 0, 8)
+        # EPERM: a container's seccomp filter, mostly.
+        batch.call("keyctl", _KEYCTL_JOIN_SESSION_KEYRING, 0, ok=(errno.ENOSYS, errno.EPERM))
         stub.run(batch)
         self.ctx.supervisor_fd = number
 
@@ -169,6 +175,10 @@ class Assembly:
     def make_threads(self) -> None:
         """All threads but the leaders, with their tids."""
         for stub, process in self.living():
+            batch = stub.batch()
+            task.restore_permissions(batch, process)
+            if len(batch):
+                stub.run(batch)
             for thread in process.threads[1:]:
                 tid = thread.tid
                 self.ctx.threads[tid] = self._until_free(tid, functools.partial(stub.clone_thread, tid))
@@ -212,7 +222,9 @@ class Assembly:
             ]
             task.restore_process_late(batch, process, reported)
             stub.run(batch)
-            final = [registers.restore(process, thread, stub.mem) for thread in process.threads]
+            final = [
+                registers.restore(process, thread, self.ctx.threads[thread.tid]) for thread in process.threads
+            ]
             for thread, regs in reversed(list(zip(process.threads, final, strict=True))):
                 # The leader is the last to need the arena.
                 self.ctx.threads[thread.tid].finish(regs, unmap_arena=thread.tid == process.pid)

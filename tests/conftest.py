@@ -37,6 +37,10 @@ def missing_feature(name: str) -> str | None:
         program = name.removeprefix("program:")
         found = any(os.access(f"{folder}/{program}", os.X_OK) for folder in os.environ["PATH"].split(":"))
         return None if found else f"needs the program {program}: install it"
+    if name.startswith("cpu:"):
+        flag = name.removeprefix("cpu:")
+        flags = pathlib.Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+        return None if flag in flags else f"this CPU has no {flag}"
     from checkpoint.kernel.features import probe
 
     feature = probe(name)

@@ -30,6 +30,9 @@ _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
 _MAP = 0x02 | 0x20 | 0x4000 | 0x100000
 """MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE."""
 _END_OF_USER = 1 << 47
+_XRSTOR = bytes.fromhex("89c1 b8ffffffff baffffffff 480fae2f 89c8 0f05")
+"""mov ecx,eax; mov eax,-1; mov edx,-1; xrstor64 [rdi]; mov eax,ecx; syscall."""
+_XRSTOR_OFFSET = CODE_SIZE - 64
 
 CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PARENT = 0x100, 0x200, 0x400, 0x800, 0x8000
 CLONE_THREAD, CLONE_SYSVSEM = 0x10000, 0x40000
@@ -130,6 +133,19 @@ class StubTask(RemoteTask):
         regs.rsp = area.stack_top
         self.gadget_call(regs.rip, regs.rsp, "munmap", area.start, area.size)
         self._area = None
+
+    def load_xstate(self, xstate: bytes) -> None:
+        """Run `xrstor` of a standard format XSAVE area in the task, as its own first use of what is in it.
+
+        ptrace refuses state (EINVAL) that the task's buffer in the kernel has no room for yet: that of AMX, which is made
+        when the task first uses a tile. The task must be permitted to (arch_prctl), or it ends of SIGILL.
+        """
+        area = self.area
+        code = area.start + _XRSTOR_OFFSET
+        data = area.end - (len(xstate) + 4095 & -4096)
+        self.mem.write(code, _XRSTOR)
+        self.mem.write(data, xstate)
+        self.gadget_call(code, area.stack_top, "getpid", data)
 
     def finish(self, regs: Regs, *, unmap_arena: bool = False) -> None:
         """Set the registers to go on with; the task stays stopped until it is detached. `unmap_arena` for the last

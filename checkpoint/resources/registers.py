@@ -32,7 +32,7 @@ from snapshotter.base.errors import RestoreConflictError
 if TYPE_CHECKING:
     from checkpoint.context import FrozenTask
     from checkpoint.kernel.mem import ProcMem
-    from checkpoint.parasite import Batch
+    from checkpoint.parasite import Batch, StubTask
 
 _MASK = (1 << 64) - 1
 _EINTR = 4
@@ -43,6 +43,7 @@ _RSEQ_CS = struct.Struct("<IIQQQ")  # version, flags, start_ip, post_commit_offs
 _RSEQ_CS_OFFSET = 8
 _XSTATE_BV_OFFSET, _XCR0_OFFSET = 512, 464
 _XSTATE_LEGACY_BYTES = 576
+_XFEATURE_XTILEDATA = 18
 
 
 def signed(value: int) -> int:
@@ -134,9 +135,19 @@ def fit_xstate(xstate: bytes, size_bytes: int, where: str) -> bytes:
     return xstate[:size_bytes]
 
 
-def restore(process: task_pb2.Process, thread: task_pb2.Thread, mem: ProcMem) -> Regs:
+def restore(process: task_pb2.Process, thread: task_pb2.Thread, stub: StubTask) -> Regs:
     """Set the xstate and return the general registers, which are set when the stub is finished."""
     if thread.xstate:
         size = len(ptrace.get_xstate(thread.tid))
-        ptrace.set_xstate(thread.tid, fit_xstate(thread.xstate, size, f"task {thread.tid}"))
-    return final_regs(process, thread, mem)
+        xstate = fit_xstate(thread.xstate, size, f"task {thread.tid}")
+        if _in_use(xstate) >> _XFEATURE_XTILEDATA & 1:
+            stub.load_xstate(xstate)
+        ptrace.set_xstate(thread.tid, xstate)
+    return final_regs(process, thread, stub.mem)
+
+
+def _in_use(xstate: bytes) -> int:
+    """The components that are not in their initial state (XSTATE_BV)."""
+    return (
+        struct.unpack_from("<Q", xstate, _XSTATE_BV_OFFSET)[0] if len(xstate) >= _XSTATE_LEGACY_BYTES else 0
+    )

@@ -67,6 +67,8 @@ _P_PID, _WSTOPPED = 1, 2
 _SIGINFO_SIZE = 128
 _SI_PID = slice(16, 20)  # in the siginfo of a child: after three ints, and 4 bytes that align the union
 _DELETED = " (deleted)"
+_ARCH_GET_XCOMP_PERM, _ARCH_REQ_XCOMP_PERM = 0x1022, 0x1023
+_XFEATURE_XTILEDATA = 18
 _DIRECTORIES = "task.directories"
 
 
@@ -290,10 +292,12 @@ class _Asked:
     mdwe: Ref
     io_flusher: Ref
     memory_merge: Ref
+    xcomp: Buffer
 
 
 def _ask_process(batch: Batch, process: FrozenProcess, status: Status) -> _Asked:
-    subreaper = batch.buffer(4)
+    subreaper, xcomp = batch.buffer(4), batch.buffer(8)
+    batch.call("arch_prctl", _ARCH_GET_XCOMP_PERM, xcomp, check=False)
     batch.call("prctl", prctl.GET_CHILD_SUBREAPER, subreaper, 0, 0, 0)
     return _Asked(
         signals.ask_actions(batch, status.sig_caught, status.sig_ignored),
@@ -306,6 +310,7 @@ def _ask_process(batch: Batch, process: FrozenProcess, status: Status) -> _Asked
         batch.call("prctl", prctl.GET_MDWE, 0, 0, 0, 0, check=False),
         batch.call("prctl", prctl.GET_IO_FLUSHER, 0, 0, 0, 0, check=False),
         batch.call("prctl", prctl.GET_MEMORY_MERGE, 0, 0, 0, 0, check=False),
+        xcomp,
     )
 
 
@@ -320,6 +325,7 @@ def _answer_process(results: Results, asked: _Asked, message: task_pb2.Process) 
     message.mdwe = max(results[asked.mdwe], 0)
     message.io_flusher = results[asked.io_flusher] > 0
     message.memory_merge = results[asked.memory_merge] > 0
+    message.xcomp_permitted = _u64(results.bytes(asked.xcomp))
 
 
 def _directory(pid: int, link: str) -> common_pb2.FileIdentity:
@@ -398,6 +404,12 @@ def restore_directories(ctx: RestoreContext, batch: Batch, process: task_pb2.Pro
             batch.call("chroot", b".\0")
         batch.call("close", remote)
     batch.call("umask", process.umask)
+
+
+def restore_permissions(batch: Batch, process: task_pb2.Process) -> None:
+    """What the process has asked the CPU for (AMX). Before threads and alternate stacks, which must be large enough."""
+    if process.xcomp_permitted >> _XFEATURE_XTILEDATA & 1:
+        batch.call("arch_prctl", _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
 
 
 def restore_thread_early(batch: Batch, thread: task_pb2.Thread) -> None:

@@ -339,3 +339,21 @@ def test_stubs_die_with_their_tracer(tmp_path):
 
 def test_layouts_are_the_compilers():
     assert ctypes.sizeof(ptrace.Regs) == 216
+
+
+@pytest.mark.requires("clone3_set_tid")
+def test_a_stub_loads_extended_state_by_itself():
+    """How AMX state, which ptrace does not take before its first use, gets into a stub; here with SSE and x87."""
+    stub = spawn_root_stub()
+    try:
+        stub.map_arena(0x10000000, 1 << 20)
+        stub.unmap_all_but_arena()
+        xstate = bytearray(ptrace.get_xstate(stub.tid))
+        in_use = int.from_bytes(xstate[512:520], "little") | 0b11
+        xstate[512:520] = in_use.to_bytes(8, "little")
+        xstate[160:416] = bytes(range(256))
+        stub.load_xstate(bytes(xstate))
+        assert ptrace.get_xstate(stub.tid)[160:416] == bytes(range(256))
+        assert stub.call("getpid") == stub.pid
+    finally:
+        stub.kill()

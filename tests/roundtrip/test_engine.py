@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import pathlib
@@ -518,3 +519,28 @@ def test_timer_ids_that_cannot_be_counted_up_to(start, monkeypatch):
     with pytest.raises(UnsupportedError, match="POSIX timer id 65536"):
         memory_store.rollback(point)
     assert is_running(pid)
+
+
+KEYRING = """
+import ctypes, os, time
+libc = ctypes.CDLL(None, use_errno=True)
+while True:
+    n = libc.syscall(250, 0, -3, 0)  # keyctl(KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING, 0)
+    with open("n.tmp", "w") as f: f.write(str(n))
+    os.replace("n.tmp", "n")
+    time.sleep(0.01)
+"""
+
+
+def test_the_session_keyring_is_not_the_rollbacks(start, tmp_path):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(250, 1, b"snap-test") < 0:  # KEYCTL_JOIN_SESSION_KEYRING
+        pytest.skip("this kernel (or container) has no keyrings")
+    mine = libc.syscall(250, 0, -3, 0)
+    pid = start(sys.executable, "-c", KEYRING)
+    wait_until(lambda: number(tmp_path / "n") == mine, "started in our keyring")
+    point = memory_store.take(pid)
+    kill(pid)
+    (tmp_path / "n").unlink()
+    memory_store.rollback(point)
+    assert wait_until(lambda: number(tmp_path / "n"), "looked again") != mine
