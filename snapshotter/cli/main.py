@@ -6,7 +6,6 @@ and shell completion are quick and `snap list` never loads the engine.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -158,8 +157,6 @@ def main() -> NoReturn:
     """The `snap` command. Cron starts it again and again, so what it does not need is not done."""
     # Linear algebra is all that numpy would start threads for, and there is none here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Importing makes objects by the ten thousands, which stay: looking through them for garbage finds none.
-    gc.set_threshold(50_000, 20, 20)
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is signal.SIG_DFL:
             signal.signal(signum, _on_signal)
