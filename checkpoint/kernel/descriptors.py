@@ -7,7 +7,9 @@ x86-64's. What the calls are used for is in checkpoint/resources/files.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -19,6 +21,7 @@ from typing import TypeVar
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
+SYS_SETGROUPS, SYS_SETFSUID, SYS_SETFSGID = 116, 122, 123
 SYS_EPOLL_CTL = 233
 SYS_INOTIFY_ADD_WATCH, SYS_INOTIFY_RM_WATCH = 254, 255
 SYS_INOTIFY_INIT1 = 294
@@ -35,7 +38,7 @@ KCMP_FILE = 0
 KCMP_FILES = 2
 KCMP_EPOLL_TFD = 7
 
-CLONE_FILES = 0x400
+CLONE_FS, CLONE_FILES = 0x200, 0x400
 SPLICE_F_NONBLOCK = 2
 F_SETPIPE_SZ = 1031
 F_GETPIPE_SZ = 1032
@@ -184,25 +187,63 @@ def filesystem_type(path: str | bytes) -> int:
     return int(struct.unpack_from("=q", buffer.raw)[0])
 
 
+def with_file_rights(uid: int, gid: int, work: Callable[[], _Result]) -> _Result:
+    """Runs `work` in a thread whose rights in file systems are those of a user: fsuid, fsgid, no further groups, none of
+    root's capabilities over files (unless it is root). Its umask is 0.
+
+    Raises:
+        PermissionError: we may not take on those ids; or what `work` raises.
+    """
+
+    def body() -> _Result:
+        if _libc.unshare(CLONE_FS) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        os.umask(0)  # of this thread alone now
+        # The raw calls change this thread; libc's setgroups would change all.
+        with contextlib.suppress(PermissionError):
+            _syscall(SYS_SETGROUPS, 0, None)
+        _libc.syscall(ctypes.c_long(SYS_SETFSGID), ctypes.c_long(gid))
+        _libc.syscall(ctypes.c_long(SYS_SETFSUID), ctypes.c_long(uid))
+        # Neither call tells whether it worked, but both return the id that was.
+        now = tuple(
+            _libc.syscall(ctypes.c_long(nr), ctypes.c_long(-1)) for nr in (SYS_SETFSUID, SYS_SETFSGID)
+        )
+        if now != (uid, gid):
+            raise PermissionError(errno.EPERM, f"cannot act as user {uid}, group {gid}")
+        return work()
+
+    return _in_thread(body)
+
+
 def with_private_table(work: Callable[[], _Result]) -> _Result:
     """Runs `work` in a thread that has its own copy of this process's descriptor table.
 
     It may put any description under any number without disturbing the rest of the program; the copy is
     closed when it returns.
     """
+
+    def body() -> _Result:
+        if _libc.unshare(CLONE_FILES) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return work()
+
+    return _in_thread(body)
+
+
+def _in_thread(work: Callable[[], _Result]) -> _Result:
+    """In a thread of its own, which ends with it and takes along what was changed for it alone."""
     results: list[_Result] = []
     errors: list[BaseException] = []
 
     def body() -> None:
         try:
-            if _libc.unshare(CLONE_FILES) != 0:
-                code = ctypes.get_errno()
-                raise OSError(code, os.strerror(code))
             results.append(work())
         except BaseException as error:  # handed to the caller's thread
             errors.append(error)
 
-    thread = threading.Thread(target=body, name="snap-private-table")
+    thread = threading.Thread(target=body, name="snap-apart")
     thread.start()
     thread.join()
     if errors:

@@ -6,10 +6,13 @@ import array
 import contextlib
 import fcntl
 import os
+import pathlib
 import select
 import signal
 import socket
+import stat
 import struct
+import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +24,10 @@ from checkpoint.context import DumpContext, DumpOptions
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel.fdinfo import O_DIRECT, O_PATH, parse_fdinfo
 from checkpoint.resources import files
+from checkpoint.resources.files import unixnode
 from checkpoint.resources.files.opening import Opening
 from images import files_pb2
-from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
+from snapshotter.base.errors import Finding, PermissionDeniedError, RestoreConflictError, UnsupportedError
 
 pytestmark = pytest.mark.requires("kcmp", "pidfd_getfd")
 
@@ -640,3 +644,108 @@ def test_the_session_on_a_terminal_is_recorded():
         Restored(ctx, pid)
     os.close(slave)
     os.close(master)
+
+
+@pytest.fixture
+def public():
+    """A directory where everybody may write; those of pytest are its own."""
+    with tempfile.TemporaryDirectory(prefix="snap-test-") as folder:
+        os.chmod(folder, 0o777)
+        yield pathlib.Path(folder)
+
+
+def bound_by(path, uid, gid, mode=0o640):
+    """prepare() for a listening socket that another user has bound."""
+
+    def prepare():
+        server = socket.socket(socket.AF_UNIX)
+        os.umask(0)
+        os.setegid(gid)
+        os.seteuid(uid)
+        server.bind(str(path))
+        os.chmod(path, mode)
+        os.seteuid(0)
+        os.setegid(0)
+        server.listen(1)
+        return server
+
+    return prepare
+
+
+@pytest.mark.requires("root")
+def test_a_bound_socket_keeps_owner_and_mode(again, public):
+    path = public / "sock"
+    r = again(bound_by(path, 1234, 2345))
+    node = path.stat()
+    assert (node.st_uid, node.st_gid, stat.S_IMODE(node.st_mode)) == (1234, 2345, 0o640)
+    with r.socket(3) as server, socket.socket(socket.AF_UNIX) as client:
+        assert server.getsockname() == str(path)
+        client.connect(str(path))
+
+
+@pytest.mark.requires("root")
+def test_a_socket_that_root_bound_and_gave_away(again, public):
+    public.chmod(0o755)
+    path = public / "sock"
+
+    def prepare():
+        server = bound_by(path, 0, 0)()
+        os.chown(path, 1234, 2345)
+        return server
+
+    again(prepare)
+    node = path.stat()
+    assert (node.st_uid, node.st_gid, stat.S_IMODE(node.st_mode)) == (1234, 2345, 0o640)
+
+
+@pytest.mark.requires("root")
+def test_a_users_socket_reaches_no_further_than_he_does(public):
+    own, roots = public / "own", public / "roots"
+    own.mkdir()
+    os.chown(own, 1234, 1234)
+    roots.mkdir()
+    roots.chmod(0o755)
+    with child(bound_by(own / "sock", 1234, 1234)) as pid:
+        ctx = dump(pid)
+    own.rename(public / "aside")
+    own.symlink_to(roots)
+    with pytest.raises(RestoreConflictError, match="directory of the job's socket"):
+        Restored(ctx, pid)
+    assert not list(roots.iterdir())
+    # An address that held a link all along is followed by nobody but its owner.
+    own.unlink()
+    (public / "aside").rename(own)
+    link = public / "link"
+    link.symlink_to(own)
+    with child(bound_by(link / "other", 1234, 1234)) as pid:
+        ctx = dump(pid)
+    Restored(ctx, pid).opening.close()
+    link.unlink()
+    link.symlink_to(roots)
+    with pytest.raises(RestoreConflictError, match="another directory"):
+        Restored(ctx, pid)
+    assert not list(roots.iterdir())
+
+
+@pytest.mark.requires("root")
+def test_the_node_is_made_with_its_owners_rights(public, monkeypatch):
+    """The links of its address change after they were looked at."""
+    own, roots, link = public / "own", public / "roots", public / "link"
+    own.mkdir()
+    os.chown(own, 1234, 1234)
+    roots.mkdir()
+    roots.chmod(0o755)
+    link.symlink_to(own)
+    with child(bound_by(link / "sock", 1234, 1234)) as pid:
+        ctx = dump(pid)
+    real = unixnode._make
+
+    def swap(*args):
+        link.unlink()
+        link.symlink_to(roots)
+        return real(*args)
+
+    monkeypatch.setattr(unixnode, "_make", swap)
+    with pytest.raises((RestoreConflictError, PermissionDeniedError)):
+        Restored(ctx, pid)
+    assert not list(roots.iterdir())

@@ -19,6 +19,7 @@ sockets of another network namespace.
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import stat
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import sockdiag
 from checkpoint.resources import paths
-from checkpoint.resources.files import kind, outside, sockets
+from checkpoint.resources.files import kind, outside, sockets, unixnode
 from images import common_pb2, files_pb2
 from snapshotter.base.errors import (
     Finding,
@@ -73,6 +74,8 @@ class UnixKind(kind.Kind):
         image = description.unix
         image.ino, image.peer_ino, image.type, image.state = info.ino, info.peer, info.type, info.state
         image.shutdown = info.shutdown
+        image.uid, image.gid = seen.stat.st_uid, seen.stat.st_gid
+        image.mode = stat.S_IMODE(seen.stat.st_mode)
         image.backlog = info.wqueue if info.state == sockdiag.STATE_LISTEN else 0
         if info.name:
             image.address = _name(info.name)
@@ -92,13 +95,16 @@ class UnixKind(kind.Kind):
                 "let the program bind it under an absolute path",
             )
         try:
-            node = os.lstat(image.address)
+            folder, name = os.path.split(image.address)
+            path = os.path.join(os.path.realpath(folder), name)
+            node = os.lstat(path)
         except OSError:
             return
-        if node.st_ino == info.vfs_ino:
+        if node.st_ino & 0xFFFFFFFF == info.vfs_ino:
+            image.uid, image.gid = node.st_uid, node.st_gid
             image.bound.CopyFrom(
                 common_pb2.FileIdentity(
-                    path=image.address,
+                    path=path,
                     dev=node.st_dev,
                     ino=node.st_ino,
                     mode=node.st_mode,
@@ -147,15 +153,8 @@ class UnixKind(kind.Kind):
                     where=paths.shown(image.address),
                     hint="end it",
                 )
-        if not image.HasField("bound"):
-            return
-        parent = os.path.dirname(image.address)
-        if not os.path.isdir(parent):
-            raise RestoreConflictError(
-                "the directory of the job's socket is gone",
-                where=paths.shown(image.address),
-                hint="make it again",
-            )
+        if image.HasField("bound"):
+            unixnode.check(image)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         image = description.unix
@@ -172,9 +171,11 @@ class UnixKind(kind.Kind):
             return mine
         sock = socket.socket(socket.AF_UNIX, image.type)
         if image.address:
-            _bind(sock, image)
+            unixnode.bind(sock, image)
         if image.state == sockdiag.STATE_LISTEN:
             sock.listen(image.backlog)
+        with contextlib.suppress(PermissionError):
+            os.fchown(sock.fileno(), image.uid, image.gid)
         return sock.detach()
 
     def fill(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
@@ -315,44 +316,6 @@ def _alive(credentials: bytes) -> bool:
     return os.path.exists(f"/proc/{pid}")
 
 
-def _bind(sock: socket.socket, image: files_pb2.UnixSocket) -> None:
-    """Gives a socket its address. A node that a dead socket left at its path is replaced."""
-    where = paths.shown(image.address)
-    path = not image.address.startswith(b"\0")
-    try:
-        if path and image.HasField("bound") and os.path.exists(image.address):
-            _unlink_dead(image.address, sock.type)
-        sock.bind(image.address)
-        if path and not image.HasField("bound"):
-            os.unlink(image.address)  # the job had unlinked it
-        elif path:
-            os.chmod(image.address, image.bound.mode & 0o7777)
-    except OSError as error:
-        raise RestoreConflictError(
-            f"cannot bind the job's socket: {error.strerror}", where=where, hint="end what uses this address"
-        ) from error
-
-
-def _unlink_dead(path: bytes, socket_type: int) -> None:
-    """Removes the node of a socket that nobody serves any more; anything else is in the way."""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise RestoreConflictError(
-            "there is something else where the job's socket was", where=paths.shown(path)
-        )
-    with socket.socket(socket.AF_UNIX, socket_type) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError:
-            pass
-    raise RestoreConflictError(
-        "another program serves the job's socket", where=paths.shown(path), hint="end it, or move its socket"
-    )
-
-
 def _connected(
     opening: Opening, image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket | None
 ) -> tuple[int, int]:
@@ -366,23 +329,22 @@ def _connected(
     client_side = peer if addressed is image else image
     with socket.socket(socket.AF_UNIX, image.type) as client:
         if client_side is not None and client_side.address:
-            _bind(client, client_side)
+            unixnode.bind(client, client_side)
         listener = opening.unix_listeners.get(addressed.address)
         if listener is not None:
             with sockets.borrowed_socket(opening.open(listener)) as served:
                 client.connect(addressed.address)
                 server = served.accept()[0]
         else:
-            with socket.socket(socket.AF_UNIX, image.type) as served:
-                temporary = files_pb2.UnixSocket(address=addressed.address)
-                if not addressed.address.startswith(b"\0"):
-                    temporary.bound.mode = 0o600
-                _bind(served, temporary)
+            with socket.socket(socket.AF_UNIX, image.type) as served, contextlib.ExitStack() as stack:
+                if unixnode.has_path(addressed) and not addressed.HasField("bound"):
+                    stack.enter_context(unixnode.bound_for_a_moment(served, addressed))
+                else:
+                    # What stays of it in the file system is what the job's listener had left: a node that nobody serves.
+                    unixnode.bind(served, addressed)
                 served.listen(1)
                 client.connect(addressed.address)
                 server = served.accept()[0]
-                if not addressed.address.startswith(b"\0"):
-                    os.unlink(addressed.address)
         ends_by_side = (server.detach(), os.dup(client.fileno()))
     return ends_by_side if addressed is image else (ends_by_side[1], ends_by_side[0])
 
@@ -391,7 +353,7 @@ def _connected_datagrams(image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     for end, side in zip(ends, (image, peer), strict=True):
         if side is not None and side.address:
-            _bind(end, side)
+            unixnode.bind(end, side)
     return ends[0].detach(), ends[1].detach()
 
 
