@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from snapshotter.base import faults
+
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
@@ -46,6 +48,7 @@ class FrozenTask:
             from checkpoint.parasite import infect
 
             self.remote = infect(self)
+            faults.point("dump.infected")
         return self.remote
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from checkpoint import environment, tracking
 from checkpoint.check import CheckReport, check, look_at_process
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
-from checkpoint.freeze import CannotStopError, FrozenTree, TreeChangedError
+from checkpoint.freeze import CannotStopError, FrozenTree, TreeChangedError, lead_out
 from checkpoint.kernel import fdinfo, proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
@@ -74,6 +74,10 @@ def dump(
     started = time.monotonic_ns()
     options = options or DumpOptions()
     found = check(pid, max_tasks=options.max_tasks)
+    if not found.ok:
+        # What stands in the way may be what a snap that was killed has left there.
+        lead_out(found.pids)
+        found = check(pid, max_tasks=options.max_tasks)
     found.raise_if_refused()
     faults.point("dump.looked")
     tracker = tracking.choose(options.tracker if options.track else "compare")

@@ -20,7 +20,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Literal, Self
 
@@ -416,6 +416,20 @@ def stopped_process(pid: int, *, timeout_s: float = 5.0) -> Iterator[FrozenProce
         if process.is_zombie:
             raise TargetGoneError("has ended", where=f"task {pid}")
         yield process
+
+
+def lead_out(pids: Iterable[int]) -> None:
+    """Let these processes leave what a snap that was killed has left in them, with all that it had opened there.
+
+    One that runs does so by itself, one that is stopped (SIGSTOP) does not. Processes without such a thing are not touched.
+    """
+    for pid in pids:
+        with contextlib.suppress(OSError, SnapshotterError):
+            with ProcMem(pid) as mem:
+                there = any(stranded.code_pages(proc.read_maps(pid), mem))
+            if there:
+                with stopped_process(pid):
+                    pass  # entering it has led them out
 
 
 class _OneProcess(FrozenTree):

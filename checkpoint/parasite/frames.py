@@ -2,15 +2,15 @@
 
 Owns where they lie and what they say. Two signal frames one after the other:
 
-    [magic][frame 1: munmap(area) through `syscall; ret`][frame 2: the interrupted context, vector state included]
+    [magic][frame 1: munmap(area) through `syscall; ret`][frame 2: the interrupted context, vector state included][magic]
 
 A task whose rsp points at a frame's start and that executes `ret` (or at start + 8 and executes rt_sigreturn) takes
 that frame. Frame 1 returns into munmap, whose `ret` takes frame 2, which returns to the job.
 
 Where they lie, the first that there is:
 
-1. the low end of the main thread's stack mapping, on pages that were never touched (all zero), 64 KiB from where any
-   thread of the process stands;
+1. near the low end of the main thread's stack mapping, on pages that were never touched (all zero), 64 KiB from where
+   any thread of the process stands;
 2. for the task that stands lowest in that mapping, right below its red zone, where a signal's frame would go too;
 3. for any other, below that mapping, which the kernel extends when it is written to;
 4. below the red zone of the task's own stack, if 64 KiB of the mapping lie below.
@@ -45,6 +45,10 @@ _FIRST = ALIGN
 _SECOND: int = _FIRST + (-(-lib.snap_frame_size(0) // ALIGN)) * ALIGN
 _RED_ZONE = 128
 _PAGE = 4096
+_HANDLER_ROOM = 8 * _PAGE
+"""Below frames at the low end: should snap die in the instants where a task's registers are those of the way out and
+its signals not blocked, the handler of one that is pending runs there.
+"""
 _STACK_RESERVE = 16 * _PAGE
 """Never nearer than this to the used part of a stack that other tasks may go on to use while a task leaves."""
 
@@ -89,13 +93,16 @@ def used_xstate(xstate: bytes) -> int:
 
 
 def build(
-    address: int, regs: Regs, sigmask: int, xstate: bytes, used: int, gadgets: Gadgets, area: Area | None
+    place: Place, regs: Regs, sigmask: int, xstate: bytes, used: int, gadgets: Gadgets, area: Area | None
 ) -> bytes:
-    """The bytes of magic and both frames for `address`. `regs` are those to return to. area None: frame 1 only
+    """The bytes of magic and both frames for a place, all of it. `regs` are those to return to. area None: frame 1 only
     leads to frame 2 (munmap of nothing is not asked for).
     """
-    out = ffi.new("char[]", size(used))
+    address, room = place.address, len(place.saved)
+    out = ffi.new("char[]", room)
     ffi.buffer(out)[: len(MAGIC)] = MAGIC
+    if room - size(used) >= len(MAGIC):
+        ffi.buffer(out)[room - len(MAGIC) :] = MAGIC
     first = regs.copy()
     first.rsp = address + _SECOND
     first.rip = gadgets.syscall_ret
@@ -129,7 +136,7 @@ def choose(
     *,
     where: str,
 ) -> Place:
-    """A place for `need` bytes that nothing else uses.
+    """A place for `need` bytes, or a little more, that nothing else uses.
 
     Args:
         maps: the mappings of the process.
@@ -147,14 +154,14 @@ def choose(
         if entry.path != "[stack]" or not entry.writable or entry.shared:
             continue
         inside = [at for at in (rsp, *stacks) if entry.start <= at < entry.end]
-        place = _low_end(entry, mem, need, min([entry.end, *inside]) - _STACK_RESERVE, taken)
+        place = _low_end(entry, mem, need, inside, taken)
         if place is None and rsp in inside and rsp == min(inside):
             place = _extended(mem, (rsp - _RED_ZONE - need) & -ALIGN, need, entry.start)
         elif place is None:
             # Where no thread stands in it, the main one may still return to its low end.
             lowest = min(inside, default=entry.start)
-            at = min(entry.start, lowest - _STACK_RESERVE) - _pages(need)
-            place = _extended(mem, at & -_PAGE, need, entry.start)
+            at = (min(entry.start, lowest - _STACK_RESERVE) - _room(need)) & -_PAGE
+            place = _extended(mem, at, _room(need), entry.start, below=_HANDLER_ROOM)
         if place is not None:
             return place
     at = (rsp - _RED_ZONE - need) & -ALIGN
@@ -167,35 +174,47 @@ def choose(
     )  # fmt: skip
 
 
-def _pages(size: int) -> int:
-    return -(-size // _PAGE) * _PAGE
+def _room(need: int) -> int:
+    """Whole pages, with the second magic: that of the start may go under in what a signal's handler leaves behind."""
+    return -(-(need + len(MAGIC)) // _PAGE) * _PAGE
 
 
-def _low_end(stack: MapsEntry, mem: ProcMem, need: int, limit: int, taken: Collection[int]) -> Place | None:
-    """The lowest pages of the mapping, if nothing was ever there: what lies beyond used ones may be anybody's."""
-    room = _pages(need)
-    for at in range(stack.start, limit - room + 1, _PAGE):
-        if any(at < other + room and other < at + room for other in taken):
-            continue
+def _low_end(
+    stack: MapsEntry, mem: ProcMem, need: int, inside: Collection[int], taken: Collection[int]
+) -> Place | None:
+    """Pages near the low end of the mapping, if nothing is there: what lies beyond used ones may be anybody's."""
+    room = _room(need)
+    limit = min([stack.end, *inside]) - _STACK_RESERVE
+    first = stack.start
+    if inside:
+        # Where it is not known what the main thread uses, as low as can be.
+        first += max(0, min(_HANDLER_ROOM, limit - room - stack.start)) & -_PAGE
+    for at in range(first, limit - room + 1, _PAGE):
         try:
-            content = mem.read(at, need)
+            if any(at - room < other < at + room and _has_magic(mem, other) for other in taken):
+                continue
+            content = mem.read(at, room)
         except OSError:
             return None
-        if content.startswith(MAGIC):  # of a snap that was killed: ours again
-            return Place(at, bytes(need))
+        if content.startswith(MAGIC) or content.endswith(MAGIC):  # of a snap that was killed: ours again
+            return Place(at, bytes(room))
         return None if any(content) else Place(at, content)
     return None
 
 
-def _extended(mem: ProcMem, at: int, need: int, start: int) -> Place | None:
-    """A place whose part below the mapping that begins at `start` is made by writing there; None where the kernel does not
-    let it grow (its limit, or another mapping).
+def _has_magic(mem: ProcMem, at: int) -> bool:
+    """Whether frames begin here. Those of another process need not: only some share their memory."""
+    return mem.read(at, len(MAGIC)) == MAGIC
+
+
+def _extended(mem: ProcMem, at: int, need: int, start: int, *, below: int = 0) -> Place | None:
+    """A place whose part below the mapping that begins at `start` is made by writing there, and `below` bytes more. None
+    where the kernel does not let it grow (its limit, or another mapping).
     """
     if at >= start:
         return Place(at, mem.read(at, need))
-    fresh = min(need, start - at)
     try:
-        mem.write(at, bytes(fresh))
+        mem.write(at - below, bytes(min(need, start - at)))
         return Place(at, mem.read(at, need))
     except OSError:
         return None

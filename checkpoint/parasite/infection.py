@@ -25,7 +25,7 @@ from checkpoint.kernel import interrupted, proc, ptrace
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.parasite import frames, gadgets, stranded
 from checkpoint.parasite.batch import Ending
-from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, MAGIC_SIZE, Area, RemoteTask, blob
+from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, Area, RemoteTask, blob
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
 
@@ -142,17 +142,10 @@ def _leftovers(maps: list[proc.MapsEntry], mem: ProcMem, places: list[tuple[int,
     found = []
     # Another process of the job may share this address space (CLONE_VM): what is in use is nobody's leftover
     live = {space.area.start for space in _spaces.values()}
-    for entry in maps:
-        if entry.start in live:
-            continue
-        if entry.perms != "r-xp" or entry.path or entry.inode or entry.size_bytes != CODE_SIZE:
-            continue
-        with contextlib.suppress(OSError):
-            if mem.read(entry.start, MAGIC_SIZE) != blob()[:MAGIC_SIZE]:
-                continue
-            area = Area(entry.start, AREA_SIZE)
-            if not any(area.start <= at < area.end for place in places for at in place):
-                found.append(area)
+    for start in stranded.code_pages(maps, mem):
+        area = Area(start, AREA_SIZE)
+        if start not in live and not any(area.start <= at < area.end for place in places for at in place):
+            found.append(area)
     return found
 
 
@@ -247,7 +240,7 @@ class InfectedTask(RemoteTask):
         self.mem.write(
             place.address,
             frames.build(
-                place.address,
+                place,
                 interrupted.resumable(self._own_regs, self.mem),
                 self._own_mask,
                 self._xstate,

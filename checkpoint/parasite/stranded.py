@@ -18,16 +18,29 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import ptrace
 from checkpoint.parasite import frames, gadgets
-from checkpoint.parasite.remote import ALL_SIGNALS, MAGIC_SIZE, blob
+from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, MAGIC_SIZE, blob
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from checkpoint.kernel.mem import ProcMem
+    from checkpoint.kernel.proc import MapsEntry
     from checkpoint.kernel.ptrace import Regs, WaitStatus
 
 _PAGE = 4096
 _WORD = 8
 _LEAVE_S = 5.0
+
+
+def code_pages(maps: Iterable[MapsEntry], mem: ProcMem) -> Iterator[int]:
+    """Where the parasite's code is mapped in a process."""
+    for entry in maps:
+        if entry.perms != "r-xp" or entry.path or entry.inode or entry.size_bytes != CODE_SIZE:
+            continue
+        with contextlib.suppress(OSError):
+            if mem.read(entry.start, MAGIC_SIZE) == blob()[:MAGIC_SIZE]:
+                yield entry.start
 
 
 def is_inside(regs: Regs, mem: ProcMem) -> bool:

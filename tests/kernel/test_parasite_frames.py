@@ -131,6 +131,7 @@ class FakeMemory:
         return bytes(max(0, min(size, self.used - at))).ljust(size, b"\x01")
 
     def write(self, at: int, data: bytes) -> None:
+        assert not any(data)
         assert at + len(data) <= STACK[0], "what is in use is only written to when the frames are"
         if not self.grows:
             raise OSError(errno.EIO, "EIO")
@@ -153,10 +154,15 @@ def below(rsp):
     return (rsp - 128 - NEED) & -64
 
 
+ROOM = 0x8000
+
+
 def test_the_low_end_is_used_where_it_was_never_touched():
     high = STACK[1] - 0x1000
-    assert choose(FakeMemory(zeros=0x8000), high).address == STACK[0]
+    assert choose(FakeMemory(zeros=0xC000), high).address == STACK[0] + ROOM
     assert choose(FakeMemory(zeros=0), high).address == below(high)
+    # Nobody stands in it: who knows where it ends
+    assert choose(FakeMemory(zeros=0x1000), OTHER[0] + 0x1000).address == STACK[0]
 
 
 def test_no_thread_stands_near_the_low_end_that_is_used():
@@ -164,7 +170,7 @@ def test_no_thread_stands_near_the_low_end_that_is_used():
     assert choose(memory, near, high).address == below(near)
     place = choose(memory, high, near)
     assert place.address + NEED <= near - 0x10000
-    assert place.saved == bytes(NEED)
+    assert place.saved == bytes(4096)
 
 
 def test_the_lowest_task_has_them_below_its_red_zone():
@@ -189,3 +195,13 @@ def test_where_the_stack_does_not_grow_it_is_the_own_one_or_nothing():
     for rsp in (narrow, lowest):
         with pytest.raises(UnsupportedError, match="kept safe"):
             choose(FakeMemory(grows=False), rsp, lowest)
+
+
+def test_frames_of_another_process_are_in_the_way_only_if_they_are_here():
+    high = STACK[1] - 0x1000
+    memory = FakeMemory(zeros=0x10000)
+    other = STACK[0] + ROOM
+    assert frames.choose(MAPS, memory, high, NEED, [high], [other], where="task 1").address == other
+    read = memory.read
+    memory.read = lambda at, size: frames.MAGIC[:size] if at == other and size == 16 else read(at, size)
+    assert frames.choose(MAPS, memory, high, NEED, [high], [other], where="task 1").address == other + 4096
