@@ -107,6 +107,7 @@ def _prepare(
         environment.check_machine(ctx)
         environment.check_rights(ctx)
         found = environment.survey(ctx)
+        ctx.replaces = bool(found.old)
         planned = make_plan(ctx, found)
         environment.check_free(planned.tree.helper_pids, found)
         for process in ctx.processes.values():

@@ -80,6 +80,8 @@ class RestoreContext:
     """In every stub: a pidfd of snap. Closed by restore.py just before the registers are set."""
     arena: tuple[int, int] = (0, 0)
     """[start, end) of the stub's own memory in every process: keep it until the end."""
+    replaces: bool = False
+    """A living job is replaced: it has gone on since the point."""
     pages_written: int = 0
     state: dict[str, Any] = field(default_factory=dict)
     """For resources, by their name: what must live from one phase to the next."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ from checkpoint.resources.memory import vdso
 from images import codec
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError, VerificationError
 from tests import memory_store
-from tests.jobs import wait_until
+from tests.jobs import reap_all, state, tree, wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -192,10 +193,135 @@ def test_nothing_stays_open(sharing):
 
 
 def test_what_is_written_to_a_shared_file_meanwhile_is_said(sharing):
-    _, point, data = sharing
+    child, point, data = sharing
+    said = f"{data} is mapped shared and writable: the job gets the file as it is at the rollback"
+    # It lives, and may write into a page that was dirty already.
+    assert said in memory_store.rollback(point, dry_run=True).warnings
+    child.kill()
+    child.wait()
     assert not any(str(data) in text for text in memory_store.rollback(point, dry_run=True).warnings)
-    with data.open("r+b") as file:
-        file.write(b"newer")
     os.utime(data, (1, 1))
     warnings = memory_store.rollback(point, dry_run=True).warnings
-    assert any(str(data) in text and "shared and writable" in text for text in warnings)
+    assert any(text.startswith(said) and "modification time" in text for text in warnings)
+
+
+SHARED_MEMORY = """
+import os, sys, time
+from multiprocessing import shared_memory
+os.chdir(sys.argv[1])
+shm = shared_memory.SharedMemory(create=True, size=3 * 4096)
+with open("name", "w") as f: f.write(shm.name)
+out = os.open("n", os.O_WRONLY | os.O_CREAT)
+n = 0
+while True:
+    if int.from_bytes(shm.buf[:8], "little") != n or shm.buf[-1] != n % 251:
+        open("bad", "w").close()
+    n += 1
+    shm.buf[:8] = n.to_bytes(8, "little")
+    shm.buf[-1] = n % 251
+    os.pwrite(out, b"%08d" % n, 0)
+    time.sleep(0.003)
+"""
+
+
+def number(path: pathlib.Path) -> int:
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """A job that keeps a number in private and in POSIX shared memory: (pid, its directory, path of the memory)."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", SHARED_MEMORY, tmp_path],
+        stdin=-3,
+        stdout=-3,
+        stderr=-3,
+        start_new_session=True,
+    )
+    child.returncode = 0
+    try:
+        wait_until(lambda: number(tmp_path / "n") > 5, "counting")
+        shm = pathlib.Path("/dev/shm") / (tmp_path / "name").read_text()
+        yield child.pid, tmp_path, shm
+    finally:
+        kill_all(child.pid)
+        shm.unlink(missing_ok=True)
+
+
+def kill_all(root: int) -> None:
+    for pid in tree(root):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: reap_all() or not state(root), "the job gone")
+
+
+def goes_on(pid: int, folder: pathlib.Path, low: int, high: int) -> None:
+    """From the point's number, and with both numbers the same."""
+    wait_until(lambda: low <= number(folder / "n") < high, "counting from the point")
+    at = number(folder / "n")
+    wait_until(lambda: number(folder / "n") > at + 20 or (folder / "bad").exists(), "counting on")
+    assert not (folder / "bad").exists(), "private and shared memory are of different times"
+
+
+@pytest.mark.parametrize("before", ["alive", "killed", "unlinked"])
+def test_posix_shared_memory_is_the_points(counting, before):
+    pid, folder, shm = counting
+    shm.chmod(0o640)
+    os.chown(shm, 1234, 2345)
+    low = number(folder / "n")
+    point = memory_store.take(pid)
+    high = number(folder / "n") + 50
+    wait_until(lambda: number(folder / "n") > high + 50, "counting on")
+    known = []
+    for _ in range(3):  # any number of times, also when it had to be made anew
+        if before != "alive":
+            kill_all(pid)
+        if before == "unlinked":
+            shm.unlink()
+        inode = shm.stat().st_ino if shm.exists() else 0
+        known.append(memory_store.rollback(point, known_tasks=known).tasks)
+        goes_on(pid, folder, low, high)
+        node = shm.stat()
+        assert not inode or node.st_ino == inode
+        assert (node.st_uid, node.st_gid, node.st_mode & 0o7777) == (1234, 2345, 0o640)
+        assert str(shm).encode() in pathlib.Path(f"/proc/{pid}/maps").read_bytes()
+        wait_until(lambda: number(folder / "n") > high + 50, "counting on")
+    # What was made anew is the same object for the points that come after, too.
+    later = memory_store.take(pid)
+    low, high = number(folder / "n") - 20, number(folder / "n") + 50
+    wait_until(lambda: number(folder / "n") > high + 50, "counting on")
+    kill_all(pid)
+    shm.unlink()
+    memory_store.rollback(later)
+    goes_on(pid, folder, low, high)
+    memory_store.rollback(point, known_tasks=[memory_store.rollback(later, known_tasks=[_now(pid)]).tasks])
+
+
+def _now(pid: int) -> dict[int, int]:
+    return {
+        one: int(pathlib.Path(f"/proc/{one}/stat").read_text().rsplit(")", 1)[1].split()[19])
+        for one in tree(pid)
+    }
+
+
+def test_another_file_of_that_name_is_left_alone(counting):
+    pid, _, shm = counting
+    point = memory_store.take(pid)
+    shm.unlink()
+    shm.write_bytes(b"somebody's")
+    with pytest.raises(RestoreConflictError, match=rf"{shm}.*another file has the name"):
+        memory_store.rollback(point)
+    shm.unlink()
+    secret = shm.with_name(shm.name + "-other")
+    secret.write_bytes(b"somebody's")
+    try:
+        shm.symlink_to(secret)
+        with pytest.raises(RestoreConflictError, match=f"{shm}"):
+            memory_store.rollback(point)
+        assert secret.read_bytes() == b"somebody's"
+    finally:
+        secret.unlink()
+    assert state(pid) not in {"", "Z"}

@@ -3,7 +3,8 @@
 State: the file, the offset, the flags. A file with a path is reopened there and must still be the same
 inode; its content is the disk's own, so a file that changed since the dump is given to the job as it
 is now, and a warning names it. A file without a path (deleted, O_TMPFILE, memfd) has its content in a
-Shmem image, which the memory resource reads and makes again (also when it is mapped).
+Shmem image, which the memory resource reads and makes again (also when it is mapped). So has a file of a tmpfs
+that the job maps shared (POSIX shared memory).
 
 Refused: files of /proc, /sys and other file systems whose "content" is the kernel's own state; a file
 whose name was deleted while other hard links remain (the path is gone and the content must stay
@@ -91,6 +92,8 @@ class RegularKind(kind.Kind):
         description.regular.identity.CopyFrom(identity)
         if identity.deleted:
             description.regular.shmem = shmem.for_fd(job.ctx, seen.pid, seen.fd, seen.stat)
+        else:  # shm_open: the memory was read before the descriptors
+            description.regular.shmem = shmem.registered(job.ctx, seen.stat.st_dev, seen.stat.st_ino)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         regular = description.regular

@@ -87,8 +87,8 @@ def address_space(
         TargetGoneError, UnsupportedError: see mappings.read_space.
     """
 
-    def register(path: str, stat: os.stat_result, link: bytes) -> str:
-        return shmem.register(ctx, path, stat, link).image_name
+    def register(path: str, stat: os.stat_result, link: bytes, named: bool) -> str:
+        return shmem.register(ctx, path, stat, link, named=named).image_name
 
     space = read_space(pid, register if frozen else None, hidden, known=known)
     for text in space.warnings if frozen else ():
@@ -181,6 +181,7 @@ def plan_pages(
 
 def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace) -> str:
     """Add the image of an address space; returns its name. The process is frozen."""
+    _note_named(ctx, space)
     image = mm_pb2.Mm(format_version=FORMAT_VERSION, vmas=space.vmas)
     image.files.extend(space.files)  # type: ignore[arg-type]
     _dump_fields(image, proc.pid)
@@ -194,6 +195,16 @@ def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace) -> str:
     name = space_name(proc.pid)
     ctx.images[name] = image
     return name
+
+
+def _note_named(ctx: DumpContext, space: AddressSpace) -> None:
+    """A file that one process maps shared and writable as memory is that for the others too, who only read it."""
+    for vma in space.vmas:
+        if vma.kind in {model.FILE_SHARED, model.FILE_PRIVATE}:
+            name = shmem.registered(ctx, vma.shared_dev, vma.shared_ino)
+            if name:
+                vma.kind = model.SHMEM_FILE if vma.kind == model.FILE_SHARED else model.SHMEM_PRIVATE
+                vma.shmem, vma.file = name, 0
 
 
 def _read(pid: int, name: str) -> bytes:

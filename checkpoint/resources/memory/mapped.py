@@ -54,19 +54,21 @@ def _check_shared(
     ctx: RestoreContext, wanted: common_pb2.FileIdentity, path_fd: int, reach: int, *, writable: bool
 ) -> None:
     difference = identity.compare(wanted, path_fd)
-    if not difference.text:
-        return
     where = paths.shown(wanted.path)
-    if difference.size_bytes < min(wanted.size_bytes, reach):
+    if difference.text and difference.size_bytes < min(wanted.size_bytes, reach):
         raise RestoreConflictError(
             f"is mapped by the job and {difference.text}: its mapping would reach behind its end",
             where=where,
             hint="put the file back as it was when the point was taken",
         )
-    how = "shared and writable: the job gets the file as it is at the rollback"
-    ctx.warn(
-        f"{where} {difference.text}; it is mapped {how if writable else 'shared: the job gets it as it is'}"
-    )
+    if writable and (difference.text or ctx.replaces):
+        # A page that was dirty at the point is written on without a new modification time.
+        how = f" (it {difference.text})" if difference.text else ""
+        ctx.warn(
+            f"{where} is mapped shared and writable: the job gets the file as it is at the rollback{how}"
+        )
+    elif difference.text:
+        ctx.warn(f"{where} {difference.text}; the job maps it shared and gets it as it is now")
 
 
 def _keep(

@@ -5,7 +5,8 @@ every mapping that cannot be dumped. Reads /proc only; never stops or touches a 
 
 Files: a mapping whose path still leads to the same inode is kept by identity. One whose file was deleted, or
 whose path leads elsewhere (replaced by an upgrade, another mount namespace), is stored with its content as a
-Shmem.
+Shmem. So is a file of a tmpfs that is mapped shared and writable (shm_open, named semaphores): it is memory of the
+job's that happens to have a name.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from snapshotter.base.errors import Finding, TargetGoneError, UnsupportedError, 
 _LOOKS = 5
 _ZERO_DEVICE = os.makedev(1, 5)
 _KCMP_VM = 1
+_TMPFS_MAGIC = 0x01021994
 
 Range = tuple[int, int]
-Register = Callable[[str, os.stat_result, bytes], str]
-"""(path that opens the object, its stat, the link's text) -> image name of the Shmem."""
+Register = Callable[[str, os.stat_result, bytes, bool], str]
+"""(path that opens the object, its stat, the link's text, whether that path leads to it) -> image name of the Shmem."""
 
 
 @dataclass(slots=True)
@@ -322,7 +324,8 @@ def _with_file(
         return None
     vma.readable_fd = True
     vma.writable_fd = mapping.shared and "mw" in mapping.flags
-    if found:
+    named = found and vma.writable_fd and _on_tmpfs(link_path)
+    if found and not named:
         vma.kind = model.FILE_SHARED if mapping.shared else model.FILE_PRIVATE
         vma.flags = model.map_flags(mapping, anonymous=False)
         if key not in index:
@@ -336,14 +339,21 @@ def _with_file(
     else:
         vma.kind = model.ANON_SHARED if is_zero else model.SHMEM_FILE
     vma.flags = model.map_flags(mapping, anonymous=is_zero and mapping.shared)
-    if not link.endswith(model.DELETED):
+    if not link.endswith(model.DELETED) and not named:
         space.warnings.append(
             f"task {space.pid}: {os.fsdecode(link)} is mapped, but that path leads to another file now; "
             "the point keeps the content of the one that is mapped"
         )
     if register is not None:
         try:
-            vma.shmem = register(link_path, stat, link)
+            vma.shmem = register(link_path, stat, link, named)
         except UnsupportedError as error:
             return error.what, error.hint
     return None
+
+
+def _on_tmpfs(path: str) -> bool:
+    try:
+        return descriptors.filesystem_type(path) == _TMPFS_MAGIC
+    except OSError:
+        return False

@@ -1,4 +1,5 @@
-"""Memory objects that live apart from any address space: shared anonymous memory, memfds, deleted files.
+"""Memory objects that live apart from any address space: shared anonymous memory, memfds, deleted files, and
+files of a tmpfs that are mapped shared (shm_open).
 
 Owns the registry of one dump (each object once, by device and inode, however many mappings and descriptors
 lead to it), the reader of their pages, and making them again at a restore: once, in snap, so that every task
@@ -6,7 +7,9 @@ of the job that shared an object gets the same one.
 
 Restore: shared anonymous memory is mapped by snap itself and opened through /proc/self/map_files, so that it
 looks the same in /proc/PID/maps afterwards; a memfd is a memfd of the same name; a deleted file is a
-nameless file in the same directory (O_TMPFILE), or a memfd where that cannot be.
+nameless file in the same directory (O_TMPFILE), or a memfd where that cannot be. One that has a name is written into
+the very inode that it was, for whoever else has it; when that is gone it is made at its path, and marked (an
+attribute that only root can set) as what it stands for, so that the point can be taken back once more.
 
 Refused: hugetlb memfds and secret memory (vma.refusal names those that are mapped; for_fd those that are
 not).
@@ -14,6 +17,7 @@ not).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -24,7 +28,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from checkpoint.context import DumpContext
+from checkpoint.kernel.descriptors import open_without_symlinks
+from checkpoint.kernel.fdinfo import O_PATH
+from checkpoint.kernel.sys import syscall
 from checkpoint.model.vma import DELETED, MAP_NORESERVE
+from checkpoint.resources import paths
 from checkpoint.resources.memory.identity import safe_close
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2
@@ -36,6 +44,9 @@ _KEY = "memory.shmem"
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL_SEAL, _SEAL_FUTURE_WRITE = 0x1, 0x10
+_NAMED = "memory.named"
+_MARK = "trusted.snap.origin"
+_PUNCH_HOLE = 0x3  # with FALLOC_FL_KEEP_SIZE
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_HUGETLB = 1, 2, 4
 
 
@@ -83,7 +94,9 @@ def registry(ctx: DumpContext) -> Registry:
     return found
 
 
-def register(ctx: DumpContext, open_path: str, stat: os.stat_result, link: bytes) -> SharedObject:
+def register(
+    ctx: DumpContext, open_path: str, stat: os.stat_result, link: bytes, *, named: bool = False
+) -> SharedObject:
     """Register an object once; later calls give the same one.
 
     Args:
@@ -91,6 +104,7 @@ def register(ctx: DumpContext, open_path: str, stat: os.stat_result, link: bytes
         open_path: a /proc link that opens it (map_files or fd).
         stat: of the object.
         link: what the link reads, such as b"/memfd:name (deleted)".
+        named: it is a file whose path leads to it.
 
     Raises:
         UnsupportedError: it is of a kind that cannot be rebuilt.
@@ -103,11 +117,21 @@ def register(ctx: DumpContext, open_path: str, stat: os.stat_result, link: bytes
             fd = os.open(open_path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise wrap_os_error(error, "cannot open a shared memory object", where=open_path) from error
-        image.seals = _seals(fd)
+        if named:
+            image.kind, image.name = mm_pb2.Shmem.NAMED, link
+            image.origin = _mark_of(fd) or _own_origin(stat)
+        else:
+            image.seals = _seals(fd)
         name = f"shmem/{len(objects) + 1}"
         objects[key] = SharedObject(name, image, fd)
         ctx.images[name] = image
     return objects[key]
+
+
+def registered(ctx: DumpContext, dev: int, ino: int) -> str:
+    """Image name of an object that was registered already, by its inode; "" if it was not."""
+    found = registry(ctx).objects.get((dev, ino))
+    return found.image_name if found is not None else ""
 
 
 def for_fd(ctx: DumpContext, pid: int, fd: int, stat: os.stat_result) -> str:
@@ -225,14 +249,14 @@ def open_shared(ctx: RestoreContext, name: str) -> int:
     assert isinstance(made, dict)
     if name not in made:
         image = ctx.image(name, mm_pb2.Shmem)
-        fd = _create(image)
+        fd, fresh = _named(ctx, name, image) if image.kind == mm_pb2.Shmem.NAMED else (_create(image), True)
         made[name] = fd
         try:
             os.ftruncate(fd, image.size_bytes)
             _fill(ctx, name, image, fd)
-            if image.kind != mm_pb2.Shmem.ANON:
+            if fresh and image.kind != mm_pb2.Shmem.ANON:
                 os.fchown(fd, image.uid, image.gid)
-                os.fchmod(fd, image.mode)
+                os.fchmod(fd, image.mode & (0o1777 if image.kind == mm_pb2.Shmem.NAMED else 0o7777))
             # F_SEAL_WRITE must stand before anything maps the object; nothing could be mapped writable under
             # it.
             _add_seals(ctx, name, late=False)
@@ -346,18 +370,107 @@ def _add_seals(ctx: RestoreContext, name: str, *, late: bool) -> None:
 
 def release(ctx: RestoreContext) -> None:
     """Close snap's descriptors of the rebuilt objects."""
-    for fd in ctx.state.pop(_KEY, {}).values():
+    for fd in [*ctx.state.pop(_KEY, {}).values(), *ctx.state.pop(_NAMED, {}).values()]:
         safe_close(fd)
 
 
 def check(ctx: RestoreContext) -> None:
     """Every object an image names must be there and be of a kind that can be rebuilt.
 
+    Named ones stay open until `release`: nobody can put another in their place.
+
     Raises:
-        RestoreConflictError: it is of a kind this version does not know.
+        RestoreConflictError: it is of a kind this version does not know, or another file has its name.
     """
     for name in ctx.names:
         if name.startswith("shmem/"):
             image = ctx.image(name, mm_pb2.Shmem)
             if image.hugetlb:
                 raise RestoreConflictError("is a memfd of huge pages", where=name)
+            if image.kind == mm_pb2.Shmem.NAMED:
+                found = _find_named(image)
+                if found is not None:
+                    ctx.state.setdefault(_NAMED, {})[name] = found
+                else:
+                    os.close(_directory_of(image))
+
+
+def _find_named(image: mm_pb2.Shmem) -> int | None:
+    """A descriptor of the file that it was, or that a rollback has put in its place; None when there is none.
+
+    Raises:
+        RestoreConflictError: another one has its name.
+    """
+    where = paths.shown(image.name)
+    try:
+        path_fd = paths.find(image.name)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise paths.through_a_link(image.name) from error
+        raise wrap_os_error(error, "cannot look at the job's shared memory", where=where) from error
+    try:
+        found = os.fstat(path_fd)
+        fd = paths.reopen(path_fd, os.O_RDWR, where) if stat_module.S_ISREG(found.st_mode) else -1
+    finally:
+        os.close(path_fd)
+    if fd >= 0:
+        if (found.st_dev, found.st_ino) == (image.dev, image.ino) or _mark_of(fd) == image.origin != b"":
+            return fd
+        os.close(fd)
+    raise RestoreConflictError(
+        "another file has the name of the job's shared memory now",
+        where=where,
+        hint="move it away, or let its owner unlink it; the rollback makes the job's again",
+    )
+
+
+def _directory_of(image: mm_pb2.Shmem) -> int:
+    path = os.path.dirname(image.name)
+    try:
+        return open_without_symlinks(path, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise RestoreConflictError(
+            f"the directory of the job's shared memory cannot be opened: {error.strerror}",
+            where=paths.shown(image.name),
+            hint="make it again",
+        ) from error
+
+
+def _named(ctx: RestoreContext, name: str, image: mm_pb2.Shmem) -> tuple[int, bool]:
+    """(descriptor of the emptied file, whether it was made anew). The old job is dead by now."""
+    fd = ctx.state.get(_NAMED, {}).pop(name, -1)
+    if fd >= 0 and os.fstat(fd).st_nlink:
+        with contextlib.suppress(OSError):
+            # Never shortened first: whoever else has it mapped would get SIGBUS.
+            syscall("fallocate", fd, _PUNCH_HOLE, 0, max(os.fstat(fd).st_size, 1))
+        return fd, False
+    safe_close(fd)  # unlinked since the check
+    directory = _directory_of(image)
+    try:
+        flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
+        made = os.open(os.path.basename(image.name), flags, 0o600, dir_fd=directory)
+    except OSError as error:
+        raise wrap_os_error(
+            error, "cannot make the job's shared memory again", where=paths.shown(image.name)
+        ) from error
+    finally:
+        os.close(directory)
+    with contextlib.suppress(
+        OSError
+    ):  # without CAP_SYS_ADMIN, or on an old kernel: the next rollback will ask
+        os.setxattr(made, _MARK, image.origin)
+    return made, True
+
+
+def _mark_of(fd: int) -> bytes:
+    try:
+        return os.getxattr(fd, _MARK)
+    except OSError:
+        return b""
+
+
+def _own_origin(stat: os.stat_result) -> bytes:
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return b"%s:%x:%x" % (file.read().strip(), stat.st_dev, stat.st_ino)
