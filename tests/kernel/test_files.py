@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import fcntl
 import os
 import pathlib
@@ -556,7 +557,6 @@ def test_inotify_watches_keep_their_numbers(again, tmp_path):
 
 def test_what_cannot_be_dumped_is_named():
     def prepare():
-        import ctypes
 
         libc = ctypes.CDLL(None)
         assert libc.fanotify_init(0, 0) == 3
@@ -749,3 +749,116 @@ def test_the_node_is_made_with_its_owners_rights(public, monkeypatch):
     with pytest.raises((RestoreConflictError, PermissionDeniedError)):
         Restored(ctx, pid)
     assert not list(roots.iterdir())
+
+
+def test_a_queued_datagram_keeps_its_senders_address(again):
+    def prepare():
+        receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        receiver.bind(b"\0snap-test-receiver")
+        there = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        there.bind(b"\0snap-test-there")
+        there.sendto(b"still here", receiver.getsockname())
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as gone:
+            gone.bind(b"\0snap-test-gone")
+            gone.sendto(b"gone", receiver.getsockname())
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as nameless:
+            nameless.sendto(b"nameless", receiver.getsockname())
+        return receiver, there
+
+    r = again(prepare)
+    with r.socket(3) as receiver, r.socket(4) as there:
+        assert receiver.recvfrom(100) == (b"still here", b"\0snap-test-there")
+        assert receiver.recvfrom(100) == (b"gone", b"\0snap-test-gone")
+        assert receiver.recvfrom(100)[0] == b"nameless"
+        there.sendto(b"more", receiver.getsockname())
+        assert receiver.recvfrom(100) == (b"more", b"\0snap-test-there")
+
+
+def test_empty_datagrams_survive_a_second_take():
+    def prepare():
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        one.send(b"")
+        one.send(b"then this")
+        other.send(b"first")
+        other.send(b"")
+        return one, other
+
+    with child(prepare) as pid:
+        warnings = dump(pid).warnings
+        assert len([text for text in warnings if "empty datagram" in text]) == 1
+        ctx = dump(pid)
+    queues = [[m.data for m in d.unix.queue] for d in ctx.images["files"].descriptions if d.HasField("unix")]
+    assert sorted(queues) == [[b"", b"then this"], [b"first"]]
+
+
+def test_socket_options_come_back(again):
+    def prepare():
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 7)
+        udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
+        udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        udp.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
+        udp.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER
+        udp.setsockopt(socket.SOL_SOCKET, 37, 0x18)  # SO_TIMESTAMPING
+        udp.setsockopt(socket.IPPROTO_UDP, 1, 1)  # UDP_CORK
+        tcp = socket.socket(socket.AF_INET)
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        return udp, tcp
+
+    r = again(prepare)
+    with r.socket(3) as udp, r.socket(4) as tcp:
+        ip = socket.IPPROTO_IP
+        assert udp.getsockopt(ip, socket.IP_MULTICAST_TTL) == 7
+        assert udp.getsockopt(ip, socket.IP_MULTICAST_LOOP) == 0
+        assert udp.getsockopt(ip, socket.IP_MULTICAST_IF, 4) == socket.inet_aton("127.0.0.1")
+        assert (udp.getsockopt(ip, 11), udp.getsockopt(ip, 10)) == (1, 2)
+        assert udp.getsockopt(socket.SOL_SOCKET, 37) == 0x18
+        assert udp.getsockopt(socket.IPPROTO_UDP, 1) == 1
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+    assert r.warnings == []
+
+
+@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
+def test_an_attached_filter_is_refused_by_name(family):
+    def prepare():
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        code = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF))  # BPF_RET
+        program = struct.pack("=H6xQ", 1, ctypes.addressof(code))
+        sock.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
+        return sock, code
+
+    with child(prepare) as pid, pytest.raises(UnsupportedError, match="packet filter of 1 instructions"):
+        dump(pid)
+
+
+@pytest.mark.parametrize("flags", [0, socket.MSG_MORE])
+def test_an_unfinished_datagram_is_refused(flags):
+    def prepare():
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        udp.connect(("127.0.0.1", 9))
+        if not flags:
+            udp.setsockopt(socket.IPPROTO_UDP, 1, 1)
+        udp.send(b"half", flags)
+        return udp
+
+    with child(prepare) as pid, pytest.raises(UnsupportedError, match="unfinished datagram"):
+        dump(pid)
+
+
+@pytest.mark.parametrize("left", [b"through", b""])
+def test_a_fifo_that_an_outsider_keeps_open_keeps_what_is_in_it(tmp_path, left):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    outside = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with child_keeping(outside), child(lambda: os.open(path, os.O_RDWR | os.O_NONBLOCK)) as pid:
+        os.write(outside, b"through")
+        ctx = dump(pid)
+        if not left:
+            os.read(outside, 100)
+        os.close(outside)
+        r = Restored(ctx, pid)
+        with contextlib.suppress(BlockingIOError):
+            assert os.read(r[3], 100) == left
+            left = b""
+        assert not left and any(str(path) in text for text in r.warnings)
+        r.opening.close()

@@ -1,15 +1,18 @@
 """Internet sockets without a remote end: TCP that listens or was never connected, and UDP.
 
 State: addresses, options, backlog. A datagram that waits in a UDP socket at the dump is dropped, as
-the network may drop any, and a warning says so. Established TCP connections are refused: their other
+the network may drop any, and a warning says so. A datagram that is kept back by its sender (UDP_CORK) is
+refused, for its bytes cannot be read. Established TCP connections are refused: their other
 end lives on and would not follow a rollback.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
@@ -26,6 +29,9 @@ TCP_LISTEN, TCP_CLOSE = 10, 7
 _PROTOCOLS = frozenset({"TCP", "TCPv6", "UDP", "UDPv6"})
 _TCP_INFO = 11
 _IP, _IPV6, _TCP = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP
+_UDP, _UDP_CORK = socket.IPPROTO_UDP, 1
+_SIOCOUTQ = 0x5411
+_IN_FLIGHT_TRIES, _IN_FLIGHT_PAUSE_S = 5, 0.001
 _BEFORE_BIND = {
     (socket.SOL_SOCKET, socket.SO_REUSEADDR),
     (socket.SOL_SOCKET, socket.SO_REUSEPORT),
@@ -52,6 +58,18 @@ _OPTIONS = (
     (_TCP, socket.TCP_DEFER_ACCEPT),
     (_TCP, socket.TCP_USER_TIMEOUT),
     (_TCP, 23),  # TCP_FASTOPEN
+    (_TCP, socket.TCP_CONGESTION),
+    (_IP, 10),  # IP_MTU_DISCOVER
+    (_IP, 11),  # IP_RECVERR
+    (_IP, socket.IP_MULTICAST_IF),
+    (_IP, socket.IP_MULTICAST_TTL),
+    (_IP, socket.IP_MULTICAST_LOOP),
+    (_IPV6, socket.IPV6_MULTICAST_IF),
+    (_IPV6, socket.IPV6_MULTICAST_HOPS),
+    (_IPV6, socket.IPV6_MULTICAST_LOOP),
+    (_IPV6, 23),  # IPV6_MTU_DISCOVER
+    (_IPV6, 25),  # IPV6_RECVERR
+    (_UDP, _UDP_CORK),
 )
 
 
@@ -78,6 +96,7 @@ class InetKind(kind.Kind):
         image = description.inet
         image.ino = seen.stat.st_ino
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
+            sockets.refuse_filter(sock, seen)
             image.family, image.type, image.protocol = sock.family, sock.type, sock.proto
             image.state = TCP_CLOSE
             image.source = _address(sock.getsockname())
@@ -96,6 +115,7 @@ class InetKind(kind.Kind):
                     image.destination = _address(sock.getpeername())
                 except OSError:
                     pass  # not connected
+                _refuse_corked(fd, seen)
                 if descriptors.nr_readable(fd):
                     job.ctx.warn(
                         f"datagrams that wait in the UDP socket at {sock.getsockname()} are not saved"
@@ -123,7 +143,7 @@ class InetKind(kind.Kind):
         image = description.inet
         with socket.socket(image.family, image.type, image.protocol) as sock:
             early = [o for o in image.options if (o.level, o.name) in _BEFORE_BIND]
-            sockets.apply_options(sock, early)
+            sockets.apply_options(sock, early, opening.warn)
             address = _parsed(image.source)
             try:
                 if address[1]:
@@ -144,8 +164,21 @@ class InetKind(kind.Kind):
             reuse = any((o.level, o.name) == (socket.SOL_SOCKET, socket.SO_REUSEADDR) for o in early)
             if image.type == socket.SOCK_STREAM and not reuse:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-            sockets.apply_options(sock, (o for o in image.options if (o.level, o.name) not in _BEFORE_BIND))
+            late = (o for o in image.options if (o.level, o.name) not in _BEFORE_BIND)
+            sockets.apply_options(sock, late, opening.warn)
             return os.dup(sock.fileno())
+
+
+def _refuse_corked(fd: int, seen: Seen) -> None:
+    """Data that UDP_CORK or MSG_MORE keeps back: nothing shows its bytes."""
+    for _ in range(_IN_FLIGHT_TRIES):
+        if not struct.unpack("=i", fcntl.ioctl(fd, _SIOCOUTQ, bytes(4)))[0]:
+            return
+        time.sleep(_IN_FLIGHT_PAUSE_S)  # on its way out, mostly
+    what = "keeps back an unfinished datagram (UDP_CORK or MSG_MORE)"
+    hint = "take the point a moment later"
+    finding = Finding(seen.pid, seen.where, what, hint)
+    raise UnsupportedError(what, where=f"task {seen.pid}, {seen.where}", hint=hint, findings=(finding,))
 
 
 def _connection(pid: int, ino: int) -> str | None:

@@ -7,7 +7,8 @@ writers had gone reads the rest and then end-of-file, as before. A FIFO is opene
 then no open blocks, and each end is reopened from that.
 
 A pipe that a process outside the job has open too is connected to again, while that process lives
-(outside.py); its bytes are then what they are now, and the recorded ones are not written.
+(outside.py); its bytes are then what they are now, and the recorded ones are not written. So it is with a FIFO
+that somebody outside still has open.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class PipeKind(kind.Kind):
             return opening.early.pop(description.id)
         ends = opening.pipe_ends.get(end.id)
         if ends is None:
-            ends = opening.pipe_ends[end.id] = _make(buffer)
+            ends = opening.pipe_ends[end.id] = _make(opening, buffer)
         first = not buffer.is_fifo and not (end.read_end and end.write_end)
         if first and (end.id, end.read_end) not in opening.pipe_ends_used:
             # The very ends that pipe(2) made; further descriptions come from opens of /proc/PID/fd.
@@ -121,11 +122,13 @@ def _copy(fd: int, nr_bytes: int, capacity: int, packets: bool) -> list[bytes]:
         os.close(write_end)
 
 
-def _make(buffer: files_pb2.PipeBuffer) -> tuple[int, int]:
+def _make(opening: Opening, buffer: files_pb2.PipeBuffer) -> tuple[int, int]:
     """The pipe with its contents: (read end, write end); for a FIFO twice the same read-write one."""
     if buffer.is_fifo:
         both = paths.open_identity(buffer.fifo, os.O_RDWR | os.O_NONBLOCK)
         ends = (both, os.dup(both))
+        if _is_in_use(opening, buffer, both):
+            return ends
     else:
         ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     if buffer.size_bytes > _CAPACITY_MAX_BYTES:
@@ -148,6 +151,20 @@ def _make(buffer: files_pb2.PipeBuffer) -> tuple[int, int]:
             where=f"pipe {buffer.id}",
         ) from error
     return ends
+
+
+def _is_in_use(opening: Opening, buffer: files_pb2.PipeBuffer, fd: int) -> bool:
+    """Whether a FIFO is open outside the job, whose end is dead by now: the pipe behind it is then the one that it was."""
+    now = descriptors.nr_readable(fd)
+    found = outside.holders({buffer.fifo.path}, opening.ctx.processes).get(buffer.fifo.path)
+    if not now and not found:
+        return False
+    who = f"process {found[0].pid} ({found[0].comm})" if found else "somebody"
+    opening.warn(
+        f"{paths.shown(buffer.fifo.path)}: {who} outside the job has this FIFO open: the job gets it with the {now} bytes "
+        f"that are in it now, not the {len(buffer.data)} of the point"
+    )
+    return True
 
 
 KIND = PipeKind()

@@ -1,25 +1,36 @@
-"""What unix and internet sockets share: protocol names, options that differ from a fresh socket's."""
+"""What unix and internet sockets share: protocol names, options that differ from a fresh socket's, attached filters.
+
+Refused: a filter (SO_ATTACH_FILTER, SO_ATTACH_BPF): what it lets through is the program's to say, and an eBPF one cannot
+be read at all.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import functools
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from snapshotter.base.errors import wrap_os_error
+from snapshotter.base.errors import Finding, UnsupportedError, wrap_os_error
 
 if TYPE_CHECKING:
+    from checkpoint.resources.files.kind import Seen
     from images import files_pb2
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 SO_PEEK_OFF = 42
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 _SOL = socket.SOL_SOCKET
 _FORCED = {socket.SO_SNDBUF: SO_SNDBUFFORCE, socket.SO_RCVBUF: SO_RCVBUFFORCE}
 _SO_BINDTODEVICE = 25
+_SO_GET_FILTER = 26
+_SO_TIMESTAMPING, _SO_PASSPIDFD = 37, 76
 _OPTION_MAX_BYTES = 64
 
 GENERIC_OPTIONS: tuple[tuple[int, int], ...] = tuple(
@@ -44,9 +55,22 @@ GENERIC_OPTIONS: tuple[tuple[int, int], ...] = tuple(
         34,  # SO_PASSSEC
         35,  # SO_TIMESTAMPNS
         46,  # SO_BUSY_POLL
+        _SO_TIMESTAMPING,
+        _SO_PASSPIDFD,
         _SO_BINDTODEVICE,
         SO_PEEK_OFF,
     )
+)
+
+
+_MAY_FAIL = frozenset(
+    {
+        (_SOL, _SO_TIMESTAMPING),
+        (_SOL, _SO_PASSPIDFD),
+        (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
+        (socket.IPPROTO_IP, socket.IP_MULTICAST_IF),
+        (socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF),
+    }
 )
 
 
@@ -96,8 +120,31 @@ def changed_options(
                 yield level, name, value
 
 
-def apply_options(sock: socket.socket, options: Iterable[files_pb2.SocketOption]) -> None:
-    """Sets recorded options. Buffer sizes are forced past the sysctl limits; the kernel doubles them again."""
+def refuse_filter(sock: socket.socket, seen: Seen) -> None:
+    """UnsupportedError when a filter is attached."""
+    # With length 0 the kernel only counts the filter's instructions. (With another it would count in instructions
+    # what is given in bytes, and write beyond the end.)
+    length = ctypes.c_uint32(0)
+    if _libc.getsockopt(sock.fileno(), _SOL, _SO_GET_FILTER, None, ctypes.byref(length)) == 0:
+        if not length.value:
+            return
+        what = f"has a packet filter of {length.value} instructions attached"
+    elif ctypes.get_errno() == errno.EACCES:
+        what = "has a BPF program attached"
+    else:
+        return
+    hint = "let the program detach it (SO_DETACH_FILTER) first"
+    finding = Finding(seen.pid, seen.where, what, hint)
+    raise UnsupportedError(what, where=f"task {seen.pid}, {seen.where}", hint=hint, findings=(finding,))
+
+
+def apply_options(
+    sock: socket.socket, options: Iterable[files_pb2.SocketOption], warn: Callable[[str], None]
+) -> None:
+    """Sets recorded options. Buffer sizes are forced past the sysctl limits; the kernel doubles them again.
+
+    Those that the system may have lost the means for (a congestion control, an interface) are warned about.
+    """
     for option in options:
         name, value = option.name, option.value
         if option.level == _SOL and name in _FORCED:
@@ -110,6 +157,9 @@ def apply_options(sock: socket.socket, options: Iterable[files_pb2.SocketOption]
         try:
             sock.setsockopt(option.level, name, value)
         except OSError as error:
+            if (option.level, option.name) in _MAY_FAIL:
+                warn(f"socket option {option.level}/{option.name} could not be set again: {error.strerror}")
+                continue
             raise wrap_os_error(
                 error, f"cannot set socket option {option.level}/{option.name} again", where="socket"
             ) from error

@@ -8,8 +8,9 @@ Restore: both ends of a connection are made as a socketpair, or through a listen
 has the listener's address; each queue is refilled from the other end; an end that the job no longer has
 is closed afterwards, so that the survivor reads its rest and then end-of-file.
 
-Known limit: the kernel shows an empty datagram between others to the first peek only (skb->peeked), so that a
-second point taken while it still waits does not have it. The start of a message with descriptors in a stream
+Known limit: the kernel shows an empty datagram to the first peek only (skb->peeked), unless it is the first of the
+queue and the peek is without offset. One that waits behind others is therefore lost to a second point taken meanwhile, and the
+first point warns of that. The start of a message with descriptors in a stream
 cannot be told either: they are put back on its last byte, and a warning says so.
 
 Refused: a peer outside the job, connections waiting to be accepted, addresses that are relative paths,
@@ -81,6 +82,7 @@ class UnixKind(kind.Kind):
             image.address = _name(info.name)
             self._bound(seen, info, image)
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
+            sockets.refuse_filter(sock, seen)
             for level, name, value in sockets.changed_options(sock, sockets.GENERIC_OPTIONS):
                 image.options.add(level=level, name=name, value=value)
 
@@ -181,7 +183,8 @@ class UnixKind(kind.Kind):
     def fill(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
         image = description.unix
         with sockets.borrowed_socket(fd) as sock:
-            sockets.apply_options(sock, (o for o in image.options if o.name != sockets.SO_PEEK_OFF))
+            options = (o for o in image.options if o.name != sockets.SO_PEEK_OFF)
+            sockets.apply_options(sock, options, opening.warn)
             if image.queue:
                 self._refill(opening, description, sock)
 
@@ -191,19 +194,14 @@ class UnixKind(kind.Kind):
         far = opening.far_ends.get(description.id)
         if far is None and peer is not None and peer.unix.peer_ino == image.ino:
             far = opening.fds[peer.id]
-        sender = (
-            socket.socket(fileno=os.dup(far))
-            if far is not None
-            else socket.socket(socket.AF_UNIX, image.type)
-        )
-        with sender:
-            if far is None:
-                sender.connect(sock.getsockname())
-            before = sender.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-            sender.setsockopt(socket.SOL_SOCKET, sockets.SO_SNDBUFFORCE, _FILL_SNDBUF_BYTES)
-            for message in image.queue:
-                _send(opening, sender, message)
-            sender.setsockopt(socket.SOL_SOCKET, sockets.SO_SNDBUFFORCE, before // 2)
+        if far is not None:
+            with socket.socket(fileno=os.dup(far)) as sender, _roomy(sender):
+                for message in image.queue:
+                    _send(opening, sender, message)
+            return
+        for message in image.queue:
+            with _sender_at(opening, image.type, message.address) as sender, _roomy(sender):
+                _send(opening, sender, message, sock.getsockname())
 
     def settle(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
         """Last pass, once all queues are full: one-way connections, shutdown, SO_PEEK_OFF."""
@@ -218,7 +216,8 @@ class UnixKind(kind.Kind):
                 peer = opening.unix_by_ino[image.peer_ino]
                 if peer.unix.peer_ino != image.ino:
                     sock.connect(peer.unix.address)
-            sockets.apply_options(sock, (o for o in image.options if o.name == sockets.SO_PEEK_OFF))
+            options = (o for o in image.options if o.name == sockets.SO_PEEK_OFF)
+            sockets.apply_options(sock, options, opening.warn)
 
 
 def _name(name: bytes) -> bytes:
@@ -268,7 +267,16 @@ def _queue(
         _close(rights)
     before = sock.getsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF)
     left = info.rqueue
+    behind = False
     try:
+        if info.type == socket.SOCK_DGRAM and not info.shutdown & 1:
+            sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, -1)
+            with contextlib.suppress(BlockingIOError):
+                found = _receive(sock, _MESSAGE_MAX_BYTES)
+                if not found[0] and not found[1]:
+                    yield found
+                    behind = True
+                _close(found[1])
         sock.setsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF, 0)
         while left or info.type == socket.SOCK_DGRAM:
             try:
@@ -279,6 +287,12 @@ def _queue(
             if not data and not rights and (stream or info.shutdown & 1):
                 break
             left -= len(data)
+            if behind and not data and not rights:
+                job.ctx.warn(
+                    f"task {seen.pid}, {seen.where}: an empty datagram waits behind others; a further point that is "
+                    "taken while it does will not have it"
+                )
+            behind = True
             if stream and rights and len(data) > 1:
                 # A peek of any length runs on into the piece that carries descriptors and stops behind it, so
                 # that the start of that piece cannot be told; its end can.
@@ -296,7 +310,39 @@ def _queue(
         )
 
 
-def _send(opening: Opening, sender: socket.socket, message: files_pb2.QueuedMessage) -> None:
+@contextlib.contextmanager
+def _roomy(sender: socket.socket) -> Iterator[None]:
+    """A socket with a send buffer for whatever a queue holds."""
+    before = sender.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    sender.setsockopt(socket.SOL_SOCKET, sockets.SO_SNDBUFFORCE, _FILL_SNDBUF_BYTES)
+    try:
+        yield
+    finally:
+        sender.setsockopt(socket.SOL_SOCKET, sockets.SO_SNDBUFFORCE, before // 2)
+
+
+def _sender_at(opening: Opening, kind: int, address: bytes) -> socket.socket:
+    """A socket with the address that a queued datagram came from: the job's own, if it still has it."""
+    for description in opening.descriptions.values():
+        unix = description.unix if description.HasField("unix") else None
+        if unix is not None and address and unix.address == address and unix.type == kind:
+            return socket.socket(fileno=os.dup(opening.fds[description.id]))
+    sock = socket.socket(socket.AF_UNIX, kind)
+    if address:
+        try:
+            if not address.startswith(b"\0"):
+                raise FileNotFoundError(0, "its sender's node is gone")
+            sock.bind(address)
+        except OSError as error:
+            opening.warn(
+                f"a datagram in a unix socket's queue loses its sender's address {paths.shown(address)}: {error.strerror}"
+            )
+    return sock
+
+
+def _send(
+    opening: Opening, sender: socket.socket, message: files_pb2.QueuedMessage, to: str | bytes | None = None
+) -> None:
     ancillary: list[tuple[int, int, bytes]] = []
     if message.descriptions:
         rights = array.array("i", [opening.fds[number] for number in message.descriptions])
@@ -304,7 +350,12 @@ def _send(opening: Opening, sender: socket.socket, message: files_pb2.QueuedMess
     if len(message.credentials) == 12 and _alive(message.credentials):
         ancillary.append((socket.SOL_SOCKET, socket.SCM_CREDENTIALS, message.credentials))
     try:
-        sent = sender.sendmsg([message.data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        sent = sender.sendmsg(
+            [message.data],
+            ancillary,
+            socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
+            *([] if to is None else [to]),
+        )
     except OSError as error:
         raise wrap_os_error(error, "cannot put a message back into a unix socket's queue") from error
     if sent != len(message.data):
