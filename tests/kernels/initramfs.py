@@ -8,7 +8,17 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "virtio_rng", "unix_diag", "tcp_diag", "udp_diag")
+MODULES = (
+    "virtio_pci",
+    "virtio_console",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_rng",
+    "unix_diag",
+    "tcp_diag",
+    "udp_diag",
+)
 
 INIT = r"""#!/busybox sh
 /busybox mkdir -p /bin /dev /proc /host /ram /new; /busybox --install -s /bin; export PATH=/bin
