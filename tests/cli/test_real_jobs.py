@@ -7,6 +7,7 @@ with that of an undisturbed run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import random
@@ -112,7 +113,8 @@ def kill_all(job) -> None:
     """SIGKILL to the whole tree, at once."""
     pids = tree(job.pid)
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # a short-lived child
+            os.kill(pid, signal.SIGKILL)
     wait_until(lambda: reap_all() or all(state(pid) in {"", "Z"} for pid in pids), "the job dead")
     wait_until(lambda: reap_all() or not any(state(pid) for pid in pids), "the job reaped")
 
