@@ -24,8 +24,6 @@ from snapshotter.base.errors import (
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD
 _VFORK_S = 1.0
-_SHARED = "address space"
-"""Where memory.look() finds two processes in one."""
 _LOOKS: tuple[Callable[[int, list[Finding]], None], ...] = (task.look, memory.look, files.look)
 
 
@@ -76,10 +74,10 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
     if report.findings:
         return report
     _walk(report, max_tasks)
-    deadline = time.monotonic() + _VFORK_S
     for one in report.tasks:
-        if not _look_patiently(one, report.findings, deadline) and one == pid:
+        if not look_at_process(one, report.findings) and one == pid:
             raise TargetGoneError("ended while it was looked at", where=f"task {pid}")
+    _look_at_sharing(report)
     files.look_job(report.pids, report.findings)
     return report
 
@@ -94,15 +92,16 @@ def look_at_process(pid: int, findings: list[Finding]) -> bool:
     return True
 
 
-def _look_patiently(pid: int, findings: list[Finding], deadline: float) -> bool:
-    """look_at_process; a vfork that is under way, mostly over in a moment, is waited for."""
+def _look_at_sharing(report: CheckReport) -> None:
+    """memory.look_sharing; a vfork that is under way, mostly over in a moment, is waited for."""
+    deadline = time.monotonic() + _VFORK_S
     pause = 0.0005
     while True:
         found: list[Finding] = []
-        there = look_at_process(pid, found)
-        if time.monotonic() > deadline or not any(item.where == _SHARED for item in found):
-            findings += found
-            return there
+        memory.look_sharing(report.tasks, found)
+        if time.monotonic() > deadline or not found:
+            report.findings += found
+            return
         time.sleep(pause)
         pause = min(0.05, pause * 2)
 

@@ -288,6 +288,8 @@ class _Take:
         for process in self.ctx.living():
             if self.found.tasks.get(process.pid) != process.start_time_ticks:
                 look_at_process(process.pid, findings)
+        if self.found.tasks.keys() != {process.pid for process in self.ctx.living()}:
+            memory.look_sharing([process.pid for process in self.ctx.living()], findings)
         if findings:
             raise UnsupportedError(
                 findings[0].what,

@@ -31,7 +31,7 @@ from checkpoint.resources.memory.dump import (
     reader,
     space_name,
 )
-from checkpoint.resources.memory.mappings import AddressSpace, look, read_mappings
+from checkpoint.resources.memory.mappings import AddressSpace, look, look_sharing, read_mappings
 from checkpoint.resources.memory.restore import arena_hole, check, finish, release, restore_mm
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "dump_mm",
     "finish",
     "look",
+    "look_sharing",
     "page_plan",
     "parent_vmas",
     "plan_pages",

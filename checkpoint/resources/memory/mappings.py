@@ -11,6 +11,7 @@ job's that happens to have a name.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import stat as stat_module
@@ -96,7 +97,7 @@ def _key(mapping: Mapping) -> tuple[object, ...]:
 
 
 def look(pid: int, report: list[Finding]) -> None:
-    """Name every mapping of a process that cannot be dumped, and an address space it shares with another."""
+    """Name every mapping of a process that cannot be dumped."""
     mappings = read_mappings(pid)
     for mapping in mappings:
         found = model.refusal(mapping) or _file_refusal(pid, mapping)
@@ -106,16 +107,6 @@ def look(pid: int, report: list[Finding]) -> None:
     if found_vdso is not None:
         report.append(
             Finding(pid, "mapping [vdso]", found_vdso, "let the job keep the vdso where the kernel put it")
-        )
-    other = shares_mm_with(pid)
-    if other:
-        report.append(
-            Finding(
-                pid,
-                "address space",
-                f"is shared with process {other} (vfork, or clone with CLONE_VM but not CLONE_THREAD)",
-                "take the point when the child has called execve or ended",
-            )
         )
 
 
@@ -128,15 +119,33 @@ def vdso_refusal(mappings: Iterable[Mapping]) -> str | None:
     return None
 
 
-def shares_mm_with(pid: int) -> int:
-    """Another process (parent, child or sibling) that uses the same address space, or 0."""
-    for other in _relatives(pid):
-        try:
-            if other != pid and descriptors.kcmp(pid, other, _KCMP_VM, 0, 0) == 0:
-                return other
-        except OSError:  # ended meanwhile, a zombie, or not ours to look at: it cannot be part of this job
-            continue
-    return 0
+def look_sharing(pids: Iterable[int], report: list[Finding]) -> None:
+    """Name every process of a job, its root first, that shares its address space with another, in the job or beside it."""
+    pids = list(pids)
+    # kcmp(2) orders as well, so that equal ones become neighbours: a job may have thousands of processes.
+    ordered = sorted(pids, key=functools.cmp_to_key(_compare_mm))
+    pairs = list(itertools.pairwise(ordered))
+    if pids:
+        outside = set(_relatives(pids[0])) - set(pids)
+        pairs += [(pids[0], other) for other in sorted(outside)]
+    for pid, other in pairs:
+        if _compare_mm(pid, other) == 0:
+            report.append(
+                Finding(
+                    pid,
+                    "address space",
+                    f"is shared with process {other} (vfork, or clone with CLONE_VM but not CLONE_THREAD)",
+                    "take the point when the child has called execve or ended",
+                )
+            )
+
+
+def _compare_mm(one: int, two: int) -> int:
+    """Order of two address spaces; 0: the same one."""
+    try:
+        return {0: 0, 1: -1}.get(descriptors.kcmp(one, two, _KCMP_VM, 0, 0), 1)
+    except OSError:  # ended meanwhile, a zombie, or not ours to look at: it cannot be part of this job
+        return -1 if one < two else 1
 
 
 def _relatives(pid: int) -> list[int]:
