@@ -85,7 +85,6 @@ _XGETBV = bytes.fromhex("31c9 0f01d0 48c1e220 4809d0 c3")  # xor ecx,ecx; xgetbv
 _CAP_CHECKPOINT_RESTORE, _CAP_SYS_ADMIN = 1 << 40, 1 << 21
 _ID_CAPS = {6: "CAP_SETGID", 7: "CAP_SETUID", 8: "CAP_SETPCAP"}
 _POLL_S = 0.005
-_STRAY_S = 1.0
 T = TypeVar("T")
 
 
@@ -175,7 +174,7 @@ def _check_ids(ctx: RestoreContext, found: Survey) -> None:
                 f"pid {wanted} is needed but held by {holder}, which is not the job",
                 hint="end it, or wait until it has ended, then roll back",
             )
-    deadline = time.monotonic() + _STRAY_S
+    deadline = time.monotonic() + ctx.options.reap_timeout_s  # mostly a zombie that init has not reaped yet
     while stray := _stray(found, ours):
         if time.monotonic() > deadline:
             kind, number, holder = stray

@@ -46,7 +46,7 @@ def replace(ctx: RestoreContext, found: Survey) -> None:
     wanted = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
         ctx.processes
     )
-    _await_free(wanted | set(found.old), set(ctx.processes), time.monotonic() + ctx.options.reap_timeout_s)
+    _await_free(wanted | set(found.old), time.monotonic() + ctx.options.reap_timeout_s)
 
 
 class _HeldTree(FrozenTree):
@@ -123,7 +123,7 @@ def _freeze(found: Survey, stack: contextlib.ExitStack) -> list[_HeldTree]:
     return trees
 
 
-def _await_free(wanted: Iterable[int], pids: set[int], deadline: float) -> None:
+def _await_free(wanted: Iterable[int], deadline: float) -> None:
     """Wait until no needed number is held by a dead task; reap those that are our own children."""
     waiting = set(wanted)
     while True:
@@ -132,7 +132,7 @@ def _await_free(wanted: Iterable[int], pids: set[int], deadline: float) -> None:
                 os.waitpid(pid, os.WNOHANG)
             if not os.path.exists(f"/proc/{pid}"):
                 waiting.discard(pid)
-        if not waiting & pids and not waiting:
+        if not waiting:
             return
         if time.monotonic() > deadline:
             _still_held(min(waiting))

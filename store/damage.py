@@ -48,15 +48,13 @@ class DamageList:
         new: dict[int, set[int | None]] = {}
         for pack, frame in found:
             new.setdefault(pack, set()).add(frame)
+
+        def merge(known: Damaged) -> Damaged:
+            return known | {pack: _together(known.get(pack), frames) for pack, frames in new.items()}
+
         known = self.load()
-        merged = known | {pack: _together(known.get(pack), frames) for pack, frames in new.items()}
-        if merged != known:
-            # Somebody else may have added to it since: once more, under the lock.
-            self._change(
-                lambda known: (
-                    known | {pack: _together(known.get(pack), frames) for pack, frames in new.items()}
-                )
-            )
+        if merge(known) != known:
+            self._change(merge)  # once more, under the lock: somebody else may have added to it since
 
     def strike(self, packs: Collection[int]) -> None:
         """Forgets packs: they are gone, or right again. Never raises."""

@@ -45,8 +45,10 @@ class SoftDirtySession(Session):
         self._kept: keeper.Kept | None = None
         self._others: dict[int, list[tuple[int, int]]] = {}
         self._changed = False
-        self._lock = keeper.JobLock(root_pid)
-        if not self._lock.acquire():
+        # A process of two jobs has one set of bits: nobody else may reset them before this take has confirmed its nonce.
+        self._locks: dict[int, keeper.JobLock] = {}
+        if not all(self._lock(pid) for pid in sorted({root_pid, *tasks})):
+            self._unlock()
             return
         self._kept = keeper.find(root_pid, tasks[root_pid], SoftDirtyTracker.name)
         if self._kept is None:
@@ -67,6 +69,9 @@ class SoftDirtySession(Session):
         """See Session.collect."""
         kept = self._kept
         if kept is None:
+            return None
+        if not self._lock(pid):
+            self._valid.discard(pid)
             return None
         if kept.nonce:
             kept.nonce = ""
@@ -99,8 +104,10 @@ class SoftDirtySession(Session):
         kept = self._kept
         if kept is None:
             return
-        if self._changed or kept.tasks != self.tasks:
-            keeper.keep(kept, self.root_pid, self.tasks[self.root_pid], self.tasks)
+        # Of the others the bits are not this take's.
+        reset = {pid: start for pid, start in self.tasks.items() if pid in self._valid}
+        if self._changed or kept.tasks != reset:
+            keeper.keep(kept, self.root_pid, self.tasks[self.root_pid], reset)
         kept.nonce = self.nonce
 
     def close(self) -> None:
@@ -108,7 +115,21 @@ class SoftDirtySession(Session):
         if self._kept is not None:
             self._kept.close()
             self._kept = None
-        self._lock.release()
+        self._unlock()
+
+    def _lock(self, pid: int) -> bool:
+        """Whether the bits of this process are this take's."""
+        if pid not in self._locks:
+            lock = keeper.JobLock(pid)
+            if not lock.acquire():
+                return False
+            self._locks[pid] = lock
+        return True
+
+    def _unlock(self) -> None:
+        for lock in self._locks.values():
+            lock.release()
+        self._locks.clear()
 
 
 def clear_soft_dirty(pid: int) -> None:

@@ -232,9 +232,8 @@ def _create_inside(pid: int, remote: RemoteTask) -> int:
     """userfaultfd() in the task, the descriptor fetched and closed there; nothing of it is left in the job."""
     batch = remote.batch()
     made = batch.call("userfaultfd", _O_CLOEXEC | _O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY)
-    batch.undo(
-        "close", made
-    )  # by itself, if snap dies before the next batch: the job would be refused from then on
+    # By itself, if snap dies before the next batch: a job with such a descriptor would be refused from then on.
+    batch.undo("close", made)
     number = remote.run(batch)[made]
     faults.point("track.created")
     try:

@@ -174,12 +174,29 @@ def test_second_take_at_the_same_time_reads_everything(kind, writer):
         assert pages_of(one.collect(writer.pid, writer.vmas), writer) == [1]
 
 
-@pytest.mark.parametrize("kind", LIVE)
-@pytest.mark.parametrize("same_folder", [True, False])
+def test_soft_dirty_bits_are_one_takes_at_a_time(writer):
+    """Between the last collect and the commit another job's take of the same process must not reset them."""
+    outer = {os.getpid(): proc.read_stat(os.getpid()).start_time_ticks, writer.pid: writer.start_time()}
+    inner = {writer.pid: writer.start_time()}
+    tracker = SoftDirtyTracker()
+    with tracker.session(os.getpid(), outer, "") as one:
+        assert one.tracks(writer.pid)
+        with tracker.session(writer.pid, inner, "") as two:
+            assert not two.tracks(writer.pid)
+            assert two.collect(writer.pid, writer.vmas) is None
+    with tracker.session(writer.pid, inner, "") as two:
+        assert two.tracks(writer.pid)
+        with tracker.session(os.getpid(), outer, "") as one:
+            assert not one.tracks(writer.pid)
+
+
+# Soft-dirty bits are one set: two folders of state know nothing of each other (soft_dirty.py says so).
+@pytest.mark.parametrize(
+    ("kind", "same_folder"),
+    [(kind, same) for kind in LIVE for same in (True, False) if same or kind is WriteProtectTracker],
+)
 def test_process_of_two_jobs(kind, same_folder, writer, tmp_path, monkeypatch):
     """A root outside and the process itself as a root: neither ever takes the other's marks."""
-    if kind is SoftDirtyTracker and not same_folder:
-        pytest.skip("one set of bits: said in soft_dirty.py")
     outer = {os.getpid(): proc.read_stat(os.getpid()).start_time_ticks, writer.pid: writer.start_time()}
     inner = {writer.pid: writer.start_time()}
     nonces = {"outer": "", "inner": ""}

@@ -457,9 +457,8 @@ def _named(ctx: RestoreContext, name: str, image: mm_pb2.Shmem) -> tuple[int, bo
         ) from error
     finally:
         os.close(directory)
-    with contextlib.suppress(
-        OSError
-    ):  # without CAP_SYS_ADMIN, or on an old kernel: the next rollback will ask
+    # Without CAP_SYS_ADMIN, or on an old kernel, the next rollback will ask.
+    with contextlib.suppress(OSError):
         os.setxattr(made, _MARK, image.origin)
     return made, True
 
