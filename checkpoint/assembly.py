@@ -20,7 +20,7 @@ from checkpoint.kernel import ptrace
 from checkpoint.model import tree
 from checkpoint.parasite import StubTask, spawn_root_stub
 from checkpoint.plan import RestorePlan
-from checkpoint.resources import cgroups, files, memory, prctl, registers, signals, task
+from checkpoint.resources import cgroups, directories, files, memory, prctl, registers, signals, task
 from checkpoint.restore_context import RestoreContext
 from checkpoint.uninterrupted import signals_wait
 from images import task_pb2
@@ -189,7 +189,7 @@ class Assembly:
         """Everything but registers, masks and stops."""
         for stub, process in self.living():
             batch = stub.batch()
-            task.restore_directories(self.ctx, batch, process)
+            directories.restore(self.ctx, batch, process)
             task.restore_process_early(batch, process)
             stub.run(batch)
             task.create_timers(stub, process)

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from checkpoint.freeze import children, task_ids
 from checkpoint.kernel import proc
+from checkpoint.kernel.tasks import children, task_ids
 from checkpoint.resources import files, memory, task
 from snapshotter.base.errors import (
     Finding,

@@ -19,7 +19,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,6 +32,7 @@ from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping, private_vmas
 from checkpoint.parasite import prepare
+from checkpoint.precopy import Precopied, due, plausible_pages
 from checkpoint.resources import files, memory, registers, task
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
@@ -89,29 +89,6 @@ def dump(
         return take.run(commit, started)
 
 
-@dataclass(slots=True)
-class _Precopied:
-    """What was read of one process while it ran."""
-
-    start_time_ticks: int
-    complete: bool
-    """Every page of then is with the sink; False: all must be read in the frozen window."""
-    covered: Runs = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
-    """The pages that were there at the last look: each is with the sink, or the parent point's."""
-    readers: list[memory.MmReader] = field(default_factory=list)
-    """Who read them, and what each could not read; settled once the sink is drained."""
-
-    def is_whole(self, start_time_ticks: int) -> bool:
-        """Whether what was read is of this very process, and all of it."""
-        same = self.start_time_ticks == start_time_ticks
-        return same and self.complete and not any(reader.gone for reader in self.readers)
-
-    def unread(self) -> Runs:
-        """Pages that a reader failed to read."""
-        failed = sorted(set().union(*(reader.failed for reader in self.readers)))
-        return pageplan.from_list([(page, 1) for page in failed])
-
-
 class _Take:
     """One dump under way."""
 
@@ -121,7 +98,7 @@ class _Take:
         self.found = found
         self.tracker = tracker
         self.boot_id = proc.boot_id()
-        self.precopied: dict[int, _Precopied] = {}
+        self.precopied: dict[int, Precopied] = {}
         self.mappings: dict[int, tuple[int, list[Mapping]]] = {}
         """pid -> when (monotonic ns) and what smaps said."""
         self.expected_bytes = _MIN_STAGED_BYTES
@@ -163,7 +140,7 @@ class _Take:
     def precopy(self) -> None:
         """Read what would be read in the frozen window, while the job runs; again while that is too much."""
         ctx = self.ctx
-        direct = {pid for pid in self.found.tasks if _has_direct_io(pid)}
+        direct = {pid for pid in self.found.tasks if fdinfo.has_direct_io(pid)}
         for number in range(ctx.options.max_rounds):
             nr_pages = 0
             for pid, start in self.found.tasks.items():
@@ -211,18 +188,18 @@ class _Take:
             to_read = plan.to_read
         else:
             plan = memory.page_plan(ctx, space, None)
-            to_read = _due(plan, written, known)
+            to_read = due(plan, written, known)
         readers = known.readers if known is not None else []
         nr_pages = pageplan.count(to_read)
-        if nr_pages > _plausible_pages(pid):
+        if nr_pages > plausible_pages(pid):
             # A large mapping that went away between two looks counts as content.
-            self.precopied[pid] = _Precopied(start, complete=False)
+            self.precopied[pid] = Precopied(start, complete=False)
             return 0
         if nr_pages:
             reader = memory.reader(ProcMem(pid), may_go=True)
             ctx.sink.put(memory.space_name(pid), pageplan.to_list(to_read), reader)
             readers = [*readers, reader]
-        self.precopied[pid] = _Precopied(start, known is None or known.complete, plan.present, readers)
+        self.precopied[pid] = Precopied(start, known is None or known.complete, plan.present, readers)
         ctx.stats.pages_dirty += nr_pages
         return nr_pages
 
@@ -311,7 +288,7 @@ class _Take:
             written, known = None, None
         if known is not None:
             plan = memory.page_plan(ctx, space, None)
-            to_read = _due(plan, written, known)
+            to_read = due(plan, written, known)
         else:
             if written is not None and not self._usable(pid, process.start_time_ticks):
                 written = None
@@ -369,7 +346,7 @@ class _Take:
 
     def stage_limit(self) -> int:
         """How much may be copied into our memory: a part of what is free."""
-        return max(4 * self.ctx.options.frozen_budget_bytes, _available_bytes() // 3)
+        return max(4 * self.ctx.options.frozen_budget_bytes, proc.available_bytes() // 3)
 
     # -- afterwards --------------------------------------------------------------------------------------------
 
@@ -474,12 +451,6 @@ def _set_nice(value: int) -> int | None:
     return before
 
 
-def _plausible_pages(pid: int) -> int:
-    """More pages than a process can have to be read."""
-    swap = proc.read_status(pid).fields.get("VmSwap", "0 kB").split()[0]
-    return 2 * (proc.read_stat(pid).rss_pages + int(swap) // 4) + 4096
-
-
 def _ranges(space: memory.AddressSpace) -> list[tuple[int, int]]:
     return [(vma.start, vma.end) for vma in private_vmas(space.vmas)]
 
@@ -487,37 +458,3 @@ def _ranges(space: memory.AddressSpace) -> list[tuple[int, int]]:
 def _as_runs(table: Runs | None) -> list[Run] | None:
     """Rows [first, end) as (first, nr_pages)."""
     return None if table is None else pageplan.to_list(pageplan.normalise(table))
-
-
-def _due(plan: pageplan.PagePlan, written: Runs | None, known: _Precopied) -> Runs:
-    """What the sink lacks: pages that were written, and those that were not there at the last look."""
-    present = plan.present
-    if written is None:
-        return present
-    changed = pageplan.union(pageplan.normalise(np.asarray(written, dtype=np.int64)), plan.doubtful)
-    covered = pageplan.subtract(known.covered, known.unread())
-    return pageplan.union(pageplan.intersect(present, changed), pageplan.subtract(present, covered))
-
-
-def _has_direct_io(pid: int) -> bool:
-    """Whether a process has files open with O_DIRECT."""
-    try:
-        for name in os.listdir(f"/proc/{pid}/fdinfo"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{name}", "rb", buffering=0) as file:
-                for line in file.read(4096).splitlines():
-                    if line.startswith(b"flags:"):
-                        flags = int(line.split()[1], 8)
-                        if flags & fdinfo.O_DIRECT and (flags & os.O_ACCMODE) != os.O_WRONLY:
-                            return True
-                        break
-    except OSError:
-        return False
-    return False
-
-
-def _available_bytes() -> int:
-    with open("/proc/meminfo", "rb") as file:
-        for line in file:
-            if line.startswith(b"MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 30

@@ -28,6 +28,7 @@ from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
 from checkpoint.kernel import interrupted, proc, ptrace
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.sys import KCMP_VM, kcmp
+from checkpoint.kernel.tasks import children, is_dead, task_ids
 from checkpoint.parasite import cure, stranded
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError, wrap_os_error
@@ -136,7 +137,7 @@ class FrozenTree:
                     raise TargetGoneError("no such process", where=f"task {pid}")
                 continue
             tree[pid] = tids
-            fresh += [(pid, tid) for tid in tids if tid not in self._seized and not _is_dead(pid, tid)]
+            fresh += [(pid, tid) for tid in tids if tid not in self._seized and not is_dead(pid, tid)]
             queue += [child for child in children(pid, tids) if child not in tree]
         return tree, fresh
 
@@ -147,7 +148,7 @@ class FrozenTree:
         except TargetGoneError:
             return False
         except (OSError, SnapshotterError) as error:
-            if _is_dead(pid, tid):
+            if is_dead(pid, tid):
                 return False
             raise _seize_error(pid, tid, error) from error
         self._order.append(tid)
@@ -442,42 +443,9 @@ class _OneProcess(FrozenTree):
         fresh = [
             (self.root_pid, tid)
             for tid in tids
-            if tid not in self._seized and not _is_dead(self.root_pid, tid)
+            if tid not in self._seized and not is_dead(self.root_pid, tid)
         ]
         return {self.root_pid: tids}, fresh
-
-
-def task_ids(pid: int) -> list[int]:
-    """The tids of a process, ascending; empty when it is gone."""
-    try:
-        return sorted(map(int, os.listdir(f"/proc/{pid}/task")))
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def children(pid: int, tids: list[int]) -> list[int]:
-    """The pids of the children of all threads of a process; exact when they are stopped."""
-    found: list[int] = []
-    for tid in tids:
-        text = b""
-        try:
-            with open(f"/proc/{pid}/task/{tid}/children", "rb", buffering=0) as file:
-                # At most a page comes at a time, and a number may lie across the end of it.
-                while piece := file.read(1 << 16):
-                    text += piece
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        found += map(int, text.split())
-    return found
-
-
-def _is_dead(pid: int, tid: int) -> bool:
-    """Zombie, dead or gone."""
-    try:
-        with open(f"/proc/{pid}/task/{tid}/stat", "rb", buffering=0) as file:
-            return file.read(512).rpartition(b")")[2].split()[0] in {b"Z", b"X", b"x"}
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def _reap(tid: int, *, block: bool = True) -> bool:

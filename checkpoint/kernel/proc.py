@@ -352,35 +352,6 @@ def threads(pid: int) -> list[int]:
         raise wrap_os_error(gone, "cannot list its threads", where=f"task {pid}") from error
 
 
-def parse_children(data: bytes) -> list[int]:
-    return [int(word) for word in data.split()]
-
-
-def children(pid: int, tid: int = 0) -> list[int]:
-    """Processes whose parent is this thread (tid given) or any thread of the process."""
-    if tid:
-        return parse_children(read_task_file(pid, "children", tid))
-    found: list[int] = []
-    for thread in threads(pid):
-        try:
-            found += parse_children(read_task_file(pid, "children", thread))
-        except Exception:  # a thread that ended meanwhile has handed its children to another one
-            if not os.path.exists(f"/proc/{pid}"):
-                raise
-    return found
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below pid, parents before children."""
-    found: list[int] = []
-    queue = [pid]
-    while queue:
-        below = children(queue.pop(0))
-        found += below
-        queue += below
-    return found
-
-
 def wchan(pid: int, tid: int = 0) -> str:
     return read_task_file(pid, "wchan", tid).decode(errors="replace")
 
@@ -403,3 +374,11 @@ def comm(pid: int, tid: int = 0) -> bytes:
 def boot_id() -> str:
     """Differs after every boot."""
     return read_file("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def available_bytes() -> int:
+    """MemAvailable of /proc/meminfo."""
+    for line in read_file("/proc/meminfo").splitlines():
+        if line.startswith(b"MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 30

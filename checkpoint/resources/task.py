@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat as stat_module
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,18 +19,17 @@ from checkpoint.kernel import proc, ptrace, sys
 from checkpoint.resources import (
     cgroups,
     credentials,
+    directories,
     limits,
-    paths,
     prctl,
     registers,
     scheduling,
     signals,
     timers,
 )
-from images import common_pb2, task_pb2
+from images import task_pb2
 from snapshotter.base.errors import (
     Finding,
-    RestoreConflictError,
     TargetGoneError,
     UnsupportedError,
     wrap_os_error,
@@ -69,7 +67,6 @@ _SI_PID = slice(16, 20)  # in the siginfo of a child: after three ints, and 4 by
 _DELETED = " (deleted)"
 _ARCH_GET_XCOMP_PERM, _ARCH_REQ_XCOMP_PERM = 0x1022, 0x1023
 _XFEATURE_XTILEDATA = 18
-_DIRECTORIES = "task.directories"
 
 
 # -- look -------------------------------------------------------------------------------------------------------
@@ -205,8 +202,7 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
     for task, thread in zip(process.threads, message.threads, strict=True):
         _dump_thread(process, task, thread, message, statuses[task.tid])
     message.umask = statuses[pid].umask
-    message.cwd.CopyFrom(_directory(pid, "cwd"))
-    message.root.CopyFrom(_directory(pid, "root"))
+    directories.dump(pid, message)
     cgroups.dump(pid, message)
     message.oom_score_adj = int(_read(f"/proc/{pid}/oom_score_adj"))
     message.coredump_filter = int(_read(f"/proc/{pid}/coredump_filter") or b"0", 16)
@@ -328,82 +324,14 @@ def _answer_process(results: Results, asked: _Asked, message: task_pb2.Process) 
     message.xcomp_permitted = _u64(results.bytes(asked.xcomp))
 
 
-def _directory(pid: int, link: str) -> common_pb2.FileIdentity:
-    path = f"/proc/{pid}/{link}"
-    info, target = os.stat(path), os.readlink(path)
-    if target.endswith(_DELETED) and not info.st_nlink:
-        raise UnsupportedError(
-            f"its {link} was deleted just now", where=f"task {pid}", hint="let it chdir first"
-        )
-    return common_pb2.FileIdentity(
-        path=os.fsencode(target), dev=info.st_dev, ino=info.st_ino, mode=info.st_mode
-    )
-
-
 # -- restore ----------------------------------------------------------------------------------------------------
 
 
 def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
-    """Working directory and root must be there. Touches nothing; the directories stay open until `release`."""
-    if process.state == task_pb2.Process.ZOMBIE:
-        return
-    timers.check(process)
-    for what, identity in (("working directory", process.cwd), ("root directory", process.root)):
-        path, opened = paths.shown(identity.path), _directories(ctx)
-        where = f"task {process.pid}"
-        if _place(identity) in opened:
-            continue
-        try:
-            fd = opened[_place(identity)] = paths.find(identity.path)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise paths.through_a_link(identity.path) from error
-            raise RestoreConflictError(
-                f"its {what} {path} cannot be opened: {error.strerror}",
-                where=where,
-                hint="make it again, then roll back",
-            ) from error
-        info = os.fstat(fd)
-        if not stat_module.S_ISDIR(info.st_mode):
-            raise RestoreConflictError(f"its {what} {path} is no directory any more", where=where)
-        if (info.st_dev, info.st_ino) == (identity.dev, identity.ino):
-            continue
-        if identity is process.root:
-            raise RestoreConflictError(
-                f"its {what} {path} is another directory now than at the point",
-                where=where,
-                hint="put the old one back: programs trust what they find below their root",
-            )
-        ctx.warn(f"task {process.pid}: its {what} {path} is another directory now than at the point")
-
-
-def _directories(ctx: RestoreContext) -> dict[tuple[bytes, int, int], int]:
-    found: dict[tuple[bytes, int, int], int] = ctx.state.setdefault(_DIRECTORIES, {})
-    return found
-
-
-def _place(identity: common_pb2.FileIdentity) -> tuple[bytes, int, int]:
-    return identity.path, identity.dev, identity.ino
-
-
-def release(ctx: RestoreContext) -> None:
-    """Close the directories that `check` opened. Safe to call twice."""
-    for fd in ctx.state.pop(_DIRECTORIES, {}).values():
-        os.close(fd)
-
-
-def restore_directories(ctx: RestoreContext, batch: Batch, process: task_pb2.Process) -> None:
-    """Root, cwd, umask."""
-    own_root = os.stat("/")
-    for identity, chroot in ((process.root, True), (process.cwd, False)):
-        if chroot and (identity.dev, identity.ino) == (own_root.st_dev, own_root.st_ino):
-            continue
-        remote = ctx.give(batch, _directories(ctx)[_place(identity)])
-        batch.call("fchdir", remote)
-        if chroot:
-            batch.call("chroot", b".\0")
-        batch.call("close", remote)
-    batch.call("umask", process.umask)
+    """Whether timers and directories can come back. Touches nothing; directories stay open until their release."""
+    if process.state != task_pb2.Process.ZOMBIE:
+        timers.check(process)
+        directories.check(ctx, process)
 
 
 def restore_permissions(batch: Batch, process: task_pb2.Process) -> None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from checkpoint.kernel import proc, ptrace
+from checkpoint.kernel import proc, ptrace, tasks
 from checkpoint.kernel import sys as sys_kernel
 from checkpoint.parasite import Parasite, RemoteCallError, infect, spawn_root_stub
 from checkpoint.parasite.infection import cure
@@ -141,7 +141,7 @@ def test_child_of_a_batch_stays_in_the_blob(sleeper):
         assert results[made] > 0
         assert results[reaped] == results[made]
         assert results.bytes(back)[:5] == b"child"
-    assert proc.children(sleeper.pid) == []
+    assert tasks.children(sleeper.pid, proc.threads(sleeper.pid)) == []
 
 
 def test_group_stopped_job_stays_stopped(sleeper):
@@ -234,7 +234,7 @@ def test_a_vfork_parent_is_refused_by_name(monkeypatch, tmp_path):
     )
     subprocess.run(["gcc", "-o", tmp_path / "vfork", source], check=True)
     with running(tmp_path / "vfork") as job:
-        child = until(lambda: proc.children(job.pid))[0]
+        child = until(lambda: tasks.children(job.pid, proc.threads(job.pid)))[0]
         with pytest.raises(UnsupportedError, match="vfork"), Parasite(job.pid):
             pass
         os.kill(child, signal.SIGKILL)

@@ -91,11 +91,6 @@ def test_timers():
     assert proc.parse_timers(b"") == []
 
 
-def test_children():
-    assert proc.parse_children(b"12 13 14 ") == [12, 13, 14]
-    assert proc.parse_children(b"") == []
-
-
 @given(st.binary(min_size=1, max_size=15).filter(lambda name: b"\0" not in name))
 def test_any_name_is_read_back(name):
     head, _, tail = STAT.partition(b"(a) b (c))")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from checkpoint.kernel import descriptors
+from checkpoint.kernel.tasks import children, task_ids
 from checkpoint.model import vma as model
 from checkpoint.model.vma import Mapping
 from checkpoint.resources.memory import identity
@@ -157,18 +158,7 @@ def _relatives(pid: int) -> list[int]:
     found = [parent] if parent > 1 else []
     for process in (pid, parent):
         if process > 1:
-            found += _children(process)
-    return found
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    try:
-        for tid in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{tid}/children", "rb") as file:
-                found += map(int, file.read().split())
-    except OSError:
-        pass
+            found += children(process, task_ids(process))
     return found
 
 
