@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 
@@ -12,33 +11,16 @@ from snapshotter.base.errors import (
     MissingPagesError,
     NoSuchPointError,
     SnapshotterError,
-    TargetGoneError,
     UsageError,
     VerificationError,
 )
-from snapshotter.manager import config, doctor, identities, jobs, listing, pidfile, upkeep
-from snapshotter.manager.ports import Identity, Skipped
+from snapshotter.manager import config, doctor, identities, jobs, listing, upkeep
+from snapshotter.manager.ports import Identity
 from snapshotter.manager.rollback import rollback
 from snapshotter.manager.session import Session
-from snapshotter.manager.take import StrangerError, take, take_periodic
+from snapshotter.manager.take import take, take_periodic
 from store.types import Damage, FileRecord
-from tests.fakes import BOOT, FakeEngine, FakeStore
-
-
-@pytest.fixture
-def engine():
-    return FakeEngine()
-
-
-@pytest.fixture
-def store():
-    return FakeStore()
-
-
-@pytest.fixture
-def session(tmp_path, engine, store):
-    settings = config.Config(store=tmp_path / "store", store_from="test", lock_wait_s=0.0)
-    return Session(settings, open_store=store.opener, open_engine=lambda: engine)
+from tests.fakes import BOOT
 
 
 def test_chain_of_one_process(session, engine):
@@ -135,117 +117,6 @@ def test_default_names_are_names(comm, name):
     assert jobs.check_name(made) == made
     if "/" not in comm:
         assert made == name
-
-
-def periodic(session, path):
-    return take_periodic(session, path, job="a")
-
-
-def test_periodic(session, engine, store, tmp_path):
-    path = tmp_path / "pid"
-    done = periodic(session, path)
-    assert isinstance(done, Skipped)
-    assert done.reason == "ended"
-    path.write_text("7\n")
-    first = periodic(session, path)
-    assert periodic(session, path).parent == first.id
-    store.locked.add("a")
-    assert periodic(session, path).reason == "busy"
-    store.locked.clear()
-    del engine.alive[7]
-    assert periodic(session, path).reason == "ended"
-
-
-def test_periodic_job_that_ends_during_the_take(session, engine, tmp_path):
-    (tmp_path / "pid").write_text("7")
-
-    def end():
-        raise TargetGoneError("gone")
-
-    engine.during_dump = end
-    assert periodic(session, tmp_path / "pid").reason == "ended"
-
-
-def write_pid(path, engine, pid, uptime_s):
-    """A pid file, written when the machine had been up that long, by the clock as it is set now."""
-    path.write_text(f"{pid}\n")
-    os.utime(path, (engine.wall(uptime_s),) * 2)
-
-
-def test_periodic_pid_of_a_stranger(session, engine, tmp_path, monkeypatch):
-    monkeypatch.setattr("time.clock_gettime_ns", lambda _clock: engine.uptime_ns)
-    path = tmp_path / "pid"
-    engine.alive[7] = 500_00
-    write_pid(path, engine, 7, 400)
-    with pytest.raises(StrangerError):
-        periodic(session, path)
-    write_pid(path, engine, 7, 600)
-    first = periodic(session, path)
-    # What a point knows of a process needs no time stamp.
-    write_pid(path, engine, 7, 400)
-    assert periodic(session, path).parent == first.id
-    # Rolled back: a new start time, younger than the pid file, and the job all the same.
-    write_pid(path, engine, 7, 600)
-    rollback(session, first.id)
-    engine.started_s[7] = engine.uptime_ns / 1e9
-    assert periodic(session, path).parent == first.id
-    engine.alive[7] += 1
-    assert periodic(session, path).reason == "ended"
-
-
-def test_clock_set_forward_never_ends_a_restarted_job(session, engine, tmp_path):
-    path = tmp_path / "pid"
-    write_pid(path, engine, 7, 900)
-    first = periodic(session, path)
-    del engine.alive[7]
-    engine.alive[8] = 1000_50
-    write_pid(path, engine, 8, 1001)
-    engine.clock_offset_s += 3600
-    for _ in range(2):
-        with pytest.raises(StrangerError, match="the clock was set") as caught:
-            periodic(session, path)
-        assert "snap take 8 --job a" in caught.value.hint
-    # Named once, or with the file written anew, it is known.
-    taken = take(session, 8, job="a")
-    assert taken.parent is None
-    assert periodic(session, path).parent == taken.id
-    assert first.job == "a"
-
-
-def test_clock_set_back_never_makes_a_stranger_the_job(session, engine, tmp_path):
-    path = tmp_path / "pid"
-    write_pid(path, engine, 7, 900)
-    periodic(session, path)
-    engine.clock_offset_s -= 3600
-    engine.alive[7] = 1002_00  # the pid was reused
-    with pytest.raises(StrangerError, match="the clock was set"):
-        periodic(session, path)  # the file is of the future
-    engine.uptime_ns += 5000 * 10**9
-    with pytest.raises(StrangerError, match="the clock was set"):
-        periodic(session, path)
-
-
-def test_pid_file_of_an_earlier_boot(session, engine, store, tmp_path):
-    path = tmp_path / "pid"
-    write_pid(path, engine, 7, 900)
-    point = periodic(session, path)
-    store.saved[point.id] = dataclasses.replace(point, boot_id="another boot")
-    # The machine restarted: the uptime is small, the wall clock went on, the pid is another process's.
-    engine.clock_offset_s += 2000
-    engine.uptime_ns = 60 * 10**9
-    engine.alive[7] = 20_00
-    assert periodic(session, path).reason == "ended"
-    # Without a clock that runs while it is off, a new file is older than everything. That proves nothing.
-    os.utime(path, (1000, 1000))
-    with pytest.raises(StrangerError):
-        periodic(session, path)
-
-
-@pytest.mark.parametrize("text", ["", "abc", "-5", "0", "99999999999"])
-def test_bad_pid_file(tmp_path, text):
-    (tmp_path / "pid").write_text(text)
-    with pytest.raises(UsageError):
-        pidfile.read(tmp_path / "pid")
 
 
 def test_keep_last(session):

@@ -1,0 +1,354 @@
+"""Sockets of a child of ours are dumped, the child is killed, and they are made again in this process."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import os
+import pathlib
+import socket
+import stat
+import struct
+import tempfile
+
+import pytest
+
+from checkpoint.resources.files import unixnode
+from snapshotter.base.errors import PermissionDeniedError, RestoreConflictError, UnsupportedError
+from tests.kernel.descriptor_jobs import Restored, child, dump
+
+pytestmark = pytest.mark.requires("kcmp", "pidfd_getfd")
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def test_socketpairs_with_queues(again, kind):
+    def prepare():
+        a, b = socket.socketpair(socket.AF_UNIX, kind)
+        a.send(b"one")
+        a.send(b"two")
+        b.send(b"back")
+        return a, b
+
+    r = again(prepare)
+    a, b = r.socket(3), r.socket(4)
+    with a, b:
+        assert b.recv(100, socket.MSG_DONTWAIT) == (b"onetwo" if kind == socket.SOCK_STREAM else b"one")
+        if kind != socket.SOCK_STREAM:
+            assert b.recv(100, socket.MSG_DONTWAIT) == b"two"
+        assert a.recv(100, socket.MSG_DONTWAIT) == b"back"
+        a.send(b"on it goes")
+        assert b.recv(100) == b"on it goes"
+
+
+def test_descriptors_in_flight_and_shutdown(again):
+    def prepare():
+        a, b = socket.socketpair()
+        _, write_end = os.pipe()
+        a.sendall(b"plain text")
+        a.sendmsg([b"with fd"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [write_end]))])
+        a.sendall(b"after")
+        os.close(write_end)
+        a.shutdown(socket.SHUT_WR)
+        return a, b
+
+    r = again(prepare)
+    with r.socket(4) as b:
+        data, fds, _, _ = socket.recv_fds(b, 10, 4)
+        assert (data, fds) == (b"plain text", [])
+        data, fds, _, _ = socket.recv_fds(b, 100, 4)
+        assert data == b"with fd" and len(fds) == 1
+        os.write(fds[0], b"reached")
+        os.close(fds[0])
+        assert os.read(r[5], 100) == b"reached"
+        assert b.recv(100) == b"after"
+        assert b.recv(100) == b""
+
+
+def test_a_socket_whose_peer_is_gone(again):
+    def prepare():
+        a, b = socket.socketpair()
+        a.sendall(b"last words")
+        a.close()
+        return b
+
+    r = again(prepare)
+    with r.socket(4) as b:
+        assert b.recv(100) == b"last words"
+        assert b.recv(100) == b""
+
+
+def test_listening_accepted_and_bound_sockets(again, tmp_path):
+    path = str(tmp_path / "sock")
+
+    def prepare():
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(path)
+        server.listen(7)
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(path)
+        accepted, _ = server.accept()
+        client.sendall(b"request")
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        bound.bind(f"\0snap-test-{os.getpid()}")
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sender.connect(bound.getsockname())
+        sender.send(b"datagram")
+        return server, client, accepted, bound, sender
+
+    r = again(prepare)
+    with r.socket(5) as accepted, r.socket(4) as client, r.socket(3) as server:
+        assert accepted.recv(100) == b"request"
+        assert accepted.getsockname() == path == client.getpeername()
+        fresh = socket.socket(socket.AF_UNIX)
+        fresh.connect(path)
+        server.accept()[0].close()
+        fresh.close()
+    with r.socket(6) as bound, r.socket(7) as sender:
+        assert bound.recv(100, socket.MSG_DONTWAIT) == b"datagram"
+        sender.send(b"next")
+        assert bound.recv(100, socket.MSG_DONTWAIT) == b"next"
+
+
+def test_tcp_listener_and_udp(again):
+    ports: list[int] = []
+
+    def prepare():
+        server = socket.socket(socket.AF_INET)
+        server.bind(("127.0.0.1", 0))
+        server.listen(5)
+        udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        udp.bind(("::1", 0))
+        return server, udp
+
+    r = again(prepare)
+    with r.socket(3) as server, r.socket(4) as udp:
+        port = server.getsockname()[1]
+        assert port and not ports
+        with socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()
+        assert udp.getsockname()[0] == "::1"
+        assert udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 200_000
+
+
+def test_an_address_that_somebody_else_has_is_a_conflict(tmp_path):
+    def prepare():
+        tcp = socket.socket()
+        tcp.bind(("127.0.0.1", 0))
+        tcp.listen()
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(str(tmp_path / "sock"))
+        unix.listen()
+        return tcp, unix
+
+    with child(prepare) as pid:
+        ctx = dump(pid)
+        with open(f"/proc/{pid}/net/tcp", encoding="ascii") as file:
+            assert file.read()
+        (tcp,) = [d.inet for d in ctx.images["files"].descriptions if d.HasField("inet")]
+        with pytest.raises(RestoreConflictError, match=f"process {pid}.*; .*process {pid}"):
+            Restored(ctx, pid)
+    port = int(tcp.source.split()[1])
+    r = Restored(ctx, pid)
+    with r.socket(3) as again:
+        assert again.getsockname() == ("127.0.0.1", port)
+    r.opening.close()
+
+
+@pytest.fixture
+def public():
+    """A directory where everybody may write; those of pytest are its own."""
+    with tempfile.TemporaryDirectory(prefix="snap-test-") as folder:
+        os.chmod(folder, 0o777)
+        yield pathlib.Path(folder)
+
+
+def bound_by(path, uid, gid, mode=0o640):
+    """prepare() for a listening socket that another user has bound."""
+
+    def prepare():
+        server = socket.socket(socket.AF_UNIX)
+        os.umask(0)
+        os.setegid(gid)
+        os.seteuid(uid)
+        server.bind(str(path))
+        os.chmod(path, mode)
+        os.seteuid(0)
+        os.setegid(0)
+        server.listen(1)
+        return server
+
+    return prepare
+
+
+@pytest.mark.requires("root")
+def test_a_bound_socket_keeps_owner_and_mode(again, public):
+    path = public / "sock"
+    r = again(bound_by(path, 1234, 2345))
+    node = path.stat()
+    assert (node.st_uid, node.st_gid, stat.S_IMODE(node.st_mode)) == (1234, 2345, 0o640)
+    with r.socket(3) as server, socket.socket(socket.AF_UNIX) as client:
+        assert server.getsockname() == str(path)
+        client.connect(str(path))
+
+
+@pytest.mark.requires("root")
+def test_a_socket_that_root_bound_and_gave_away(again, public):
+    public.chmod(0o755)
+    path = public / "sock"
+
+    def prepare():
+        server = bound_by(path, 0, 0)()
+        os.chown(path, 1234, 2345)
+        return server
+
+    again(prepare)
+    node = path.stat()
+    assert (node.st_uid, node.st_gid, stat.S_IMODE(node.st_mode)) == (1234, 2345, 0o640)
+
+
+@pytest.mark.requires("root")
+def test_a_users_socket_reaches_no_further_than_he_does(public):
+    own, roots = public / "own", public / "roots"
+    own.mkdir()
+    os.chown(own, 1234, 1234)
+    roots.mkdir()
+    roots.chmod(0o755)
+    with child(bound_by(own / "sock", 1234, 1234)) as pid:
+        ctx = dump(pid)
+    own.rename(public / "aside")
+    own.symlink_to(roots)
+    with pytest.raises(RestoreConflictError, match="directory of the job's socket"):
+        Restored(ctx, pid)
+    assert not list(roots.iterdir())
+    # An address that held a link all along is followed by nobody but its owner.
+    own.unlink()
+    (public / "aside").rename(own)
+    link = public / "link"
+    link.symlink_to(own)
+    with child(bound_by(link / "other", 1234, 1234)) as pid:
+        ctx = dump(pid)
+    Restored(ctx, pid).opening.close()
+    link.unlink()
+    link.symlink_to(roots)
+    with pytest.raises(RestoreConflictError, match="another directory"):
+        Restored(ctx, pid)
+    assert not list(roots.iterdir())
+
+
+@pytest.mark.requires("root")
+def test_the_node_is_made_with_its_owners_rights(public, monkeypatch):
+    """The links of its address change after they were looked at."""
+    own, roots, link = public / "own", public / "roots", public / "link"
+    own.mkdir()
+    os.chown(own, 1234, 1234)
+    roots.mkdir()
+    roots.chmod(0o755)
+    link.symlink_to(own)
+    with child(bound_by(link / "sock", 1234, 1234)) as pid:
+        ctx = dump(pid)
+    real = unixnode._make
+
+    def swap(*args):
+        link.unlink()
+        link.symlink_to(roots)
+        return real(*args)
+
+    monkeypatch.setattr(unixnode, "_make", swap)
+    with pytest.raises((RestoreConflictError, PermissionDeniedError)):
+        Restored(ctx, pid)
+    assert not list(roots.iterdir())
+
+
+def test_a_queued_datagram_keeps_its_senders_address(again):
+    def prepare():
+        receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        receiver.bind(b"\0snap-test-receiver")
+        there = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        there.bind(b"\0snap-test-there")
+        there.sendto(b"still here", receiver.getsockname())
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as gone:
+            gone.bind(b"\0snap-test-gone")
+            gone.sendto(b"gone", receiver.getsockname())
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as nameless:
+            nameless.sendto(b"nameless", receiver.getsockname())
+        return receiver, there
+
+    r = again(prepare)
+    with r.socket(3) as receiver, r.socket(4) as there:
+        assert receiver.recvfrom(100) == (b"still here", b"\0snap-test-there")
+        assert receiver.recvfrom(100) == (b"gone", b"\0snap-test-gone")
+        assert receiver.recvfrom(100)[0] == b"nameless"
+        there.sendto(b"more", receiver.getsockname())
+        assert receiver.recvfrom(100) == (b"more", b"\0snap-test-there")
+
+
+def test_empty_datagrams_survive_a_second_take():
+    def prepare():
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        one.send(b"")
+        one.send(b"then this")
+        other.send(b"first")
+        other.send(b"")
+        return one, other
+
+    with child(prepare) as pid:
+        warnings = dump(pid).warnings
+        assert len([text for text in warnings if "empty datagram" in text]) == 1
+        ctx = dump(pid)
+    queues = [[m.data for m in d.unix.queue] for d in ctx.images["files"].descriptions if d.HasField("unix")]
+    assert sorted(queues) == [[b"", b"then this"], [b"first"]]
+
+
+def test_socket_options_come_back(again):
+    def prepare():
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 7)
+        udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
+        udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        udp.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
+        udp.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER
+        udp.setsockopt(socket.SOL_SOCKET, 37, 0x18)  # SO_TIMESTAMPING
+        udp.setsockopt(socket.IPPROTO_UDP, 1, 1)  # UDP_CORK
+        tcp = socket.socket(socket.AF_INET)
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        return udp, tcp
+
+    r = again(prepare)
+    with r.socket(3) as udp, r.socket(4) as tcp:
+        ip = socket.IPPROTO_IP
+        assert udp.getsockopt(ip, socket.IP_MULTICAST_TTL) == 7
+        assert udp.getsockopt(ip, socket.IP_MULTICAST_LOOP) == 0
+        assert udp.getsockopt(ip, socket.IP_MULTICAST_IF, 4) == socket.inet_aton("127.0.0.1")
+        assert (udp.getsockopt(ip, 11), udp.getsockopt(ip, 10)) == (1, 2)
+        assert udp.getsockopt(socket.SOL_SOCKET, 37) == 0x18
+        assert udp.getsockopt(socket.IPPROTO_UDP, 1) == 1
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+    assert r.warnings == []
+
+
+@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
+def test_an_attached_filter_is_refused_by_name(family):
+    def prepare():
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        code = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF))  # BPF_RET
+        program = struct.pack("=H6xQ", 1, ctypes.addressof(code))
+        sock.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
+        return sock, code
+
+    with child(prepare) as pid, pytest.raises(UnsupportedError, match="packet filter of 1 instructions"):
+        dump(pid)
+
+
+@pytest.mark.parametrize("flags", [0, socket.MSG_MORE])
+def test_an_unfinished_datagram_is_refused(flags):
+    def prepare():
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        udp.connect(("127.0.0.1", 9))
+        if not flags:
+            udp.setsockopt(socket.IPPROTO_UDP, 1, 1)
+        udp.send(b"half", flags)
+        return udp
+
+    with child(prepare) as pid, pytest.raises(UnsupportedError, match="unfinished datagram"):
+        dump(pid)

@@ -1,0 +1,35 @@
+"""Fixtures that several files here share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.jobs import reap_all, state, tree, wait_until
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a job in a session of its own; kills its tree at the end."""
+    roots = []
+
+    def run(*command, **options):
+        options.setdefault("start_new_session", True)
+        with open(tmp_path / "out", "ab") as out:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=tmp_path, **options
+            )
+        process.returncode = 0
+        roots.append(process.pid)
+        return process.pid
+
+    yield run
+    for root in roots:
+        for pid in tree(root):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: reap_all() or not any(map(state, roots)), "jobs gone")

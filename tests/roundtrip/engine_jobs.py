@@ -1,0 +1,44 @@
+"""What tests of the engine without the store share: looking at a job, and killing all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+
+from tests.jobs import reap, reap_all, tree, wait_until
+
+
+def number(path: pathlib.Path) -> int:
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def cmdline(pid: int) -> bytes:
+    try:
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def in_session(sid: int) -> list[int]:
+    """What is left of a session, zombies included."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields = pathlib.Path(f"/proc/{name}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+            if int(fields[3]) == sid:
+                found.append(int(name))
+    return found
+
+
+def kill(pid: int) -> None:
+    for one in reversed(tree(pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    reap(pid)
+    # A child forked meanwhile, a short sleep mostly, has become ours and holds the job's session until it is reaped.
+    wait_until(lambda: reap_all() or not in_session(pid), "the job gone")
