@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from store import PointMeta
 
 PAGE = 4096
@@ -63,3 +65,21 @@ def restored(store, point, space="mm/42"):
         reader.fill(space, write)
         assert reader.read(space, [(0, size)] if size else []) == bytes(out)
         return bytes(out)
+
+
+def die_at(owner, name, nth, *, after=False):
+    """Ends this process at the nth call of `owner.name`, before it happens or after."""
+    real = getattr(owner, name)
+    count = 0
+
+    def wrapper(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == nth and not after:
+            os._exit(77)
+        result = real(*args, **kwargs)
+        if count == nth:
+            os._exit(77)
+        return result
+
+    setattr(owner, name, wrapper)

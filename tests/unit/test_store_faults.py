@@ -11,7 +11,7 @@ from snapshotter.base import faults
 from snapshotter.base.errors import NoStoreError, PermissionDeniedError, StoreError, VerificationError
 from store import Store, schema
 from store.pack import KIND_PAGES
-from tests.unit.store_helpers import PAGE, page, restored, take
+from tests.unit.store_helpers import PAGE, die_at, page, restored, take
 
 
 def pages(numbers, salt=0):
@@ -98,7 +98,7 @@ def test_a_crash_at_each_step(tmp_path, where, after):
         child = os.fork()
         if child == 0:
             try:
-                die_at(where, nth, after=after)
+                die_at(*call(where), nth, after=after)
                 with Store.open(tmp_path / "store") as store:
                     take(store, SECOND, point, runs=[(0, 20)])
             finally:
@@ -176,29 +176,16 @@ def test_prune_fault_points(tmp_path, name, action):
         assert store.stats().bytes_packs < 620 * PAGE
 
 
-def die_at(where, nth, *, after):
+def call(where):
+    """(owner, name) of what a commit calls."""
     from store.catalog import Catalog
 
-    owner, name = {
+    return {
         "pwrite": (os, "pwrite"),
         "fsync": (os, "fsync"),
         "rename": (Path, "rename"),
         "commit": (Catalog, "add_point"),
     }[where]
-    real = getattr(owner, name)
-    count = 0
-
-    def wrapper(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == nth and not after:
-            os._exit(77)
-        result = real(*args, **kwargs)
-        if count == nth:
-            os._exit(77)
-        return result
-
-    setattr(owner, name, wrapper)
 
 
 def flip(path, at):

@@ -8,7 +8,7 @@ import pytest
 from snapshotter.base.errors import NoStoreError
 from snapshotter.manager.jobs import Head, read_head, write_head
 from store import Store
-from tests.unit.store_helpers import page, restored, take
+from tests.unit.store_helpers import die_at, page, restored, take
 
 DATA = b"".join(page(number) for number in range(20))
 
@@ -58,28 +58,17 @@ def test_a_store_that_lost_its_mark_is_not_made_anew(tmp_path, left):
         assert restored(store, point) == DATA
 
 
-def die_at(where, nth):
-    """Ends this process at the nth call, before it happens."""
+def call(where):
+    """(owner, name) of what a making store calls."""
     from alembic import command
 
-    owner, name = {
+    return {
         "open": (os, "open"),
         "rename": (Path, "rename"),
         "fsync": (os, "fsync"),
         "mkdir": (Path, "mkdir"),
         "migrate": (command, "upgrade"),
     }[where]
-    real = getattr(owner, name)
-    count = 0
-
-    def wrapper(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == nth:
-            os._exit(77)
-        return real(*args, **kwargs)
-
-    setattr(owner, name, wrapper)
 
 
 @pytest.mark.parametrize("where", ["open", "rename", "fsync", "mkdir", "migrate"])
@@ -90,7 +79,7 @@ def test_a_crash_while_a_store_is_made(tmp_path, where):
         child = os.fork()
         if child == 0:
             try:
-                die_at(where, nth)
+                die_at(*call(where), nth)
                 Store.open(root, create=True).close()
                 os._exit(0)
             finally:

@@ -1,6 +1,7 @@
 // A main thread with a large array of zeros on its stack, and a second thread: both count in a shared file as long as
 // every byte of it is zero. deep_stack COUNTERS ARRAY_KIB THREAD_STACK_KIB (0: the default)
 #define _GNU_SOURCE
+#include "progress.h"
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -11,7 +12,6 @@
 #include <time.h>
 #include <unistd.h>
 
-static volatile uint64_t *progress;
 static const struct timespec nap = {0, 1000000};
 
 static void *second(void *arg)
@@ -44,11 +44,7 @@ int main(int argc, char **argv)
 {
     if (argc != 4)
         return 2;
-    int fd = open(argv[1], O_RDWR | O_CREAT, 0600);
-    if (fd < 0 || ftruncate(fd, 4096))
-        return 2;
-    progress = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    close(fd);
+    open_progress(argv[1]);
     pthread_t thread;
     pthread_attr_t attr;
     pthread_attr_init(&attr);

@@ -2,6 +2,7 @@
 // signal mask, the alternate stack, interrupted calls. Counts up in a shared file while all is well;
 // says what is wrong on stderr and exits 1. Modes: spin, sleep, sigsuspend, ppoll, threads, read.
 #define _GNU_SOURCE
+#include "progress.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <immintrin.h>
@@ -16,7 +17,6 @@
 #include <time.h>
 #include <unistd.h>
 
-static volatile uint64_t *progress;
 static char altstack[65536];
 static volatile sig_atomic_t alarms;
 static int use_avx;
@@ -105,11 +105,7 @@ int main(int argc, char **argv)
 {
     if (argc < 3)
         return 2;
-    int fd = open(argv[1], O_RDWR | O_CREAT, 0600);
-    if (fd < 0 || ftruncate(fd, 4096))
-        return 2;
-    progress = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    close(fd);
+    open_progress(argv[1]);
     use_avx = __builtin_cpu_supports("avx2");
 
     stack_t alt = {.ss_sp = altstack, .ss_size = sizeof(altstack)};
