@@ -9,6 +9,17 @@ import signal
 
 from tests.jobs import reap, reap_all, tree, wait_until
 
+COUNTER = """
+import os, sys, time
+n = 0
+while True:
+    n += 1
+    with open("n.tmp", "w") as f:
+        f.write(str(n))
+    os.replace("n.tmp", "n")
+    time.sleep(0.01)
+"""
+
 
 def number(path: pathlib.Path) -> int:
     try:

@@ -19,22 +19,11 @@ from snapshotter.base.errors import (
 )
 from tests import memory_store
 from tests.jobs import is_running, reap, reap_all, state, tree, wait_until
-from tests.roundtrip.engine_jobs import cmdline, kill, number
+from tests.roundtrip.engine_jobs import COUNTER, cmdline, kill, number
 
 pytestmark = pytest.mark.requires("root")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-COUNTER = """
-import os, sys, time
-n = 0
-while True:
-    n += 1
-    with open("n.tmp", "w") as f:
-        f.write(str(n))
-    os.replace("n.tmp", "n")
-    time.sleep(0.01)
-"""
 
 
 def test_counter_goes_on_from_the_point(start, tmp_path):

@@ -31,18 +31,6 @@ pytestmark = pytest.mark.requires("root")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-COUNTER = """
-import os, sys, time
-n = 0
-while True:
-    n += 1
-    with open("n.tmp", "w") as f:
-        f.write(str(n))
-    os.replace("n.tmp", "n")
-    time.sleep(0.01)
-"""
-
-
 FAMILY = """
 import os, time
 for _ in range(4):
