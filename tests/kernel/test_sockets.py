@@ -312,6 +312,10 @@ def test_socket_options_come_back(again):
         udp.setsockopt(socket.IPPROTO_UDP, 1, 1)  # UDP_CORK
         tcp = socket.socket(socket.AF_INET)
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        udp.setsockopt(socket.SOL_SOCKET, 11, 1)  # SO_NO_CHECK
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        udp.setsockopt(socket.SOL_SOCKET, 72, 1)  # SO_BUF_LOCK: the send buffer's size only
         return udp, tcp
 
     r = again(prepare)
@@ -323,6 +327,10 @@ def test_socket_options_come_back(again):
         assert (udp.getsockopt(ip, 11), udp.getsockopt(ip, 10)) == (1, 2)
         assert udp.getsockopt(socket.SOL_SOCKET, 37) == 0x18
         assert udp.getsockopt(socket.IPPROTO_UDP, 1) == 1
+        assert udp.getsockopt(socket.SOL_SOCKET, 11) == 1
+        assert udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 131072
+        assert udp.getsockopt(socket.SOL_SOCKET, 72) == 1
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK) == 1
         assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
     assert r.warnings == []
 

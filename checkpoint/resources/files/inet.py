@@ -52,6 +52,7 @@ _OPTIONS = (
     (_IPV6, socket.IPV6_RECVPKTINFO),
     (_IPV6, socket.IPV6_TCLASS),
     (_TCP, socket.TCP_NODELAY),
+    (_TCP, socket.TCP_CORK),
     (_TCP, socket.TCP_KEEPIDLE),
     (_TCP, socket.TCP_KEEPINTVL),
     (_TCP, socket.TCP_KEEPCNT),

@@ -59,6 +59,8 @@ GENERIC_OPTIONS: tuple[tuple[int, int], ...] = tuple(
         _SO_PASSPIDFD,
         _SO_BINDTODEVICE,
         SO_PEEK_OFF,
+        11,  # SO_NO_CHECK
+        72,  # SO_BUF_LOCK: after the buffers' sizes, which lock them
     )
 )
 
