@@ -149,7 +149,7 @@ class _Take:
                     continue
                 with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
                     nr_pages += self.precopy_process(pid, start)
-            ctx.sink.drain()
+            ctx.sink.drain(hurry=False)
             ctx.stats.rounds = number + 1
             self.expected_bytes = max(_MIN_STAGED_BYTES, min(nr_pages * PAGE_SIZE // 4, 256 << 20))
             if nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes and number > 0:

@@ -92,7 +92,7 @@ class Staging:
         self._staged += size
         self._pieces.append(_Piece(space, runs, data))
 
-    def drain(self) -> None:
+    def drain(self, *, hurry: bool = True) -> None:
         """Before the thaw: wait for what was too much to stage."""
         if self._direct:
             self.sink.drain()
@@ -112,7 +112,7 @@ class Staging:
         """After the thaw: hand over everything, wait until it was taken, close the spaces, free the memory."""
         for piece in self._pieces:
             self.sink.put(piece.space, piece.runs, piece)
-        self.sink.drain()
+        self.sink.drain(hurry=False)
         for space, present in self._closed:
             self.sink.close_space(space, present)
         self._pieces.clear()

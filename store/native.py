@@ -1,10 +1,11 @@
-"""The store's view of the C page helpers (parasite_c/pages.c): bytes and numpy arrays in, plain values out.
+"""The store's view of the C page helpers (parasite_c/hash.c, pages.c): bytes and numpy arrays in, plain values out.
 
 Every call drops the GIL (cffi). Sizes are checked here, because C trusts them.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,30 +24,44 @@ KEY_BYTES = 16
 Buffer = Any  # anything with the buffer protocol
 
 
-def checksum(key: bytes, data: Buffer) -> bytes:
-    """First 16 bytes of keyed BLAKE3."""
-    return digest(key, data)[:KEY_BYTES]
+@functools.lru_cache(maxsize=64)
+def _context(secret: bytes) -> Any:
+    """A secret's key material (hash.c)."""
+    if len(secret) != 32:
+        raise ValueError("a secret has 32 bytes")
+    context = ffi.new("snap_hash_key *")
+    if lib.snap_hash_init(context, secret) < 0:
+        raise MemoryError
+    return context
 
 
-def digest(key: bytes, data: Buffer) -> bytes:
-    """Keyed BLAKE3, 32 bytes."""
-    if len(key) != 32:
-        raise ValueError("a BLAKE3 key has 32 bytes")
-    view = ffi.from_buffer("uint8_t[]", data)
+def derive(secret: bytes, label: bytes) -> bytes:
+    """Another secret for another use: keyed BLAKE3 of the label, 32 bytes."""
+    if len(secret) != 32:
+        raise ValueError("a secret has 32 bytes")
     out = ffi.new("uint8_t[32]")
-    if lib.snap_blake3(key, view, len(view), out) < 0:
+    if lib.snap_blake3(secret, label, len(label), out) < 0:
         raise MemoryError
     return bytes(ffi.buffer(out, 32))
 
 
-def hash_pages(key: bytes, pages: Buffer) -> bytes:
-    """16 bytes for each 4 KiB page, in order."""
+def checksum(secret: bytes, data: Buffer) -> bytes:
+    """Digest of any bytes: 16 bytes."""
+    view = ffi.from_buffer("uint8_t[]", data)
+    out = ffi.new("uint8_t[]", KEY_BYTES)
+    if lib.snap_digest(_context(secret), view, len(view), out) < 0:
+        raise MemoryError
+    return bytes(ffi.buffer(out, KEY_BYTES))
+
+
+def hash_pages(secret: bytes, pages: Buffer) -> bytes:
+    """The digest of each 4 KiB page, in order."""
     view = ffi.from_buffer("uint8_t[]", pages)
     nr_pages, rest = divmod(len(view), PAGE_SIZE)
-    if rest or len(key) != 32:
-        raise ValueError("whole pages and a key of 32 bytes are needed")
+    if rest:
+        raise ValueError("whole pages are needed")
     out = bytearray(nr_pages * KEY_BYTES)
-    lib.snap_hash_pages(key, view, nr_pages, ffi.from_buffer("uint8_t[]", out))
+    lib.snap_hash_pages(_context(secret), view, nr_pages, ffi.from_buffer("uint8_t[]", out))
     return bytes(out)
 
 
@@ -83,6 +98,11 @@ def start_writeback(fd: int, offset: int, size: int) -> None:
     lib.snap_sync_range(fd, offset, size)
 
 
+def keep_freed_memory() -> None:
+    """Before work with many large buffers: what is freed is used again instead of given back to the kernel. Cheap, idempotent."""
+    lib.snap_keep_freed()
+
+
 class Tables:
     """An array of C key tables over buffers that it keeps alive."""
 
@@ -111,10 +131,8 @@ class Tables:
 class Stager:
     """Zero test, keyed hash, dedup and compaction for the threads of one writer."""
 
-    def __init__(self, key: bytes, tables: Tables) -> None:
-        if len(key) != 32:
-            raise ValueError("a BLAKE3 key has 32 bytes")
-        self._key = key
+    def __init__(self, secret: bytes, tables: Tables) -> None:
+        self._key = _context(secret)
         self._tables = tables
         self._pending = ffi.gc(lib.snap_pending_new(), lib.snap_pending_free)
         if self._pending == ffi.NULL:

@@ -168,12 +168,15 @@ class PackWriter:
         base_pack, base_frame = base or (0, 0)
         check = native.checksum(self._keys.frames, data)
         self._write(data, offset)
-        native.start_writeback(self._fd, offset, len(data))
         self._frames[number] = _FRAME.pack(
             offset, len(data), raw, codec, kind, nr_pages, base_pack, base_frame, 0, check
         )
         if nr_pages:
             self._page_keys.append((number, page_keys))
+
+    def start_writeback(self, offset: int, size: int) -> None:
+        """Has the kernel begin to write what was written here; waits while the disk's queue is full."""
+        native.start_writeback(self._fd, offset, size)
 
     def seal(self) -> None:
         """Footer, fsync, rename. The directory's fsync is the caller's, once for all its packs."""

@@ -1,8 +1,8 @@
 """Packs as a set: the open ones of a store for reading, and the ones that a take is writing.
 
 `PackReaders` keeps a bounded number of packs open and reads blobs with their bases. `PackSet` hands out room in
-the current pack to several compressing threads, seals full packs in a thread of its own, and either
-publishes all of them or removes all of them.
+the current pack to several compressing threads; in a thread of its own it starts write-back early and seals full packs (both
+wait for the disk, which compressing must not); and it either publishes all of them or removes all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import queue
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 from snapshotter.base.errors import SnapshotterError, StoreError, VerificationError
@@ -31,6 +32,8 @@ from store.pack import (
 )
 
 MAX_OPEN = 256
+_WRITEBACK_FROM = 64 << 10
+"""Smaller frames are left to the fsync."""
 
 
 class PackReaders:
@@ -137,8 +140,8 @@ class PackSet:
         self._lock = threading.Lock()
         self._current: PackWriter | None = None
         self._all: list[PackWriter] = []
-        self._sealing: queue.SimpleQueue[PackWriter | None] = queue.SimpleQueue()
-        self._sealer: threading.Thread | None = None
+        self._to_disk: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._disk: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def _new_pack(self) -> PackWriter:
@@ -175,29 +178,32 @@ class PackSet:
             with self._lock:
                 pack.writers -= 1
                 ready = pack.closing and pack.writers == 0
+        if len(data) >= _WRITEBACK_FROM:
+            self._later(partial(pack.start_writeback, offset, len(data)))
         if ready:
-            self._seal_later(pack)
+            self._later(pack.seal)
         return pack.id, number
 
-    def _seal_later(self, pack: PackWriter) -> None:
+    def _later(self, work: Callable[[], None]) -> None:
+        """Have the disk's thread do something, after all that it was given before."""
         with self._lock:
-            if self._sealer is None:
-                self._sealer = threading.Thread(target=self._seal_loop, name="snap-seal", daemon=True)
-                self._sealer.start()
-        self._sealing.put(pack)
+            if self._disk is None:
+                self._disk = threading.Thread(target=self._disk_loop, name="snap-disk", daemon=True)
+                self._disk.start()
+        self._to_disk.put(work)
 
-    def _seal_loop(self) -> None:
-        while (pack := self._sealing.get()) is not None:
+    def _disk_loop(self) -> None:
+        while (work := self._to_disk.get()) is not None:
             try:
-                pack.seal()
+                work()
             except BaseException as error:
                 self._error = self._error or error
 
     def _join(self) -> None:
-        if self._sealer is not None:
-            self._sealing.put(None)
-            self._sealer.join()
-            self._sealer = None
+        if self._disk is not None:
+            self._to_disk.put(None)
+            self._disk.join()
+            self._disk = None
 
     def publish(self) -> list[PackRow]:
         """Every pack complete, on disk, and under its name. What is left is the catalog's commit."""

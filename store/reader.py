@@ -138,6 +138,7 @@ class PointReader:
         """Hands every page out once, frame by frame, from NR_THREADS threads."""
         if not len(pages):
             return
+        native.keep_freed_memory()
         order = np.argsort(locs, kind="stable") if (locs[1:] < locs[:-1]).any() else np.arange(len(locs))
         pages, locs = pages[order], locs[order]
         frames = locs >> _FRAME_SHIFT

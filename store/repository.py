@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from store.writer import PointWriter
 
 FORMAT_VERSION = 1
-ALGORITHM = "blake3-keyed-128"
+ALGORITHM = "nh-blake3-128"
 _MARK, _KEY, _CATALOG = "STORE", "key", "catalog.sqlite"
 _DIRECTORIES = ("packs", "index", "heads", "locks")
 _HEX = re.compile(r"[0-9a-f]{4,32}")
@@ -199,13 +199,13 @@ class Store:
     @cached_property
     def keys(self) -> PackKeys:
         """Keys derived from the store's secret, one per use."""
-        from store.native import digest
+        from store.native import derive
         from store.pack import PackKeys
 
         return PackKeys(
             bytes.fromhex(self.id),
-            digest(self._secret, b"snap frames 1"),
-            digest(self._secret, b"snap pages 1"),
+            derive(self._secret, b"snap frames 1"),
+            derive(self._secret, b"snap pages 1"),
         )
 
     @cached_property

@@ -1,7 +1,7 @@
 """The point writer: takes a dump's pages and images, and commits them as one point. It is a PageSink.
 
 Pages are read, tested for zero, hashed, looked up and compressed by two threads of its own, a megabyte at a
-time, in buffers that are reused. While somebody waits in `drain` (the job is frozen then), reading goes first
+time, in buffers that are reused. While somebody waits in `drain` in a hurry (the job is frozen then), reading goes first
 and compressing waits. Nothing of a writer exists for anybody else before `commit` returns; a writer that is
 left without it removes its packs. After one failure a writer is broken and only says so.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from snapshotter.base import faults
 from snapshotter.base.errors import MissingPagesError, SnapshotterError, StoreError, UsageError
 from snapshotter.base.pages import PAGE_SIZE, PageReader, Run
-from store import pagemap
+from store import native, pagemap
 from store.blobs import add_images, add_maps
 from store.files import store_error
 from store.packset import PackSet
@@ -74,6 +74,7 @@ class PointWriter:
                 self._parent_maps = self._store.readers.maps(self._parent_refs.maps)
         # What the parent has in frames known to be damaged must be dumped again (MissingPagesError).
         self._inherited = pagemap.without(self._parent_maps, self._store.damage.load())
+        native.keep_freed_memory()
         self._stager: Stager = self._store.stager(packs)
         self._packs = PackSet(self._store.packs_dir, self._store.keys, packs)
         self._images: dict[str, bytes] = {}
@@ -121,16 +122,16 @@ class PointWriter:
             self._unread += len(tasks)
             self._changed.notify_all()
 
-    def drain(self) -> None:
+    def drain(self, *, hurry: bool = True) -> None:
         """Wait until every queued page was read (not necessarily stored); raises what a worker raised."""
         with self._changed:
-            self._draining += 1
+            self._draining += hurry
             self._changed.notify_all()
             try:
                 while self._unread and self._error is None:
                     self._changed.wait()
             finally:
-                self._draining -= 1
+                self._draining -= hurry
         self._check()
 
     def pause(self) -> None:

@@ -32,8 +32,11 @@ class PageSink(Protocol):
     def put(self, space: str, runs: Sequence[Run], reader: PageReader) -> None:
         """Queue pages; may return before they were read. A later put of the same page wins."""
 
-    def drain(self) -> None:
-        """Wait until every queued page was read (not necessarily stored); raises what a worker raised."""
+    def drain(self, *, hurry: bool = True) -> None:
+        """Wait until every queued page was read (not necessarily stored); raises what a worker raised.
+
+        `hurry`: reading goes before all other work, at the price of a copy (the job is frozen).
+        """
 
     def pause(self) -> None:
         """Leave the processors to the frozen window: returns when no thread of the sink works any more. They go on

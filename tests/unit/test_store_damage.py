@@ -83,12 +83,14 @@ def test_a_child_of_a_damaged_point_is_not_born_damaged(store):
 def test_prune_moves_what_lives_out_of_a_damaged_pack(store):
     data = bytearray(os.urandom(600 * PAGE))
     one = take(store, data)
-    pack, _ = damage(store, one, 599)
+    pack, frame = damage(store, one, 599)
     store.verify()
-    data[500 * PAGE :] = os.urandom(100 * PAGE)
+    hurt = [number for number in range(600) if frame_of(store, one, number) == (pack, frame)]
+    for number in hurt:
+        data[number * PAGE : (number + 1) * PAGE] = os.urandom(PAGE)
     # A child made before the damage was known: it needs most of the pack, but nothing that is damaged.
     (store.path / "damaged").unlink()
-    two = take(store, data, one, runs=[(500, 100)])
+    two = take(store, data, one, runs=[(number, 1) for number in hurt])
     assert store.verify().points_hurt == (one.id,)
     assert store.prune().packs_repacked == 0  # one needs what cannot be read: the pack stays for as long
     store.forget([one])

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import struct
 
 import numpy as np
@@ -59,16 +60,52 @@ def variant(request):
 @pytest.mark.usefixtures("variant")
 def test_hash_is_keyed_blake3():
     for size, expected in VECTORS:
-        assert native.digest(KEY, bytes(i % 251 for i in range(size))).hex() == expected
+        assert native.derive(KEY, bytes(i % 251 for i in range(size))).hex() == expected
+
+
+def digest_by_the_format(secret, data):
+    """FORMAT.md's "Digest", in Python."""
+    material = b"".join(
+        native.derive(secret, b"snap nh\0" + number.to_bytes(8, "little")) for number in range(129)
+    )
+    k = struct.unpack("<516Q", material)
+    message = len(data).to_bytes(32, "little")
+    for at in range(0, len(data), 4096):
+        w = struct.unpack("<512Q", data[at : at + 4096].ljust(4096, b"\0"))
+        for shift in (0, 2):
+            total = sum(
+                (w[i] + k[i + shift]) % 2**64 * ((w[i + 1] + k[i + 1 + shift]) % 2**64)
+                for i in range(0, 512, 2)
+            )
+            message += (total % 2**128).to_bytes(16, "little")
+    return native.derive(secret, message)[:16]
 
 
 @pytest.mark.usefixtures("variant")
-def test_page_keys_are_the_hash_of_each_page():
+def test_digests_are_those_of_the_format():
+    for size in (0, 1, 4095, 4096, 4097, 8192, 40000, 1 << 17):
+        data = random.Random(size).randbytes(size)
+        assert native.checksum(KEY, data) == digest_by_the_format(KEY, data)
+
+
+def test_digests_tell_apart_what_differs_little():
+    pages = [bytes(4096), bytes(4095), bytes(8192), b""]
+    for word in range(0, 512, 73):
+        pages += [
+            bytes(8 * word) + value.to_bytes(8, "little") + bytes(4088 - 8 * word)
+            for value in (1, 1 << 63, 2**64 - 1)
+        ]
+    assert len({native.checksum(KEY, page) for page in pages}) == len(pages)
+    assert native.checksum(KEY, pages[-1]) != native.checksum(KEY[::-1], pages[-1])
+
+
+@pytest.mark.usefixtures("variant")
+def test_page_keys_are_the_digest_of_each_page():
     data = os.urandom(37 * 4096)
     keys = native.hash_pages(KEY, data)
     for number in range(37):
         page = data[number * 4096 : (number + 1) * 4096]
-        assert keys[number * 16 : (number + 1) * 16] == native.digest(KEY, page)[:16]
+        assert keys[number * 16 : (number + 1) * 16] == native.checksum(KEY, page)
 
 
 def lookup(tables, key):

@@ -1,7 +1,7 @@
 /*
  * BLAKE3 compression of W inputs side by side, one per 32-bit lane, in GCC vector extensions.
  *
- * Included once per instruction set by pages.c with W (lanes), LANES(name) (the suffix) and the target set by
+ * Included once per instruction set by hash.c with W (lanes), LANES(name) (the suffix) and the target set by
  * a pragma around the include. Written from the BLAKE3 paper (section 2, O'Connor et al. 2020).
  */
 
