@@ -20,7 +20,7 @@ from checkpoint import environment
 from checkpoint.assembly import ARENA_BYTES, Assembly
 from checkpoint.plan import RestorePlan, decode, make_plan
 from checkpoint.replace import replace
-from checkpoint.resources import directories, files, memory, task
+from checkpoint.resources import directories, files, memory, nameless, task
 from checkpoint.restore_context import RestoreContext, RestoreOptions, RestoreResult
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
@@ -135,6 +135,7 @@ def _release(ctx: RestoreContext) -> None:
     files.close_all(ctx)
     memory.release(ctx)
     directories.release(ctx)
+    nameless.release(ctx)
 
 
 def _build(ctx: RestoreContext, planned: RestorePlan, phases: dict[str, int]) -> None:

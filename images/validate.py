@@ -23,6 +23,7 @@ PATH_MAX_BYTES = 4096
 NR_OPEN_MAX = 1 << 30
 NR_TASKS_MAX = PID_MAX
 _SOCK_DGRAM = 2
+_SUN_PATH_BYTES = 108
 USER_END = 1 << 57  # five-level page tables
 
 
@@ -183,7 +184,11 @@ def _files(files: files_pb2.Files) -> None:
                     f"epoll instance {description.id} watches an unknown file description",
                 )
         if kind == "unix":
-            peer = description.unix.peer_ino
+            peer, address = description.unix.peer_ino, description.unix.address
+            _require(
+                len(address) <= _SUN_PATH_BYTES and (address.startswith(b"\0") or b"\0" not in address),
+                f"socket {description.id} has an address that none can have",
+            )
             if peer and description.unix.type == _SOCK_DGRAM:
                 _require(peer in sockets, f"datagram socket {description.id} is connected to an unknown one")
             for message in description.unix.queue:

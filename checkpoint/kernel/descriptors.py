@@ -22,10 +22,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 SYS_SETGROUPS, SYS_SETFSUID, SYS_SETFSGID = 116, 122, 123
+SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 430, 431, 432
 SYS_EPOLL_CTL = 233
 SYS_INOTIFY_ADD_WATCH, SYS_INOTIFY_RM_WATCH = 254, 255
 SYS_INOTIFY_INIT1 = 294
-SYS_OPEN_BY_HANDLE_AT = 304
+SYS_FCHOWNAT = 260
+SYS_NAME_TO_HANDLE_AT, SYS_OPEN_BY_HANDLE_AT = 303, 304
 SYS_TEE = 276
 SYS_TIMERFD_CREATE = 283
 SYS_TIMERFD_SETTIME = 286
@@ -54,6 +56,12 @@ TFD_IOC_SET_TICKS = 0x40085400
 TIOCGDEV = 0x80045432
 AT_FDCWD = -100
 RESOLVE_NO_SYMLINKS = 4
+
+_CLOEXEC = 1
+"""FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC."""
+_FSCONFIG_CMD_CREATE = 6
+_AT_SYMLINK_FOLLOW, _AT_EMPTY_PATH = 0x400, 0x1000
+_HANDLE_MAX_BYTES = 128
 
 _Result = TypeVar("_Result")
 
@@ -157,6 +165,22 @@ def open_by_handle(mount_fd: int, handle_type: int, handle: bytes, flags: int) -
     return _syscall(SYS_OPEN_BY_HANDLE_AT, mount_fd, ctypes.create_string_buffer(packed, len(packed)), flags)
 
 
+def file_handle(path: bytes) -> tuple[int, bytes]:
+    """name_to_handle_at(2): (type, handle) of what a path leads to, the last link followed."""
+    buffer = ctypes.create_string_buffer(struct.pack("=Ii", _HANDLE_MAX_BYTES, 0), 8 + _HANDLE_MAX_BYTES)
+    mount = ctypes.create_string_buffer(8)
+    _syscall(
+        SYS_NAME_TO_HANDLE_AT, AT_FDCWD, ctypes.create_string_buffer(path), buffer, mount, _AT_SYMLINK_FOLLOW
+    )
+    length, handle_type = struct.unpack_from("=Ii", buffer.raw)
+    return handle_type, buffer.raw[8 : 8 + length]
+
+
+def change_owner(fd: int, uid: int, gid: int) -> None:
+    """fchownat(2) of what a descriptor stands for; it may be one of O_PATH, of a symbolic link too."""
+    _syscall(SYS_FCHOWNAT, fd, ctypes.create_string_buffer(b""), uid, gid, _AT_EMPTY_PATH)
+
+
 def get_owner(fd: int) -> tuple[int, int]:
     """F_GETOWN_EX: (type: 0 thread, 1 process, 2 group; pid), pid 0 when there is none."""
     kind, pid = struct.unpack("=ii", fcntl.fcntl(fd, F_GETOWN_EX, bytes(8)))
@@ -211,6 +235,33 @@ def with_file_rights(uid: int, gid: int, work: Callable[[], _Result]) -> _Result
         )
         if now != (uid, gid):
             raise PermissionError(errno.EPERM, f"cannot act as user {uid}, group {gid}")
+        return work()
+
+    return _in_thread(body)
+
+
+def detached_tmpfs() -> int:
+    """The root directory of a new file system in memory that is mounted nowhere (fsopen(2), fsmount(2); CAP_SYS_ADMIN). It
+    lives as long as this descriptor, or anything that was opened or bound in it.
+    """
+    context = _syscall(SYS_FSOPEN, ctypes.create_string_buffer(b"tmpfs"), _CLOEXEC)
+    try:
+        _syscall(SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return _syscall(SYS_FSMOUNT, context, _CLOEXEC, 0)
+    finally:
+        os.close(context)
+
+
+def with_root(directory: int, work: Callable[[], _Result]) -> _Result:
+    """Runs `work` in a thread whose root and working directory are `directory`: every path leads below it. Its umask is 0."""
+
+    def body() -> _Result:
+        if _libc.unshare(CLONE_FS) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        os.fchdir(directory)
+        os.chroot(".")
+        os.umask(0)
         return work()
 
     return _in_thread(body)

@@ -11,9 +11,9 @@ import os
 import stat as stat_module
 from typing import TYPE_CHECKING
 
-from checkpoint.resources import paths
+from checkpoint.resources import nameless, paths
 from images import common_pb2, task_pb2
-from snapshotter.base.errors import RestoreConflictError, UnsupportedError
+from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
 
 if TYPE_CHECKING:
     from checkpoint.parasite import Batch
@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 
 _DIRECTORIES = "task.directories"
 _DELETED = " (deleted)"
+_ROOT_DELETED, _ROOT_HINT = "its root directory was deleted", "end it, or start it anew"
+
+
+def look(pid: int, report: list[Finding]) -> None:
+    """What cannot be found again. A working directory that was deleted can be made again (nameless.py)."""
+    root, cwd = os.readlink(f"/proc/{pid}/root"), os.readlink(f"/proc/{pid}/cwd")
+    if _is_deleted(root, os.stat(f"/proc/{pid}/root")):
+        report.append(Finding(pid, "root", _ROOT_DELETED, _ROOT_HINT))
+    parts = cwd.split("/", 3)
+    if parts[1:2] == ["proc"] and parts[2:] and parts[2].isdigit():
+        what = f"its working directory is one of a process ({cwd})"
+        report.append(Finding(pid, "cwd", what, "let it chdir elsewhere first"))
+
+
+def _is_deleted(target: str, info: os.stat_result) -> bool:
+    return target.endswith(_DELETED) and not paths.leads_to(os.fsencode(target), info.st_dev, info.st_ino)
 
 
 def dump(pid: int, message: task_pb2.Process) -> None:
@@ -32,13 +48,15 @@ def dump(pid: int, message: task_pb2.Process) -> None:
 def _directory(pid: int, link: str) -> common_pb2.FileIdentity:
     path = f"/proc/{pid}/{link}"
     info, target = os.stat(path), os.readlink(path)
-    if target.endswith(_DELETED) and not info.st_nlink:
-        raise UnsupportedError(
-            f"its {link} was deleted just now", where=f"task {pid}", hint="let it chdir first"
-        )
-    return common_pb2.FileIdentity(
+    identity = common_pb2.FileIdentity(
         path=os.fsencode(target), dev=info.st_dev, ino=info.st_ino, mode=info.st_mode
     )
+    if _is_deleted(target, info):
+        if link == "root":
+            raise UnsupportedError(_ROOT_DELETED, where=f"task {pid}", hint=_ROOT_HINT)
+        identity.path = os.fsencode(target.removesuffix(_DELETED))
+        identity.deleted, identity.uid, identity.gid = True, info.st_uid, info.st_gid
+    return identity
 
 
 def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
@@ -47,6 +65,11 @@ def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
         path, opened = paths.shown(identity.path), _directories(ctx)
         where = f"task {process.pid}"
         if _place(identity) in opened:
+            continue
+        if identity.deleted:
+            if not stat_module.S_ISDIR(identity.mode) or identity is process.root:
+                raise RestoreConflictError(f"its {what} is a deleted file", where=where)
+            opened[_place(identity)] = os.dup(nameless.make(ctx, identity))
             continue
         try:
             fd = opened[_place(identity)] = paths.find(identity.path)

@@ -127,6 +127,24 @@ def open_identity(
         os.close(fd)
 
 
+def by_handle(folder: bytes, handle_type: int, handle: bytes) -> int:
+    """An O_PATH descriptor of a file by its handle (open_by_handle_at(2)), on the file system of `folder` or what is left
+    of it. OSError where that cannot be.
+    """
+    while True:
+        try:
+            place = descriptors.open_without_symlinks(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            break
+        except OSError:
+            if folder in {b"/", b""}:
+                raise
+            folder = os.path.dirname(folder)
+    try:
+        return descriptors.open_by_handle(place, handle_type, handle, O_PATH | os.O_CLOEXEC)
+    finally:
+        os.close(place)
+
+
 def leads_to(path: bytes, dev: int, ino: int) -> bool:
     """Whether the path, as snap sees it, leads to that file."""
     try:

@@ -64,7 +64,6 @@ _GET_REGISTRATIONS = 1 << 9
 _P_PID, _WSTOPPED = 1, 2
 _SIGINFO_SIZE = 128
 _SI_PID = slice(16, 20)  # in the siginfo of a child: after three ints, and 4 bytes that align the union
-_DELETED = " (deleted)"
 _ARCH_GET_XCOMP_PERM, _ARCH_REQ_XCOMP_PERM = 0x1022, 0x1023
 _XFEATURE_XTILEDATA = 18
 
@@ -86,8 +85,7 @@ def look(pid: int, report: list[Finding]) -> None:
         return
     _look_personality(pid, report)
     _look_namespaces(pid, report)
-    if os.readlink(f"/proc/{pid}/cwd").endswith(_DELETED):
-        report.append(Finding(pid, "cwd", "its working directory is deleted", "let it chdir elsewhere first"))
+    directories.look(pid, report)
     for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
         try:
             of_thread = status if tid == pid else proc.read_status(pid, tid)

@@ -58,7 +58,10 @@ class Restored:
     def __init__(self, ctx: DumpContext, pid: int, terminal: str = "auto") -> None:
         self.warnings: list[str] = []
         fake = SimpleNamespace(
-            state={}, options=SimpleNamespace(terminal=terminal), warn=self.warnings.append, processes={}
+            state={},
+            options=SimpleNamespace(terminal=terminal, dry_run=False),
+            warn=self.warnings.append,
+            processes={},
         )
         image = files_pb2.Files.FromString(ctx.images["files"].SerializeToString())
         self.opening = Opening(fake, image)

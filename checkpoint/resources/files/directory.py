@@ -1,7 +1,8 @@
 """Directories and O_PATH descriptors: reopened by path, same inode.
 
 State: the place, and for a directory the getdents(2) position (a cookie of the file system, valid as
-long as the directory is the same one). Refused: deleted directories, for nothing can lead there again.
+long as the directory is the same one). Deleted directories, FIFOs and symbolic links are made again without a name (nameless.py); places in /proc: pseudo.py.
+Refused: other deleted files that are only a place (O_PATH).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel.fdinfo import O_PATH
-from checkpoint.resources import paths
-from checkpoint.resources.files import kind
+from checkpoint.resources import nameless, paths
+from checkpoint.resources.files import kind, pseudo
 from snapshotter.base.errors import Finding
 
 if TYPE_CHECKING:
@@ -22,11 +23,57 @@ if TYPE_CHECKING:
     from images import files_pb2
 
 
-def _unreachable(seen: Seen) -> Finding | None:
-    if paths.leads_to(seen.link, seen.stat.st_dev, seen.stat.st_ino) or seen.link.startswith(b"/proc/"):
+def _refusal(seen: Seen) -> Finding | None:
+    if system := pseudo.system_of(seen):
+        return pseudo.refusal(seen, system)
+    if paths.leads_to(seen.link, seen.stat.st_dev, seen.stat.st_ino) or _is_nameless(seen):
         return None
     what = "was deleted" if seen.link.endswith(kind.DELETED) else "cannot be reached by its path from here"
     return Finding(seen.pid, seen.where, f"the {paths.type_name(seen.stat.st_mode)} {what}", "close it first")
+
+
+def _is_nameless(seen: Seen) -> bool:
+    return (
+        seen.stat.st_nlink == 0
+        and seen.link.endswith(kind.DELETED)
+        and nameless.can_be_made(seen.stat.st_mode)
+    )
+
+
+def _dump(job: FilesDump, seen: Seen, place: files_pb2.Directory | files_pb2.PathOnly) -> None:
+    identity = kind.identity_of(seen)
+    if system := pseudo.system_of(seen):
+        place.proc.CopyFrom(
+            pseudo.namespace_entry(seen) if system == pseudo.NSFS_MAGIC else pseudo.entry_of(seen.link)
+        )
+        identity.deleted = False
+    if not identity.deleted:
+        identity.path = seen.link
+    elif stat.S_ISLNK(seen.stat.st_mode):
+        with job.borrow(seen) as fd:
+            identity.target = os.readlink(b"", dir_fd=fd)
+    place.identity.CopyFrom(identity)
+
+
+def _check(opening: Opening, place: files_pb2.Directory | files_pb2.PathOnly) -> None:
+    if place.HasField("proc") or pseudo.is_pseudo(place.identity.path):
+        pseudo.check(opening.ctx, place.identity, place.proc)
+    elif place.identity.deleted:
+        nameless.make(opening.ctx, place.identity)
+    else:
+        os.close(paths.locate(place.identity))
+
+
+def _open(opening: Opening, place: files_pb2.Directory | files_pb2.PathOnly, flags: int) -> int:
+    if place.HasField("proc") or pseudo.is_pseudo(place.identity.path):
+        return pseudo.reopen(opening.ctx, place.identity, place.proc, flags)
+    if place.identity.deleted:
+        return paths.reopen(
+            nameless.make(opening.ctx, place.identity), flags, paths.shown(place.identity.path)
+        )
+    if flags & (O_PATH | os.O_DIRECTORY) == O_PATH:
+        return paths.locate(place.identity)
+    return paths.open_identity(place.identity, flags)
 
 
 class DirectoryKind(kind.Kind):
@@ -36,22 +83,16 @@ class DirectoryKind(kind.Kind):
         return stat.S_ISDIR(seen.stat.st_mode) and not seen.path_only
 
     def refusal(self, seen: Seen) -> Finding | None:
-        return _unreachable(seen)
+        return _refusal(seen)
 
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
-        identity = kind.identity_of(seen)
-        identity.path = seen.link
-        description.directory.identity.CopyFrom(identity)
+        _dump(job, seen, description.directory)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
-        identity = description.directory.identity
-        os.close(paths.locate(identity, same_inode=not identity.path.startswith(b"/proc/")))
+        _check(opening, description.directory)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
-        identity = description.directory.identity
-        fd = paths.open_identity(
-            identity, description.flags, same_inode=not identity.path.startswith(b"/proc/")
-        )
+        fd = _open(opening, description.directory, description.flags)
         if description.offset:
             os.lseek(fd, description.offset, os.SEEK_SET)
         return fd
@@ -64,26 +105,16 @@ class PathOnlyKind(kind.Kind):
         return seen.path_only
 
     def refusal(self, seen: Seen) -> Finding | None:
-        return _unreachable(seen)
+        return _refusal(seen)
 
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
-        identity = kind.identity_of(seen)
-        identity.path = seen.link
-        description.path_only.identity.CopyFrom(identity)
+        _dump(job, seen, description.path_only)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
-        identity = description.path_only.identity
-        os.close(paths.locate(identity, same_inode=not identity.path.startswith(b"/proc/")))
+        _check(opening, description.path_only)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
-        identity = description.path_only.identity
-        fd = paths.locate(identity, same_inode=not identity.path.startswith(b"/proc/"))
-        if description.flags & (O_PATH | os.O_DIRECTORY) == O_PATH:
-            return fd
-        try:
-            return os.open(f"/proc/self/fd/{fd}", O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        finally:
-            os.close(fd)
+        return _open(opening, description.path_only, description.flags | O_PATH)
 
 
 DIRECTORY = DirectoryKind()

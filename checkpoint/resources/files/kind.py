@@ -95,6 +95,7 @@ def descriptors(pid: int) -> list[int]:
 
 def identity_of(seen: Seen) -> common_pb2.FileIdentity:
     """The file behind a descriptor, as the restore will look for it."""
+    deleted = seen.stat.st_nlink == 0
     return common_pb2.FileIdentity(
         path=seen.path,
         dev=seen.stat.st_dev,
@@ -102,7 +103,9 @@ def identity_of(seen: Seen) -> common_pb2.FileIdentity:
         mode=seen.stat.st_mode,
         size_bytes=seen.stat.st_size,
         mtime_ns=seen.stat.st_mtime_ns,
-        deleted=seen.stat.st_nlink == 0,
+        deleted=deleted,
+        uid=seen.stat.st_uid if deleted else 0,
+        gid=seen.stat.st_gid if deleted else 0,
     )
 
 

@@ -46,7 +46,11 @@ class Opening:
         """description id -> the end of its connection that the job no longer has."""
         sockets = [d for d in image.descriptions if d.HasField("unix")]
         self.unix_by_ino = {d.unix.ino: d for d in sockets}
-        self.unix_listeners = {d.unix.address: d.id for d in sockets if d.unix.state == sockdiag.STATE_LISTEN}
+        self.unix_listeners = {
+            (d.unix.address, d.unix.node_ino): d for d in sockets if d.unix.state == sockdiag.STATE_LISTEN
+        }
+        self.hidden: dict[int, int] = {}
+        """unix.ino -> root of the file system of its own in which a socket is bound (unixghost.py)."""
         self.owned: set[int] = set()
         """Descriptions whose owner (SIGIO) was set already."""
         self.installed: set[str] = set()
@@ -132,6 +136,9 @@ class Opening:
         for fd in self.far_ends.values():
             os.close(fd)
         self.far_ends.clear()
+        for fd in self.hidden.values():
+            os.close(fd)
+        self.hidden.clear()
 
     def close(self) -> None:
         """Closes what is open here. Descriptions live on where they were installed."""

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import proc, sockdiag
-from checkpoint.resources.files.kind import Seen, descriptors, see
+from checkpoint.resources.files import pseudo
+from checkpoint.resources.files.kind import DELETED, Seen, descriptors, see
 from snapshotter.base.errors import Finding, SnapshotterError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def look_job(pids: Sequence[int], report: list[Finding]) -> None:
     """
     pipes: dict[bytes, Seen] = {}
     sockets: dict[int, Seen] = {}
+    entries: list[Seen] = []
     for pid in pids:
         try:
             numbers = descriptors(pid)
@@ -86,7 +88,9 @@ def look_job(pids: Sequence[int], report: list[Finding]) -> None:
                 link = os.readlink(os.fsencode(f"/proc/{pid}/fd/{fd}"))
             except OSError:
                 continue
-            if link.startswith((b"pipe:", b"socket:", b"/")):
+            if pseudo.process_of(link) and (entry := see(pid, fd)) is not None:
+                entries.append(entry)
+            elif link.startswith((b"pipe:", b"socket:", b"/")):
                 seen = see(pid, fd) if not link.startswith(b"/") or _is_fifo(pid, fd) else None
                 if seen is None:
                     continue
@@ -94,9 +98,21 @@ def look_job(pids: Sequence[int], report: list[Finding]) -> None:
                     pipes.setdefault(seen.link, seen)
                 elif stat.S_ISSOCK(seen.stat.st_mode):
                     sockets.setdefault(seen.stat.st_ino, seen)
-    _pipes(pids, {link: seen for link, seen in pipes.items() if link.startswith(b"pipe:")})
+    _pipes(pids, {link: seen for link, seen in pipes.items() if _has_no_path(link)})
     _sockets(pids, sockets, report)
     _tables(pids, report)
+    pseudo.look_job(pids, entries, report)
+
+
+def _has_no_path(link: bytes) -> bool:
+    """A pipe, or a FIFO whose name was deleted: nobody finds it by a path."""
+    return link.startswith(b"pipe:") or link.endswith(DELETED)
+
+
+def _is_that_fifo(buffer: files_pb2.PipeBuffer, path: str) -> bool:
+    """A name that was deleted may have been used, and deleted, again."""
+    now = os.stat(path)
+    return not buffer.is_fifo or (now.st_dev, now.st_ino) == (buffer.fifo.dev, buffer.fifo.ino)
 
 
 def _is_fifo(pid: int, fd: int) -> bool:
@@ -181,7 +197,7 @@ def record_outside(job: FilesDump) -> None:
             ends = sides.setdefault(pipe.id, set())
             ends.update(side for side, has in (("read", pipe.read_end), ("write", pipe.write_end)) if has)
     for number, seen in examples.items():
-        if not seen.link.startswith(b"pipe:"):
+        if not _has_no_path(seen.link):
             continue  # a FIFO is found by its path, by everybody
         found = _found_by_look.get(seen.link, [])
         if not found and len(sides[number]) == 1 and not _alone(job, seen):
@@ -225,7 +241,7 @@ def connect_again(buffer: files_pb2.PipeBuffer, flags: int) -> int | None:
         for number in numbers:
             path = f"/proc/{holder.pid}/fd/{number}"
             try:
-                if os.readlink(os.fsencode(path)) == buffer.link:
+                if os.readlink(os.fsencode(path)) == buffer.link and _is_that_fifo(buffer, path):
                     return os.open(path, (flags & (os.O_ACCMODE | os.O_NONBLOCK)) | os.O_CLOEXEC)
             except OSError:
                 continue

@@ -8,7 +8,7 @@ then no open blocks, and each end is reopened from that.
 
 A pipe that a process outside the job has open too is connected to again, while that process lives
 (outside.py); its bytes are then what they are now, and the recorded ones are not written. So it is with a FIFO
-that somebody outside still has open.
+that somebody outside still has open. A FIFO whose name was deleted is made again without one (nameless.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_DIRECT
-from checkpoint.resources import paths
+from checkpoint.resources import nameless, paths
 from checkpoint.resources.files import kind, outside
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 
@@ -69,9 +69,12 @@ class PipeKind(kind.Kind):
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         buffer = opening.pipes[description.pipe.id]
-        if buffer.is_fifo:
+        if buffer.is_fifo and not buffer.fifo.deleted:
             os.close(paths.locate(buffer.fifo))
-        elif buffer.holders and description.id not in opening.early:
+            return
+        if buffer.is_fifo:
+            nameless.make(opening.ctx, buffer.fifo)
+        if buffer.holders and description.id not in opening.early:
             # Before the old job is killed: its end held open here keeps the reader from seeing end-of-file.
             fd = outside.connect_again(buffer, description.flags)
             if fd is not None:
@@ -125,9 +128,13 @@ def _copy(fd: int, nr_bytes: int, capacity: int, packets: bool) -> list[bytes]:
 def _make(opening: Opening, buffer: files_pb2.PipeBuffer) -> tuple[int, int]:
     """The pipe with its contents: (read end, write end); for a FIFO twice the same read-write one."""
     if buffer.is_fifo:
-        both = paths.open_identity(buffer.fifo, os.O_RDWR | os.O_NONBLOCK)
+        flags = os.O_RDWR | os.O_NONBLOCK
+        if buffer.fifo.deleted:
+            both = paths.reopen(nameless.make(opening.ctx, buffer.fifo), flags, paths.shown(buffer.fifo.path))
+        else:
+            both = paths.open_identity(buffer.fifo, flags)
         ends = (both, os.dup(both))
-        if _is_in_use(opening, buffer, both):
+        if not buffer.fifo.deleted and _is_in_use(opening, buffer, both):
             return ends
     else:
         ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

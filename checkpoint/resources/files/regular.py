@@ -6,9 +6,10 @@ is now, and a warning names it. A file without a path (deleted, O_TMPFILE, memfd
 Shmem image, which the memory resource reads and makes again (also when it is mapped). So has a file of a tmpfs
 that the job maps shared (POSIX shared memory).
 
-Refused: files of /proc, /sys and other file systems whose "content" is the kernel's own state; a file
-whose name was deleted while other hard links remain (the path is gone and the content must stay
-shared with those links); leases.
+A file whose name was deleted while other hard links to it remain is the disk's own too: it is found again by another
+name, or by its file handle. Files of /proc and /sys: pseudo.py.
+
+Refused: such a file on a file system without handles; a file that no path leads to; leases.
 """
 
 from __future__ import annotations
@@ -19,30 +20,15 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
 from checkpoint.resources import paths
-from checkpoint.resources.files import kind
+from checkpoint.resources.files import kind, pseudo
 from checkpoint.resources.memory import shmem
-from snapshotter.base.errors import Finding
+from snapshotter.base.errors import Finding, RestoreConflictError
 
 if TYPE_CHECKING:
     from checkpoint.resources.files.dumping import FilesDump
     from checkpoint.resources.files.kind import Seen
     from checkpoint.resources.files.opening import Opening
     from images import files_pb2
-
-_PSEUDO = {
-    0x9FA0: "proc",
-    0x62656572: "sysfs",
-    0x27E0EB: "cgroup",
-    0x63677270: "cgroup2",
-    0x64626720: "debugfs",
-    0x74726163: "tracefs",
-    0xCAFE4A11: "bpf",
-    0x73636673: "securityfs",
-    0x62656570: "configfs",
-    0x19800202: "mqueue",
-    0x6E736673: "nsfs",
-    0x65735546: "fuse",
-}
 
 
 class RegularKind(kind.Kind):
@@ -54,65 +40,67 @@ class RegularKind(kind.Kind):
     def refusal(self, seen: Seen) -> Finding | None:
         if any(lock.kind == "LEASE" for lock in seen.info.locks):
             return Finding(seen.pid, seen.where, "has a lease (F_SETLEASE)", "release it before the dump")
-        system = descriptors.filesystem_type(f"/proc/{seen.pid}/fd/{seen.fd}")
-        name = _PSEUDO.get(system)
-        if name is not None and name != "fuse" and not _harmless(seen):
-            return Finding(
-                seen.pid,
-                seen.where,
-                f"is a file of {name}, which holds state of the kernel",
-                "close it first",
-            )
-        if seen.stat.st_nlink == 0 or name is not None:
+        if system := pseudo.system_of(seen):
+            return pseudo.refusal(seen, system)
+        if seen.stat.st_nlink == 0 or _leads(seen):
             return None
-        if seen.link.endswith(kind.DELETED) and not paths.leads_to(
-            seen.link, seen.stat.st_dev, seen.stat.st_ino
-        ):
+        if seen.link.endswith(kind.DELETED):
+            if _handle_of(seen) is not None:
+                return None
             return Finding(
                 seen.pid,
                 seen.where,
                 "its name was deleted while other hard links to it remain",
                 "give it its name back (ln), or close it",
             )
-        if not paths.leads_to(seen.path, seen.stat.st_dev, seen.stat.st_ino) and not paths.leads_to(
-            seen.link, seen.stat.st_dev, seen.stat.st_ino
-        ):
-            return Finding(
-                seen.pid,
-                seen.where,
-                "its path does not lead to it from here (another mount namespace, root, or a mount over it)",
-                "run snap in the job's namespaces",
-            )
-        return None
+        return Finding(
+            seen.pid,
+            seen.where,
+            "its path does not lead to it from here (another mount namespace, root, or a mount over it)",
+            "run snap in the job's namespaces",
+        )
 
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         identity = kind.identity_of(seen)
-        if not identity.deleted and paths.leads_to(seen.link, seen.stat.st_dev, seen.stat.st_ino):
-            identity.path = seen.link  # a name may itself end with " (deleted)"
-        description.regular.identity.CopyFrom(identity)
+        regular = description.regular
+        if system := pseudo.system_of(seen):
+            regular.proc.CopyFrom(
+                pseudo.namespace_entry(seen) if system == pseudo.NSFS_MAGIC else pseudo.entry_of(seen.link)
+            )
+            identity.deleted = False
+        elif not identity.deleted:
+            if paths.leads_to(seen.link, seen.stat.st_dev, seen.stat.st_ino):
+                identity.path = seen.link  # a name may itself end with " (deleted)"
+            elif not _leads(seen) and (handle := _handle_of(seen)) is not None:
+                regular.handle_type, regular.handle, identity.path = handle
+        regular.identity.CopyFrom(identity)
         if identity.deleted:
-            description.regular.shmem = shmem.for_fd(job.ctx, seen.pid, seen.fd, seen.stat)
+            regular.shmem = shmem.for_fd(job.ctx, seen.pid, seen.fd, seen.stat)
         else:  # shm_open: the memory was read before the descriptors
-            description.regular.shmem = shmem.registered(job.ctx, seen.stat.st_dev, seen.stat.st_ino)
+            regular.shmem = shmem.registered(job.ctx, seen.stat.st_dev, seen.stat.st_ino)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         regular = description.regular
-        if regular.shmem:
-            return
-        os.close(paths.locate(regular.identity, same_inode=not _is_pseudo(regular.identity.path)))
+        if regular.HasField("proc") or pseudo.is_pseudo(regular.identity.path):
+            pseudo.check(opening.ctx, regular.identity, regular.proc)
+        elif not regular.shmem:
+            os.close(_find(regular))
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         regular = description.regular
         where = paths.shown(regular.identity.path)
-        if regular.shmem:
-            source = shmem.open_shared(opening.ctx, regular.shmem)
-            fd = paths.reopen(source, description.flags, where)
+        if regular.HasField("proc") or pseudo.is_pseudo(regular.identity.path):
+            fd = pseudo.reopen(opening.ctx, regular.identity, regular.proc, description.flags)
+        elif regular.shmem:
+            fd = shmem.open_description(opening.ctx, regular.shmem, description.flags)
         else:
-            pseudo = _is_pseudo(regular.identity.path)
-            fd = paths.open_identity(regular.identity, description.flags, same_inode=not pseudo)
+            found = _find(regular)
+            try:
+                fd = paths.reopen(found, description.flags, where)
+            finally:
+                os.close(found)
             now = os.fstat(fd)
-            was = (regular.identity.size_bytes, regular.identity.mtime_ns)
-            if not pseudo and (now.st_size, now.st_mtime_ns) != was:
+            if (now.st_size, now.st_mtime_ns) != (regular.identity.size_bytes, regular.identity.mtime_ns):
                 opening.warn(
                     f"{where} changed since the point was taken ({regular.identity.size_bytes} bytes then, "
                     f"{now.st_size} now); the job gets it as it is now, at its old offset {description.offset}"
@@ -122,19 +110,52 @@ class RegularKind(kind.Kind):
         return fd
 
 
-def _is_pseudo(path: bytes) -> bool:
-    return path.startswith((b"/proc/", b"/sys/"))
+def _leads(seen: Seen) -> bool:
+    """Whether its link leads to it, or would without the kernel's " (deleted)"."""
+    return any(paths.leads_to(path, seen.stat.st_dev, seen.stat.st_ino) for path in {seen.link, seen.path})
 
 
-def _harmless(seen: Seen) -> bool:
-    """Files of /proc and /sys that are only read, and not about one process: the same after a restore."""
-    parts = seen.link.split(b"/")
+def _handle_of(seen: Seen) -> tuple[int, bytes, bytes] | None:
+    """(type, handle, path) of a file that has other names: a path that leads to it if the kernel knows one, else the one
+    that it was opened by. None where the file system has no handles.
+    """
+    try:
+        handle_type, handle = descriptors.file_handle(b"/proc/%d/fd/%d" % (seen.pid, seen.fd))
+        fd = paths.by_handle(os.path.dirname(seen.path), handle_type, handle)
+    except OSError:
+        return None
+    try:
+        other = os.readlink(b"/proc/self/fd/%d" % fd)
+        if not os.path.samestat(os.fstat(fd), seen.stat):
+            return None
+    finally:
+        os.close(fd)
     return (
-        seen.info.access == os.O_RDONLY
-        and _is_pseudo(seen.link)
-        and not seen.link.endswith(kind.DELETED)
-        and not parts[2].isdigit()
+        handle_type,
+        handle,
+        other if paths.leads_to(other, seen.stat.st_dev, seen.stat.st_ino) else seen.path,
     )
+
+
+def _find(regular: files_pb2.RegularFile) -> int:
+    """An O_PATH descriptor of the file, by its path; of one whose name was deleted by its handle too."""
+    identity = regular.identity
+    try:
+        return paths.locate(identity)
+    except RestoreConflictError:
+        if not regular.handle:
+            raise
+        try:
+            fd = paths.by_handle(os.path.dirname(identity.path), regular.handle_type, regular.handle)
+        except OSError:
+            fd = -1
+        if fd < 0:
+            raise
+        now = os.fstat(fd)
+        if (now.st_dev, now.st_ino, now.st_mode >> 12) != (identity.dev, identity.ino, identity.mode >> 12):
+            os.close(fd)
+            raise
+        return fd
 
 
 KIND = RegularKind()

@@ -23,7 +23,7 @@ from snapshotter.base.errors import RestoreConflictError
 
 _INO_MASK = 0xFFFFFFFF
 """unix_diag shows 32 bits of an inode number."""
-_FRESH_MODE = 0o777
+FRESH_MODE = 0o777
 """Of a socket that nobody has changed; bind(2) takes the node's mode from it, less the umask."""
 
 
@@ -123,7 +123,7 @@ def _make(sock: socket.socket, image: files_pb2.UnixSocket, directory: _Director
     try:
         as_owner = _with_rights(image, directory, place)
     finally:
-        os.fchmod(sock.fileno(), image.mode or _FRESH_MODE)
+        os.fchmod(sock.fileno(), image.mode or FRESH_MODE)
     if not as_owner and image.HasField("bound"):
         _give_away(sock, image, directory)
 

@@ -13,14 +13,17 @@ queue and the peek is without offset. One that waits behind others is therefore 
 first point warns of that. The start of a message with descriptors in a stream
 cannot be told either: they are put back on its last byte, and a warning says so.
 
-Refused: a peer outside the job, connections waiting to be accepted, addresses that are relative paths,
-sockets of another network namespace.
+An address whose node is gone, or is somebody else's by now, is bound where nobody sees it (unixghost.py).
+
+Refused: a peer outside the job, connections waiting to be accepted, nodes under relative paths, sockets of another
+network namespace.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import os
 import socket
 import stat
@@ -28,9 +31,9 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import sockdiag
+from checkpoint.kernel import descriptors, sockdiag
 from checkpoint.resources import paths
-from checkpoint.resources.files import kind, outside, sockets, unixnode
+from checkpoint.resources.files import kind, outside, sockets, unixghost, unixnode
 from images import common_pb2, files_pb2
 from snapshotter.base.errors import (
     Finding,
@@ -50,6 +53,7 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(_RIGHTS_MAX * 4) + socket.CMSG_SPACE(12) + 
 _MESSAGE_MAX_BYTES = 8 << 20
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _FILL_SNDBUF_BYTES = 1 << 30
+_TMPFS_MAGIC = 0x01021994
 
 
 class UnixKind(kind.Kind):
@@ -79,10 +83,11 @@ class UnixKind(kind.Kind):
         image.mode = stat.S_IMODE(seen.stat.st_mode)
         image.backlog = info.wqueue if info.state == sockdiag.STATE_LISTEN else 0
         if info.name:
-            image.address = _name(info.name)
+            image.address, image.node_ino = _name(info.name), info.vfs_ino
             self._bound(seen, info, image)
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
             sockets.refuse_filter(sock, seen)
+            image.orphan = info.type == socket.SOCK_DGRAM and not info.peer and _has_peer(sock)
             for level, name, value in sockets.changed_options(sock, sockets.GENERIC_OPTIONS):
                 image.options.add(level=level, name=name, value=value)
 
@@ -90,29 +95,32 @@ class UnixKind(kind.Kind):
     def _bound(seen: Seen, info: sockdiag.UnixSocketInfo, image: files_pb2.UnixSocket) -> None:
         if image.address.startswith(b"\0"):
             return
+        try:
+            folder, name = os.path.split(image.address)
+            if not folder.startswith(b"/"):
+                folder = os.path.join(b"/proc/%d/cwd" % seen.pid, folder)
+            path = os.path.join(os.path.realpath(folder), name)
+            node = os.lstat(path)
+        except OSError:
+            return
+        if not _is_node(info, node, path):
+            return
         if not image.address.startswith(b"/"):
             raise _unsupported(
                 seen,
                 f"is bound to a relative path ({paths.shown(image.address)})",
                 "let the program bind it under an absolute path",
             )
-        try:
-            folder, name = os.path.split(image.address)
-            path = os.path.join(os.path.realpath(folder), name)
-            node = os.lstat(path)
-        except OSError:
-            return
-        if node.st_ino & 0xFFFFFFFF == info.vfs_ino:
-            image.uid, image.gid = node.st_uid, node.st_gid
-            image.bound.CopyFrom(
-                common_pb2.FileIdentity(
-                    path=path,
-                    dev=node.st_dev,
-                    ino=node.st_ino,
-                    mode=node.st_mode,
-                    mtime_ns=node.st_mtime_ns,
-                )
+        image.uid, image.gid = node.st_uid, node.st_gid
+        image.bound.CopyFrom(
+            common_pb2.FileIdentity(
+                path=path,
+                dev=node.st_dev,
+                ino=node.st_ino,
+                mode=node.st_mode,
+                mtime_ns=node.st_mtime_ns,
             )
+        )
 
     def finish(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         image = description.unix
@@ -161,8 +169,9 @@ class UnixKind(kind.Kind):
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         image = description.unix
         peer = opening.unix_by_ino.get(image.peer_ino) if image.peer_ino else None
-        with_peer = image.state == sockdiag.STATE_ESTABLISHED and (
-            image.type != socket.SOCK_DGRAM or (peer is not None and peer.unix.peer_ino == image.ino)
+        with_peer = image.orphan or (
+            image.state == sockdiag.STATE_ESTABLISHED
+            and (image.type != socket.SOCK_DGRAM or (peer is not None and peer.unix.peer_ino == image.ino))
         )
         if with_peer:
             mine, other = _connected(opening, image, peer.unix if peer else None)
@@ -173,7 +182,7 @@ class UnixKind(kind.Kind):
             return mine
         sock = socket.socket(socket.AF_UNIX, image.type)
         if image.address:
-            unixnode.bind(sock, image)
+            unixghost.bind(opening, sock, image)
         if image.state == sockdiag.STATE_LISTEN:
             sock.listen(image.backlog)
         with contextlib.suppress(PermissionError):
@@ -201,7 +210,8 @@ class UnixKind(kind.Kind):
             return
         for message in image.queue:
             with _sender_at(opening, image.type, message.address) as sender, _roomy(sender):
-                _send(opening, sender, message, sock.getsockname())
+                to = sock.getsockname()
+                unixghost.reach(opening, image, functools.partial(_send, opening, sender, message, to))
 
     def settle(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
         """Last pass, once all queues are full: one-way connections, shutdown, SO_PEEK_OFF."""
@@ -215,7 +225,7 @@ class UnixKind(kind.Kind):
             if image.type == socket.SOCK_DGRAM and image.peer_ino:
                 peer = opening.unix_by_ino[image.peer_ino]
                 if peer.unix.peer_ino != image.ino:
-                    sock.connect(peer.unix.address)
+                    unixghost.reach(opening, peer.unix, functools.partial(sock.connect, peer.unix.address))
             options = (o for o in image.options if o.name == sockets.SO_PEEK_OFF)
             sockets.apply_options(sock, options, opening.warn)
 
@@ -223,6 +233,24 @@ class UnixKind(kind.Kind):
 def _name(name: bytes) -> bytes:
     """An address without the NUL that ends a path; in an abstract one every byte counts."""
     return name if name.startswith(b"\0") else name.rstrip(b"\0")
+
+
+def _is_node(info: sockdiag.UnixSocketInfo, node: os.stat_result, path: bytes) -> bool:
+    """Whether what is at a socket's address is its node. Numbers of inodes come again in each file system, small ones above
+    all in the hidden ones of unixghost.py; only on a tmpfs is st_dev always the number that the kernel shows.
+    """
+    if node.st_ino & 0xFFFFFFFF != info.vfs_ino or not stat.S_ISSOCK(node.st_mode):
+        return False
+    device = os.makedev(info.vfs_dev >> 20, info.vfs_dev & 0xFFFFF)
+    return node.st_dev == device or descriptors.filesystem_type(os.path.dirname(path)) != _TMPFS_MAGIC
+
+
+def _has_peer(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _unsupported(seen: Seen, what: str, hint: str) -> UnsupportedError:
@@ -376,35 +404,33 @@ def _connected(
         ends = socket.socketpair(socket.AF_UNIX, image.type)
         return ends[0].detach(), ends[1].detach()
     if image.type == socket.SOCK_DGRAM:
-        return _connected_datagrams(image, peer)
+        return _connected_datagrams(opening, image, peer)
     client_side = peer if addressed is image else image
-    with socket.socket(socket.AF_UNIX, image.type) as client:
+    with socket.socket(socket.AF_UNIX, image.type) as client, contextlib.ExitStack() as stack:
         if client_side is not None and client_side.address:
-            unixnode.bind(client, client_side)
-        listener = opening.unix_listeners.get(addressed.address)
+            unixghost.bind(opening, client, client_side)
+        connect = functools.partial(client.connect, addressed.address)
+        listener = opening.unix_listeners.get((addressed.address, addressed.node_ino))
         if listener is not None:
-            with sockets.borrowed_socket(opening.open(listener)) as served:
-                client.connect(addressed.address)
-                server = served.accept()[0]
+            served = stack.enter_context(sockets.borrowed_socket(opening.open(listener.id)))
+            unixghost.reach(opening, listener.unix, connect)
         else:
-            with socket.socket(socket.AF_UNIX, image.type) as served, contextlib.ExitStack() as stack:
-                if unixnode.has_path(addressed) and not addressed.HasField("bound"):
-                    stack.enter_context(unixnode.bound_for_a_moment(served, addressed))
-                else:
-                    # What stays of it in the file system is what the job's listener had left: a node that nobody serves.
-                    unixnode.bind(served, addressed)
-                served.listen(1)
-                client.connect(addressed.address)
-                server = served.accept()[0]
-        ends_by_side = (server.detach(), os.dup(client.fileno()))
+            served = stack.enter_context(socket.socket(socket.AF_UNIX, image.type))
+            # What stays of it in the file system is what the job's listener had left: a node that nobody serves.
+            stack.enter_context(unixghost.bound(opening, served, addressed))
+            served.listen(1)
+            unixghost.reach(opening, addressed, connect)
+        ends_by_side = (served.accept()[0].detach(), os.dup(client.fileno()))
     return ends_by_side if addressed is image else (ends_by_side[1], ends_by_side[0])
 
 
-def _connected_datagrams(image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket | None) -> tuple[int, int]:
+def _connected_datagrams(
+    opening: Opening, image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket | None
+) -> tuple[int, int]:
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     for end, side in zip(ends, (image, peer), strict=True):
         if side is not None and side.address:
-            unixnode.bind(end, side)
+            unixghost.bind(opening, end, side)
     return ends[0].detach(), ends[1].detach()
 
 

@@ -45,6 +45,7 @@ _KEY = "memory.shmem"
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL_SEAL, _SEAL_FUTURE_WRITE = 0x1, 0x10
 _NAMED = "memory.named"
+_HANDED = "memory.handed"
 _MARK = "trusted.snap.origin"
 _PUNCH_HOLE = 0x3  # with FALLOC_FL_KEEP_SIZE
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_HUGETLB = 1, 2, 4
@@ -264,6 +265,21 @@ def open_shared(ctx: RestoreContext, name: str) -> int:
             raise wrap_os_error(error, "cannot rebuild shared memory", where=name) from error
     found: int = made[name]
     return found
+
+
+def open_description(ctx: RestoreContext, name: str, flags: int) -> int:
+    """A description of the object for the job, which the caller closes.
+
+    The one that memfd_create makes does not count as a writer, all later ones do: with one of those instead, what is in
+    the memfd could not be executed (ETXTBSY). So the first that reads and writes gets that one.
+    """
+    fd = open_shared(ctx, name)
+    handed = ctx.state.setdefault(_HANDED, set())
+    memfd = ctx.image(name, mm_pb2.Shmem).kind == mm_pb2.Shmem.MEMFD
+    if memfd and flags & os.O_ACCMODE == os.O_RDWR and name not in handed:
+        handed.add(name)
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    return paths.reopen(fd, flags, name)
 
 
 def open_read_only(ctx: RestoreContext, name: str, *, drop_writable: bool = False) -> int:

@@ -1,0 +1,68 @@
+"""Unix sockets with an address in the file system that leads to them no more: unlinked, or taken by another file since.
+
+Such an address cannot be bound where it was: what is there now is not ours to move, and a node of ours would be seen. So
+the socket is bound in an empty file system of its own, mounted nowhere, by a thread whose root that is. Its name
+and all that the job can see are the same. What has to reach such a socket by its address during the restore (a
+connection, a queued datagram) does so from the same root. Where that is not allowed (it takes CAP_SYS_ADMIN and
+CAP_SYS_CHROOT), the address is bound in its old place for a moment, if nothing else is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import descriptors
+from checkpoint.resources.files import unixnode
+from images import files_pb2
+
+if TYPE_CHECKING:
+    from checkpoint.resources.files.opening import Opening
+
+
+def bind(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) -> None:
+    """Give a socket the job's address: in its place where it has one, else in a hidden one."""
+    with bound(opening, sock, image):
+        pass
+
+
+@contextlib.contextmanager
+def bound(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) -> Iterator[None]:
+    """The same; in the context the address can be reached (`reach`)."""
+    if image.HasField("bound") or not unixnode.has_path(image):
+        unixnode.bind(sock, image)
+        yield
+        return
+    root = opening.hidden.get(image.ino, -1)
+    if root < 0:
+        try:
+            root = descriptors.detached_tmpfs()
+        except OSError:
+            with unixnode.bound_for_a_moment(sock, image):
+                yield
+            return
+        opening.hidden[image.ino] = root
+    descriptors.with_root(root, functools.partial(_bind, sock, image))
+    yield
+
+
+def reach(opening: Opening, image: files_pb2.UnixSocket, work: Callable[[], object]) -> None:
+    """Do something for which the address of a socket must lead to it."""
+    root = opening.hidden.get(image.ino)
+    if root is None:
+        work()
+    else:
+        descriptors.with_root(root, work)
+
+
+def _bind(sock: socket.socket, image: files_pb2.UnixSocket) -> None:
+    if folder := os.path.dirname(image.address):
+        os.makedirs(folder, exist_ok=True)
+    os.fchmod(sock.fileno(), 0o600)
+    sock.bind(image.address)
+    os.fchmod(sock.fileno(), image.mode or unixnode.FRESH_MODE)
+    os.chown(image.address, image.uid, image.gid, follow_symlinks=False)
