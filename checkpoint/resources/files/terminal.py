@@ -68,10 +68,12 @@ class TerminalKind(kind.Kind):
             except OSError as error:  # a terminal that was hung up answers EIO
                 job.ctx.warn(f"terminal {seen.link.decode(errors='replace')} was hung up: {error.strerror}")
         _record_session(job, terminal)
-        if terminal.rdev != seen.stat.st_rdev:
+        if seen.stat.st_rdev == _CONSOLE:  # the node of the system's, whatever terminal that is at the time
+            terminal.node_rdev = _CONSOLE
+        elif terminal.rdev != seen.stat.st_rdev:
             terminal.identity.path = _path_of(terminal.rdev) or seen.path
         terminal.uid = seen.stat.st_uid
-        if terminal.rdev != seen.stat.st_rdev:
+        if terminal.identity.path != seen.path:
             with contextlib.suppress(OSError):
                 terminal.uid = os.stat(terminal.identity.path).st_uid
         terminal.leader, terminal.leader_start_time_ticks = _leader_of(terminal.rdev)
@@ -99,7 +101,7 @@ class TerminalKind(kind.Kind):
 def _find(opening: Opening, terminal: files_pb2.Terminal) -> int:
     """An O_PATH descriptor of the terminal; RestoreConflictError when it is gone, or somebody else's by now."""
     try:
-        fd = paths.locate(terminal.identity, same_inode=False, rdev=terminal.rdev)
+        fd = paths.locate(terminal.identity, same_inode=False, rdev=terminal.node_rdev or terminal.rdev)
     except SnapshotterError as error:
         raise _gone(terminal, "is gone") from error
     reason = _other(opening, terminal, os.fstat(fd).st_uid)
