@@ -252,15 +252,18 @@ def detached_tmpfs() -> int:
         os.close(context)
 
 
-def with_root(directory: int, work: Callable[[], _Result]) -> _Result:
-    """Runs `work` in a thread whose root and working directory are `directory`: every path leads below it. Its umask is 0."""
+def with_root(directory: int, work: Callable[[], _Result], *, chroot: bool = True) -> _Result:
+    """Runs `work` in a thread whose root and working directory are `directory`: every path leads below it. Its umask is 0.
+    Without `chroot` only the working directory is.
+    """
 
     def body() -> _Result:
         if _libc.unshare(CLONE_FS) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
         os.fchdir(directory)
-        os.chroot(".")
+        if chroot:
+            os.chroot(".")
         os.umask(0)
         return work()
 

@@ -1,4 +1,4 @@
-"""FIFOs, directories and symbolic links that the job has open and whose name was deleted: made again, nameless as they were.
+"""FIFOs, directories, links and devices that the job has open and whose name was deleted: made again, nameless as they were.
 
 They are made under their old path in an empty file system in memory that is mounted nowhere, and deleted there: nobody sees
 them, nothing along a path that others write is touched, and /proc shows the same link. A deleted directory is made
@@ -33,8 +33,9 @@ def can_be_made(mode: int) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
 
 
-def make(ctx: RestoreContext, identity: common_pb2.FileIdentity) -> int:
-    """An O_PATH descriptor of the node, made at the first call; `release` closes it.
+def make(ctx: RestoreContext, identity: common_pb2.FileIdentity, rdev: int = 0) -> int:
+    """An O_PATH descriptor of the node, made at the first call; `release` closes it. `rdev`: of a character device, which the
+    caller must know to be a harmless one.
 
     Raises:
         RestoreConflictError: it cannot be made here.
@@ -44,7 +45,7 @@ def make(ctx: RestoreContext, identity: common_pb2.FileIdentity) -> int:
     if key not in made:
         try:
             fd = _in_its_parent(identity) if stat.S_ISDIR(identity.mode) and not ctx.options.dry_run else None
-            made[key] = _hidden(identity) if fd is None else fd
+            made[key] = _hidden(identity, rdev) if fd is None else fd
         except (OSError, ValueError) as error:
             raise RestoreConflictError(
                 f"the deleted {paths.type_name(identity.mode)} that the job had open cannot be made again: {error}",
@@ -60,7 +61,7 @@ def release(ctx: RestoreContext) -> None:
         os.close(fd)
 
 
-def _hidden(identity: common_pb2.FileIdentity) -> int:
+def _hidden(identity: common_pb2.FileIdentity, rdev: int) -> int:
     def work() -> int:
         path = os.path.normpath(b"/" + identity.path)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -68,6 +69,8 @@ def _hidden(identity: common_pb2.FileIdentity) -> int:
             os.mkfifo(path, 0)
         elif stat.S_ISDIR(identity.mode):
             os.mkdir(path, 0)
+        elif rdev:
+            os.mknod(path, stat.S_IFCHR, rdev)
         else:
             os.symlink(identity.target, path)
         fd = os.open(path, _OPEN)

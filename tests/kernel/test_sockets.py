@@ -131,6 +131,19 @@ def test_tcp_listener_and_udp(again):
         assert udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 200_000
 
 
+def test_an_address_that_the_machine_does_not_have(again):
+    def prepare():
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.IPPROTO_IP, 15, 1)  # IP_FREEBIND
+        sock.bind(("2001:db8::ff00:42:8329", 0))
+        sock.setsockopt(socket.IPPROTO_IP, 15, 0)
+        return sock
+
+    with again(prepare).socket(3) as sock:
+        assert sock.getsockname()[0] == "2001:db8::ff00:42:8329"
+        assert sock.getsockopt(socket.IPPROTO_IP, 15) == 0
+
+
 def test_an_address_that_somebody_else_has_is_a_conflict(tmp_path):
     def prepare():
         tcp = socket.socket()

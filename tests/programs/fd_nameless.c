@@ -2,6 +2,7 @@
 #include "selfcheck.h"
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 
 static char script[] = "#!/bin/true";
@@ -42,6 +43,9 @@ int main(int argc, char **argv)
     MUST(symlink("somewhere", "link"));
     int link_fd = MUST(open("link", O_PATH | O_NOFOLLOW));
     MUST(unlink("link"));
+    MUST(mknod("zero", S_IFCHR | 0750, makedev(1, 5)));
+    int zero = MUST(open("zero", O_RDONLY));
+    MUST(unlink("zero"));
     int file = MUST(open("first", O_RDWR | O_CREAT, 0600));
     MUST(link("first", "second"));
     MUST(unlink("first"));
@@ -75,6 +79,7 @@ int main(int argc, char **argv)
     CHECK(deleted(inner, S_IFDIR), "the directory");
     CHECK(openat(inner, "new", O_CREAT | O_WRONLY, 0600) == -1 && errno == ENOENT, "a file in a deleted directory");
     CHECK(deleted(link_fd, S_IFLNK) && readlinkat(link_fd, "", text, sizeof(text)) == 9 && !memcmp(text, "somewhere", 9), "the link");
+    CHECK(deleted(zero, S_IFCHR) && read(zero, text, 4) == 4 && !memcmp(text, "\0\0\0", 4), "the device");
     CHECK(pwrite(file, "T", 1, 0) == 1 && fstat(file, &one) == 0 && stat("../second", &other) == 0 && one.st_ino == other.st_ino,
           "the other hard link");
     CHECK(lseek(file, 0, SEEK_CUR) == 4, "offset");

@@ -77,7 +77,8 @@ int main(int argc, char **argv)
     MUST(rename(text, moved));
     int second = bound(SOCK_STREAM, text);
     MUST(rename(moved, text));
-    /* A relative address. */
+    /* Relative addresses. */
+    int here = bound(SOCK_DGRAM, "here"), to_here = connected(SOCK_DGRAM, "here");
     int relative = bound(SOCK_DGRAM, "relative");
     MUST(unlink("relative"));
     /* Datagram pairs of which one end is left, one with a datagram, one that is bound. */
@@ -109,7 +110,10 @@ int main(int argc, char **argv)
     struct sockaddr_un to = address(text);
     CHECK(connect(fresh, (struct sockaddr *)&to, sizeof(to)) == 0 && accept(first, NULL, NULL) >= 0, "the node: %s", strerror(errno));
     CHECK(is_at(second, text), "the second address");
-    CHECK(is_at(relative, "relative"), "the relative address");
+    CHECK(is_at(relative, "relative") && is_at(here, "here"), "the relative addresses");
+    CHECK(write(to_here, "h", 1) == 1 && recv(here, got, 64, MSG_DONTWAIT) == 1, "the relative node");
+    int later = connected(SOCK_DGRAM, "here");
+    CHECK(write(later, "h", 1) == 1 && recv(here, got, 64, MSG_DONTWAIT) == 1, "to the relative node");
     CHECK(recv(pair[1], got, 64, MSG_DONTWAIT) == 10, "what a closed peer had sent");
     CHECK(send(pair[1], "x", 1, MSG_NOSIGNAL) == -1 && errno == ECONNREFUSED, "to a closed peer: %s", strerror(errno));
     CHECK(send(bound_pair[1], "x", 1, MSG_NOSIGNAL) == -1 && errno == ECONNREFUSED, "bound: %s", strerror(errno));

@@ -9,7 +9,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from checkpoint.resources import paths
+from checkpoint.resources import nameless, paths
 from checkpoint.resources.files import kind
 from snapshotter.base.errors import Finding, RestoreConflictError
 
@@ -45,17 +45,24 @@ class DeviceKind(kind.Kind):
                 f"is {name} device {numbers}, whose state only its driver knows",
                 "close it first",
             )
-        if not _leads_to_device(seen.path, rdev):
+        if not _leads_to_device(seen.path, rdev) and not _is_deleted(seen):
             return Finding(seen.pid, seen.where, f"the path does not lead to device {numbers} from here")
         return None
 
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         description.device.identity.CopyFrom(kind.identity_of(seen))
+        description.device.identity.deleted = _is_deleted(seen)
         description.device.rdev = seen.stat.st_rdev
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         device = description.device
-        if not _leads_to_device(device.identity.path, device.rdev):
+        if device.rdev not in STATELESS:
+            raise RestoreConflictError(
+                "is no device of the memory driver's", where=paths.shown(device.identity.path)
+            )
+        if device.identity.deleted:
+            nameless.make(opening.ctx, device.identity, device.rdev)
+        elif not _leads_to_device(device.identity.path, device.rdev):
             raise RestoreConflictError(
                 f"no longer the device {os.major(device.rdev)}:{os.minor(device.rdev)}",
                 where=paths.shown(device.identity.path),
@@ -65,7 +72,14 @@ class DeviceKind(kind.Kind):
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         self.check(opening, description)
         device = description.device
+        if device.identity.deleted:
+            node = nameless.make(opening.ctx, device.identity, device.rdev)
+            return paths.reopen(node, description.flags, paths.shown(device.identity.path))
         return paths.open_identity(device.identity, description.flags, same_inode=False, rdev=device.rdev)
+
+
+def _is_deleted(seen: Seen) -> bool:
+    return seen.stat.st_nlink == 0 and seen.link.endswith(kind.DELETED)
 
 
 def _leads_to_device(path: bytes, rdev: int) -> bool:

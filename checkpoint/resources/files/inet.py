@@ -8,6 +8,7 @@ end lives on and would not follow a rollback.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 TCP_LISTEN, TCP_CLOSE = 10, 7
 _PROTOCOLS = frozenset({"TCP", "TCPv6", "UDP", "UDPv6"})
 _TCP_INFO = 11
+_IP_FREEBIND = 15
 _IP, _IPV6, _TCP = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP
 _UDP, _UDP_CORK = socket.IPPROTO_UDP, 1
 _SIOCOUTQ = 0x5411
@@ -36,10 +38,10 @@ _BEFORE_BIND = {
     (socket.SOL_SOCKET, socket.SO_REUSEADDR),
     (socket.SOL_SOCKET, socket.SO_REUSEPORT),
     (_IPV6, socket.IPV6_V6ONLY),
-    (_IP, 15),
+    (_IP, _IP_FREEBIND),
     (_IP, 19),
 }
-"""IP_FREEBIND and IP_TRANSPARENT are the last two."""
+"""IP_TRANSPARENT is the last one."""
 _OPTIONS = (
     *sockets.GENERIC_OPTIONS,
     (_IPV6, socket.IPV6_V6ONLY),
@@ -151,7 +153,7 @@ class InetKind(kind.Kind):
                     if image.type == socket.SOCK_STREAM:
                         # The old job's connections may linger in TIME_WAIT.
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    sock.bind(address)
+                    _bind(sock, address)
                 if image.state == TCP_LISTEN:
                     sock.listen(image.backlog)
                 if image.destination:
@@ -168,6 +170,20 @@ class InetKind(kind.Kind):
             late = (o for o in image.options if (o.level, o.name) not in _BEFORE_BIND)
             sockets.apply_options(sock, late, opening.warn)
             return os.dup(sock.fileno())
+
+
+def _bind(sock: socket.socket, address: tuple[str, int] | tuple[str, int, int, int]) -> None:
+    """To an address that the machine does not have (any more, or yet) too: a bound socket keeps its own in any case."""
+    try:
+        sock.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        sock.setsockopt(_IP, _IP_FREEBIND, 1)
+        try:
+            sock.bind(address)
+        finally:
+            sock.setsockopt(_IP, _IP_FREEBIND, 0)
 
 
 def _refuse_corked(fd: int, seen: Seen) -> None:

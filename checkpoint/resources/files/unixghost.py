@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
+from checkpoint.resources import paths
 from checkpoint.resources.files import unixnode
 from images import files_pb2
+from snapshotter.base.errors import RestoreConflictError
 
 if TYPE_CHECKING:
     from checkpoint.resources.files.opening import Opening
@@ -41,7 +43,13 @@ def bound(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) ->
     if root < 0:
         try:
             root = descriptors.detached_tmpfs()
-        except OSError:
+        except OSError as error:
+            if not image.address.startswith(b"/"):
+                raise RestoreConflictError(
+                    f"cannot bind the job's socket to a relative address that was unlinked: {error.strerror}",
+                    where=paths.shown(image.address),
+                    hint="it takes CAP_SYS_ADMIN: run the rollback as root",
+                ) from error
             with unixnode.bound_for_a_moment(sock, image):
                 yield
             return
@@ -53,10 +61,16 @@ def bound(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) ->
 def reach(opening: Opening, image: files_pb2.UnixSocket, work: Callable[[], object]) -> None:
     """Do something for which the address of a socket must lead to it."""
     root = opening.hidden.get(image.ino)
-    if root is None:
+    if root is not None:
+        descriptors.with_root(root, work)
+    elif image.address.startswith((b"/", b"\0")):
         work()
     else:
-        descriptors.with_root(root, work)
+        base = os.open(unixnode.base_of(image), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            descriptors.with_root(base, work, chroot=False)
+        finally:
+            os.close(base)
 
 
 def _bind(sock: socket.socket, image: files_pb2.UnixSocket) -> None:

@@ -69,6 +69,13 @@ def bound_for_a_moment(sock: socket.socket, image: files_pb2.UnixSocket) -> Iter
             _with_rights(image, directory, directory.unlink)
 
 
+def base_of(image: files_pb2.UnixSocket) -> bytes:
+    """The directory from which the address leads to the node: the working directory of whoever bound it."""
+    if image.address.startswith(b"/") or not image.bound.path.endswith(b"/" + image.address):
+        return b"/"
+    return image.bound.path[: -len(image.address)]
+
+
 class _Directory:
     """The directory of a socket's node, opened (O_PATH) without following a link."""
 
@@ -88,7 +95,7 @@ class _Directory:
             ) from error
         self.stat = os.fstat(self.fd)
         try:
-            there = os.stat(os.path.dirname(image.address))
+            there = os.stat(os.path.join(base_of(image), os.path.dirname(image.address)))
         except OSError:
             there = None
         if there is None or not os.path.samestat(there, self.stat):
@@ -113,7 +120,10 @@ class _Directory:
 
 
 def _make(sock: socket.socket, image: files_pb2.UnixSocket, directory: _Directory, mode: int) -> None:
+    base = base_of(image)
+
     def place() -> None:
+        os.chdir(base)  # of this thread alone
         node = directory.node()
         if node is not None and image.HasField("bound"):
             _unlink_dead(image.address, directory, node, sock.type)

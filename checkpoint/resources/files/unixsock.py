@@ -15,8 +15,8 @@ cannot be told either: they are put back on its last byte, and a warning says so
 
 An address whose node is gone, or is somebody else's by now, is bound where nobody sees it (unixghost.py).
 
-Refused: a peer outside the job, connections waiting to be accepted, nodes under relative paths, sockets of another
-network namespace.
+Refused: a peer outside the job, connections waiting to be accepted, relative addresses through links, sockets of
+another network namespace.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class UnixKind(kind.Kind):
             return
         if not _is_node(info, node, path):
             return
-        if not image.address.startswith(b"/"):
+        if not image.address.startswith(b"/") and not path.endswith(b"/" + image.address):
             raise _unsupported(
                 seen,
-                f"is bound to a relative path ({paths.shown(image.address)})",
+                f"is bound to a relative path that leads through links ({paths.shown(image.address)})",
                 "let the program bind it under an absolute path",
             )
         image.uid, image.gid = node.st_uid, node.st_gid
