@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 PYTEST_ARGS ?=
+KERNELS ?= 6.1 6.12 7
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build demo test test-kernels lint format check bench wheel clean
@@ -31,8 +32,8 @@ demo: build ## a numpy simulation and a shell pipeline: taken every second, kill
 test: build ## all tests but those in other kernels; PYTEST_ARGS adds options
 	$(PYTEST) -rs $(PYTEST_ARGS) tests
 
-test-kernels: build ## the kernel tests inside Debian's 6.1 and 6.12 (QEMU; downloads Debian packages)
-	$(BIN)/python -m tests.kernels 6.1 6.12
+test-kernels: build ## the kernel tests inside Debian's 6.1, 6.12 and 7 (QEMU; downloads packages); KERNELS, KERNEL_ARGS="-k timers"
+	$(BIN)/python -m tests.kernels $(KERNELS) $(KERNEL_ARGS)
 
 lint: build ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

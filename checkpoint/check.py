@@ -47,14 +47,7 @@ class CheckReport:
     def raise_if_refused(self) -> None:
         """UnsupportedError that names the first finding and carries all."""
         if self.findings:
-            first = self.findings[0]
-            more = f" (and {len(self.findings) - 1} more findings)" if len(self.findings) > 1 else ""
-            raise UnsupportedError(
-                first.what + more,
-                where=f"task {first.pid}, {first.where}",
-                hint=first.hint or f"`snap check {self.root_pid}` lists everything",
-                findings=tuple(self.findings),
-            )
+            raise UnsupportedError.of(self.findings, self.root_pid)
 
 
 def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
@@ -107,15 +100,16 @@ def _look_at_sharing(report: CheckReport) -> None:
 
 
 def _check_root(pid: int, report: CheckReport) -> None:
-    tids = task_ids(pid)
-    if not tids or pid not in tids:
-        owner = _process_of(pid)
-        if owner:
-            raise TargetGoneError(
-                "is a thread, not a process", where=f"task {pid}", hint=f"take its process, {owner}"
-            )
+    owner = _process_of(pid)
+    if not owner:
         raise TargetGoneError(
             "no such process", where=f"task {pid}", hint="`ps -e` lists the processes that run"
+        )
+    if owner != pid:
+        raise TargetGoneError(
+            f"is a thread of process {owner}, not a process",
+            where=f"task {pid}",
+            hint=f"name the process: {owner}",
         )
     stat = proc.read_stat(pid)
     if stat.flags & _KERNEL_THREAD:

@@ -268,12 +268,7 @@ class _Take:
         if self.found.tasks.keys() != {process.pid for process in self.ctx.living()}:
             memory.look_sharing([process.pid for process in self.ctx.living()], findings)
         if findings:
-            raise UnsupportedError(
-                findings[0].what,
-                where=f"task {findings[0].pid}, {findings[0].where}",
-                hint=findings[0].hint,
-                findings=tuple(findings),
-            )
+            raise UnsupportedError.of(findings, self.ctx.root_pid)
 
     def copy_pages(self, process: FrozenProcess) -> memory.AddressSpace:
         """Collect, plan and copy the pages of one process that are not with the sink yet."""

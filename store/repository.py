@@ -47,6 +47,14 @@ _HEX = re.compile(r"[0-9a-f]{4,32}")
 _RELATIVE = re.compile(r"(?P<name>.*?)(?:~(?P<back>\d+))?", re.DOTALL)
 
 
+def _is_there(path: Path) -> bool:
+    """Like exists(), but what may not be looked at is there: `check_private` says whose it is."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
+
+
 def _has_packs(root: Path) -> bool:
     return any((root / "packs").glob("*.pack"))
 
@@ -83,7 +91,7 @@ class Store:
             StoreError: the disk failed or is full.
         """
         root = Path(path).absolute()
-        if create and not (root / _MARK).exists():
+        if create and not _is_there(root / _MARK):
             cls._create(root)
         check_private(root)
         mark = cls._read_mark(root)
@@ -320,8 +328,12 @@ class Store:
     def _back(self, points: Sequence[Point], back: int, text: str, job: str | None) -> Point:
         if back >= len(points):
             of = f" of job {job!r}" if job else ""
+            count = (
+                f"only {len(points)} points" if len(points) > 1 else "only 1 point" if points else "no points"
+            )
+            are = "are" if len(points) != 1 else "is"
             raise NoSuchPointError(
-                f"{text}: there are only {len(points)} points{of}", hint="`snap list` shows them"
+                f"{text}: there {are} {count}{of}", where=str(self.path), hint="`snap list` shows them"
             )
         return points[-1 - back]
 

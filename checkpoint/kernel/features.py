@@ -68,7 +68,8 @@ def _soft_dirty() -> None:
 
 
 def _wp_async() -> None:
-    fd = sys.syscall("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK)
+    # As the tracker makes it; without the flag it is root's, unless vm.unprivileged_userfaultfd is set.
+    fd = sys.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY)
     try:
         fcntl.ioctl(fd, _UFFDIO_API, bytearray(struct.pack("<3Q", _UFFD_API, _WP_ASYNC | _WP_UNPOPULATED, 0)))
     finally:

@@ -145,6 +145,17 @@ def by_handle(folder: bytes, handle_type: int, handle: bytes) -> int:
         os.close(place)
 
 
+def is_closed(path: bytes) -> bool:
+    """Whether the rights of snap's user end before the path does."""
+    try:
+        os.lstat(path)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def leads_to(path: bytes, dev: int, ino: int) -> bool:
     """Whether the path, as snap sees it, leads to that file."""
     try:

@@ -8,7 +8,8 @@ the table of statuses is in README.md. OSErrors are wrapped once, at the kernel 
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 
 class SnapshotterError(Exception):
@@ -53,6 +54,18 @@ class UnsupportedError(SnapshotterError):
     ) -> None:
         super().__init__(what, where=where, hint=hint)
         self.findings = findings
+
+    @classmethod
+    def of(cls, findings: Sequence[Finding], root_pid: int) -> Self:
+        """The refusal of a job: says the first finding and carries all."""
+        first, more = findings[0], len(findings) - 1
+        rest = f" (and {more} more finding{'s' if more > 1 else ''})" if more else ""
+        return cls(
+            first.what + rest,
+            where=first.place,
+            hint=first.hint or f"`snap check {root_pid}` lists everything",
+            findings=tuple(findings),
+        )
 
 
 class PermissionDeniedError(SnapshotterError):
@@ -134,12 +147,17 @@ class Finding:
         self.what = what
         self.hint = hint
 
+    @property
+    def place(self) -> str:
+        """The task, and what of it."""
+        return f"task {self.pid}" if self.where == "task" else f"task {self.pid}, {self.where}"
+
     def as_dict(self) -> dict[str, object]:
         """For --json."""
         return {"pid": self.pid, "where": self.where, "what": self.what, "hint": self.hint}
 
     def __str__(self) -> str:
-        text = f"task {self.pid}, {self.where}: {self.what}"
+        text = f"{self.place}: {self.what}"
         return f"{text}; {self.hint}" if self.hint else text
 
 

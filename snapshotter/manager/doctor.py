@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import stat
@@ -118,12 +119,15 @@ def _needed(features: tuple[Mapping[str, object], ...]) -> list[Note]:
         "map_files": "reading deleted mapped files",
         "set_mm_map": "restoring /proc/PID/exe and cmdline",
     }
+    forbidden = {str(item["name"]) for item in features if item.get("errno") in {errno.EPERM, errno.EACCES}}
     return [
-        Note(
+        Note(name, "problem", f"this user may not do it: no {use}", "run as root")
+        if name in forbidden
+        else Note(
             name,
             "problem",
-            f"this kernel or user cannot do it: no {use}",
-            "see `snap doctor --json` for the errno",
+            f"this kernel cannot do it: no {use}",
+            "use a newer kernel, or see its configuration",
         )
         for name, use in uses.items()
         if not names.get(name)

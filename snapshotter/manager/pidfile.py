@@ -55,7 +55,11 @@ def read(path: Path) -> PidFile | None:
             hint="the first word of a pid file is the number of the job's first process",
         ) from error
     if not 0 < pid < 1 << 22:
-        raise UsageError(f"{pid} is no pid", where=str(path))
+        raise UsageError(
+            f"{pid} is no pid",
+            where=str(path),
+            hint="the first word of a pid file is the number of the job's first process",
+        )
     return PidFile(path, pid, written_at)
 
 

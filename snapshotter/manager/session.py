@@ -68,6 +68,11 @@ class Session:
             self._store = self._open_store(self.config.store, False, upgrade=False)
         return self._store
 
+    def store_exists(self) -> bool:
+        """Whether something is where the store is or would be: an empty directory is nothing."""
+        path = self.store_path
+        return self._store is not None or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
+
     @property
     def engine(self) -> EngineLike:
         """The engine, imported now if it was not yet."""

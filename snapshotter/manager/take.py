@@ -21,6 +21,7 @@ from snapshotter.base.errors import (
     NoSuchPointError,
     SnapshotterError,
     TargetGoneError,
+    UnsupportedError,
     UsageError,
     VerificationError,
 )
@@ -59,6 +60,7 @@ def take(session: Session, pid: int, *, job: str | None = None, after: str = "ru
         jobs.check_name(job)
     identity = session.engine.identify(pid)
     name = job or jobs.default_name(identity)
+    _refuse_before_a_store_is_made(session, pid)
     with session.locked(name, create=True):
         return _take_locked(session, name, identity, after)
 
@@ -77,6 +79,7 @@ def take_periodic(
     try:
         identity = session.engine.identify(found.pid)
         _check_is_job(session, job, found, identity)
+        _refuse_before_a_store_is_made(session, found.pid)
         with session.locked(job, create=True):
             point = _take_locked(session, job, identity, after)
     except LockedError as error:
@@ -88,6 +91,14 @@ def take_periodic(
     if max_points is None:
         return point
     return _with_warnings(point, _keep_last(session, job, max_points))
+
+
+def _refuse_before_a_store_is_made(session: Session, pid: int) -> None:
+    """What the dump's own look would refuse leaves no empty store behind."""
+    if not session.store_exists():
+        findings = session.engine.check(pid).findings
+        if findings:
+            raise UnsupportedError.of(findings, pid)
 
 
 class StrangerError(TargetGoneError):

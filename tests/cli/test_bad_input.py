@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -37,20 +39,37 @@ def test_no_such_pid(tmp_path):
 
 @pytest.mark.parametrize("pid", [0, 1 << 30])
 def test_no_pid_at_all(pid, tmp_path):
-    fails(2, "take", pid, store=tmp_path / "s")
+    assert "ps -e" in fails(2, "take", pid, store=tmp_path / "s")["hint"]
+
+
+def test_a_thread_is_no_process(tmp_path):
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    try:
+        for command in ("take", "check"):
+            error = fails(4, command, thread.native_id, store=tmp_path / "s")
+            assert f"thread of process {os.getpid()}" in error["message"]
+            assert str(os.getpid()) in error["hint"]
+    finally:
+        over.set()
+        thread.join()
+    assert not (tmp_path / "s").exists()
 
 
 def test_kernel_thread(tmp_path):
     if pathlib.Path("/proc/2/comm").exists() and pathlib.Path("/proc/2/comm").read_text() == "kthreadd\n":
         error = fails(5, "take", 2, store=tmp_path / "s")
-        assert "kernel" in error["message"]
+        assert error["message"] == "task 2: is a kernel thread"
+        assert not (tmp_path / "s").exists()
     else:
         pytest.skip("no kernel threads are visible in this pid namespace")
 
 
 def test_itself_and_ancestors(tmp_path):
     error = fails(5, "take", os.getpid(), store=tmp_path / "s")
-    assert "snap" in error["message"]
+    assert "ancestor of snap" in error["message"]
+    assert "outside" in error["hint"]
     # Itself: the shell becomes snap, so that its pid is known beforehand.
     command = f'exec "$0" -m snapshotter.cli.main --store {tmp_path}/s take $$ --json'
     done = subprocess.run(
@@ -61,6 +80,8 @@ def test_itself_and_ancestors(tmp_path):
         check=False,
     )
     assert done.returncode == 5, done.stdout + done.stderr
+    assert "snap itself" in done.stdout
+    assert not (tmp_path / "s").exists()
 
 
 def test_zombie(tmp_path):
@@ -87,7 +108,9 @@ def test_already_traced(counter, tmp_path):
     try:
         assert tracer.stdout.readline() == b"ok\n"
         error = fails(5, "take", counter.pid, store=tmp_path / "s")
-        assert str(tracer.pid) in error["message"] + error["hint"]
+        assert f"traced by task {tracer.pid} (perl)" in error["message"]
+        assert "detach" in error["hint"]
+        assert not (tmp_path / "s").exists()
     finally:
         tracer.kill()
         tracer.wait()
@@ -112,30 +135,56 @@ def test_32_bit_task(tmp_path):
     try:
         if (status := child.poll()) is not None:
             pytest.skip(f"this kernel does not run 32-bit programs (status {status})")
-        assert "32" in fails(5, "take", child.pid, store=tmp_path / "s")["message"]
+        error = fails(5, "take", child.pid, store=tmp_path / "s")
+        assert "32-bit" in error["message"]
+        assert str(child.pid) in error["message"]
+        assert "64-bit" in error["hint"]
+        assert child.poll() is None
+        assert not (tmp_path / "s").exists()
     finally:
         child.kill()
         child.wait()
 
 
+def as_nobody(*args, store) -> subprocess.CompletedProcess[str]:
+    """snap as a user who may read files (this checkout and its python may lie where only root looks) and nothing else."""
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    may_read = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return subprocess.run(
+        [*user, *may_read, *SNAP, "--store", store, *map(str, args), "--json"],
+        env=dict(os.environ, PYTHONPATH=str(ROOT), HOME="/nonexistent"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.requires("program:setpriv")
 def test_no_permission(counter, tmp_path):
     folder = tmp_path / "s"
-    folder.mkdir(mode=0o777)
+    folder.mkdir(mode=0o700)
     os.chown(folder, 65534, 65534)
-    for parent in folder.parents:
-        if parent != pathlib.Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o055)
-    if shutil.which("setpriv") is None:
-        pytest.skip("needs setpriv")
-    done = subprocess.run(
-        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *SNAP, "--store", folder, "take",
-         str(counter.pid), "--json"],
-        env=dict(os.environ, PYTHONPATH=str(ROOT), HOME=str(folder)), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if "Permission denied" in done.stderr and not done.stdout:
-        pytest.skip("this checkout or its python cannot be read by other users")
-    assert done.returncode == 6, done.stdout + done.stderr
-    assert '"permission"' in done.stdout
+    for command in ("take", "check"):
+        done = as_nobody(command, counter.pid, store=folder)
+        assert done.returncode == 6, done.stdout + done.stderr
+        error = json.loads(done.stdout)["error"]
+        assert error["code"] == "permission"
+        assert f"task {counter.pid}" in error["message"]
+        assert "root" in error["hint"]
+    assert not list(folder.iterdir())
+    goes_on(counter)
+
+
+@pytest.mark.requires("program:setpriv")
+def test_somebody_elses_store(counter, tmp_path):
+    snap("take", counter.pid, store=tmp_path / "s")
+    for line in (["take", counter.pid], ["list"], ["verify"], ["prune"], ["rollback", "latest"]):
+        done = as_nobody(*line, store=tmp_path / "s")
+        assert done.returncode == 6, done.stdout + done.stderr
+        error = json.loads(done.stdout)["error"]
+        assert "belongs to uid 0" in error["message"] or f"task {counter.pid}" in error["message"]
+        assert error["hint"]
+    assert len(snap("list", store=tmp_path / "s")["points"]) == 1
     goes_on(counter)
 
 

@@ -24,34 +24,36 @@ class GuestError(Exception):
 
 def _pump(source: int, sink: int | None, collected: list[bytes]) -> None:
     while data := os.read(source, 1 << 16):
-        if sink is None:
-            collected.append(data)
-        else:
+        collected.append(data)
+        if sink is not None:
             os.write(sink, data)
 
 
-def run(series: str, command: Sequence[str], environment: Mapping[str, str], seconds: float) -> int:
-    """Run `command` in this working directory inside Debian's kernel `series`; its exit status.
+def run(
+    series: str, command: Sequence[str], environment: Mapping[str, str], seconds: float
+) -> tuple[int, str]:
+    """Run `command` in this working directory inside Debian's kernel `series`; its exit status and standard output.
 
     Raises:
         GuestError: no status within `seconds`.
     """
-    kernel, busybox, (qemu, qemu_environment) = packages.kernel(series), packages.busybox(), packages.qemu()
+    image, modules = packages.kernel(series)
+    busybox, (qemu, qemu_environment) = packages.busybox(), packages.qemu()
     with tempfile.TemporaryDirectory(dir=packages.CACHE) as scratch:
         folder = pathlib.Path(scratch)
-        archive = initramfs.build(kernel, busybox, command, environment, os.getcwd())
+        archive = initramfs.build(modules, busybox, command, environment, os.getcwd())
         (folder / "initrd").write_bytes(archive)
         line = [
             *qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35",
             "-cpu", "max,la57=off", "-smp", "2", "-m", "2G", "-accel", "tcg,thread=multi,tb-size=256",
-            "-kernel", str(next((kernel / "boot").glob("vmlinuz-*"))), "-initrd", str(folder / "initrd"),
+            "-kernel", str(image), "-initrd", str(folder / "initrd"),
             "-append", BOOT, "-serial", f"file:{folder}/console",
             "-device", "virtio-serial-pci", "-device", "virtio-rng-pci",
             "-device", "virtio-9p-pci,fsdev=root,mount_tag=host",
             "-fsdev", "local,id=root,path=/,security_model=passthrough,readonly=on,multidevs=remap",
         ]  # fmt: skip
-        collected: list[bytes] = []
         sinks = {"out": sys.stdout.fileno(), "err": sys.stderr.fileno(), "status": None}
+        collected: dict[str, list[bytes]] = {name: [] for name in sinks}
         pipes = {name: os.pipe() for name in sinks}
         for name, (_, write_end) in pipes.items():
             line += ["-chardev", f"file,id={name},path=/dev/fd/{write_end}"]
@@ -65,7 +67,7 @@ def run(series: str, command: Sequence[str], environment: Mapping[str, str], sec
         pumps = []
         for name, (read_end, write_end) in pipes.items():
             os.close(write_end)
-            pumps.append(threading.Thread(target=_pump, args=(read_end, sinks[name], collected)))
+            pumps.append(threading.Thread(target=_pump, args=(read_end, sinks[name], collected[name])))
             pumps[-1].start()
         try:
             process.wait(seconds)
@@ -75,10 +77,10 @@ def run(series: str, command: Sequence[str], environment: Mapping[str, str], sec
         for pump, (read_end, _) in zip(pumps, pipes.values(), strict=True):
             pump.join()
             os.close(read_end)
-        status = b"".join(collected).split()
+        status = b"".join(collected["status"]).split()
         if not status:
             console = (folder / "console").read_text(errors="replace")[-3000:]
             raise GuestError(
                 f"no exit status from kernel {series} within {seconds:g} s; its console ends with:\n{console}"
             )
-        return int(status[-1])
+        return int(status[-1]), b"".join(collected["out"]).decode(errors="replace")

@@ -65,12 +65,9 @@ class Archive:
             self.data += b"\0" * (-len(self.data) % 4)
 
 
-def _modules(kernel: pathlib.Path) -> list[tuple[str, bytes]]:
+def _modules(folder: pathlib.Path) -> list[tuple[str, bytes]]:
     """MODULES and those they need, in the order of loading; one that is not there is built in."""
-    files = {
-        re.sub(r"\.ko.*", "", path.name).replace("-", "_"): path
-        for path in (kernel / "lib" / "modules").rglob("*.ko*")
-    }
+    files = {re.sub(r"\.ko.*", "", path.name).replace("-", "_"): path for path in folder.rglob("*.ko*")}
     found: dict[str, bytes] = {}
 
     def add(name: str) -> None:
@@ -91,7 +88,7 @@ def _modules(kernel: pathlib.Path) -> list[tuple[str, bytes]]:
 
 
 def build(
-    kernel: pathlib.Path,
+    modules: pathlib.Path,
     busybox: pathlib.Path,
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -102,7 +99,7 @@ def build(
     for name in ("modules", "proc", "dev"):
         archive.add(name, mode=0o40755)
     archive.add("busybox", busybox.read_bytes())
-    for number, (name, content) in enumerate(_modules(kernel)):
+    for number, (name, content) in enumerate(_modules(modules)):
         archive.add(f"modules/{number:03d}-{name}.ko", content)
     archive.add("init", INIT.encode())
     archive.add("second", SECOND.encode())

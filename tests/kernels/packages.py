@@ -6,15 +6,18 @@ complete once NAME.done exists, so an interrupted download is begun again.
 
 from __future__ import annotations
 
+import fcntl
 import pathlib
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 CACHE = pathlib.Path.home() / ".cache" / "snap-test-kernels"
 SUITES = ("bookworm", "bookworm-security", "bookworm-backports")
+NEWER = {"7": (("trixie-backports",), "apt-trixie-backports")}
+"""Beginning of a series -> the suites that have it, and the name of their lists here."""
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
@@ -40,13 +43,14 @@ def _mirrors() -> tuple[str, str]:
 class Apt:
     """apt-get and apt-cache with a configuration of their own."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, suites: Sequence[str] = SUITES) -> None:
+        self.suite = suites[-1]
         for part in ("lists/partial", "cache/archives/partial"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         main, security = _mirrors()
         sources = [
             f"deb [signed-by={KEYRING}] {security if suite.endswith('-security') else main} {suite} main\n"
-            for suite in SUITES
+            for suite in suites
         ]
         (folder / "sources").write_text("".join(sources))
         self.conf = folder / "apt.conf"
@@ -58,18 +62,23 @@ class Apt:
             output("apt-get", "-qq", "-c", self.conf, "update")
             (folder / "updated").touch()
 
-    def newest_kernel(self, series: str) -> str:
-        """The package of the newest image of a series, such as 6.12."""
+    def newest_kernel(self, series: str) -> list[str]:
+        """The package of the newest image of a series, such as 6.12, and the parts that it is split into, if any."""
         text = output("apt-cache", "-c", self.conf, "show", "linux-image-amd64")
         images = re.findall(rf"\b(linux-image-{re.escape(series)}\.[\w.+-]+)", text)
         if not images:
-            raise SystemExit(f"Debian has no kernel {series} in {', '.join(SUITES)}")
-        return max(images, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+            raise SystemExit(f"Debian has no kernel {series} in {self.suite} or before")
+        newest = max(images, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+        parts = re.findall(
+            r"\blinux-(?:binary|modules|base)-\d[\w.+-]+",
+            output("apt-cache", "-c", self.conf, "show", newest),
+        )
+        return [newest, *sorted(set(parts))]
 
     def needed_by(self, package: str) -> list[str]:
         """`package` and what apt would install with it here."""
         text = output(
-            "apt-get", "-c", self.conf, "-t", SUITES[-1], "-s", "install", "--no-install-recommends", package
+            "apt-get", "-c", self.conf, "-t", self.suite, "-s", "install", "--no-install-recommends", package
         )
         return re.findall(r"^Inst (\S+)", text, re.MULTILINE)
 
@@ -77,7 +86,7 @@ class Apt:
         """Download packages and unpack them below `target`."""
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             folder = pathlib.Path(scratch)
-            output("apt-get", "-qq", "-c", self.conf, "-t", SUITES[-1], "download", *packages, cwd=folder)
+            output("apt-get", "-qq", "-c", self.conf, "-t", self.suite, "download", *packages, cwd=folder)
             for package in sorted(folder.glob("*.deb")):
                 output("dpkg", "-x", package, target)
 
@@ -85,25 +94,29 @@ class Apt:
 def _once(name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
     folder = CACHE / name
     done = CACHE / f"{name}.done"
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        make(folder)
-        done.touch()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would unpack over each other
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
     return folder
 
 
-def kernel(series: str) -> pathlib.Path:
-    """A folder with boot/vmlinuz-* and lib/modules/VERSION (modules.dep included)."""
+def kernel(series: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """The image of Debian's newest kernel of a series and the folder of its modules."""
 
     def make(folder: pathlib.Path) -> None:
-        apt = Apt(CACHE / "apt")
-        apt.unpack([apt.newest_kernel(series)], folder)
-        depmod = shutil.which("depmod", path="/usr/sbin:/sbin:/usr/bin:/bin")
-        command = [depmod] if depmod else [str(busybox()), "depmod"]
-        output(*command, "-b", folder, next((folder / "lib" / "modules").iterdir()).name)
+        suites, cache = next((item for key, item in NEWER.items() if series.startswith(key)), (SUITES, "apt"))
+        apt = Apt(CACHE / cache, suites)
+        apt.unpack(apt.newest_kernel(series), folder)
 
-    return _once(f"linux-{series}", make)
+    folder = _once(f"linux-{series}", make)
+    # Since 7.x the package is split, and its files lie below /usr.
+    modules = next(iter([*folder.glob("lib/modules/*"), *folder.glob("usr/lib/modules/*")]))
+    return next(iter([*folder.glob("boot/vmlinuz-*"), *modules.glob("vmlinuz")])), modules
 
 
 def busybox() -> pathlib.Path:

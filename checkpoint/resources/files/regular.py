@@ -53,6 +53,13 @@ class RegularKind(kind.Kind):
                 "its name was deleted while other hard links to it remain",
                 "give it its name back (ln), or close it",
             )
+        if paths.is_closed(seen.link):
+            return Finding(
+                seen.pid,
+                seen.where,
+                "snap may not look along its path (permission denied)",
+                "run as root",
+            )
         return Finding(
             seen.pid,
             seen.where,
