@@ -209,11 +209,13 @@ class Assembly:
 
     def release(self) -> None:
         """Registers and masks, group-stops, then detach everything, leaves of the tree first."""
-        self.ctx.state["tasks"] = {
+        tasks = {
             thread.tid: _start_time(process.pid, thread.tid)
             for _, process in self.living()
             for thread in process.threads
         }
+        self.ctx.state["tasks"] = tasks
+        self.ctx.options.before_release(tasks)
         # Children first: a child that stops tells its parent, which forgets that in its own last batch.
         for stub, process in reversed(list(self.living())):
             batch = stub.batch()

@@ -38,6 +38,9 @@ class RestoreOptions:
     """Identities (pid -> start time in ticks, this boot) of the living job besides the point's own: those that an
     earlier rollback (RestoreResult.tasks) or a later point gave it. They may be replaced too."""
     terminal: Literal["auto", "reopen", "null"] = "auto"
+    before_release: Callable[[Mapping[int, int]], None] = lambda _tasks: None
+    """Told the identities (RestoreResult.tasks) just before the job runs: whoever writes them down then knows it again even if
+    snap dies at once."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """For resources: options of theirs by name."""
 

@@ -179,12 +179,14 @@ class FakeEngine:
     def boot_id(self):
         return BOOT
 
-    def restore(self, reader, known_tasks, *, dry_run, leave_stopped, terminal="auto"):
+    def restore(self, reader, known_tasks, *, dry_run, leave_stopped, terminal="auto", record):
         self.known_tasks = known_tasks
         pid = reader.point.pid
         # Far in the future of CLOCK_BOOTTIME here: nothing older than this restore compares as newer.
         self.alive[pid] = self.alive.get(pid, 100) + 1
         self.uptime_ns = max(self.uptime_ns, 10**12)
+        if not dry_run:
+            record({pid: self.alive[pid]})
         return Restored(pid, (pid,), 10, 2, (), {pid: self.alive[pid]})
 
     def features(self):

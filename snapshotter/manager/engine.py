@@ -114,8 +114,12 @@ class RealEngine:
         dry_run: bool,
         leave_stopped: bool,
         terminal: str = "auto",
+        record: Callable[[Mapping[int, int]], None],
     ) -> Restored:
-        """Bring the point that `reader` reads back to life, replacing the job if one of `known_tasks` lives."""
+        """Bring the point that `reader` reads back to life, replacing the job if one of `known_tasks` lives.
+
+        `record` is told the identities of the restored tasks just before they run.
+        """
         from checkpoint.restore import restore
         from checkpoint.restore_context import RestoreOptions
 
@@ -124,6 +128,7 @@ class RealEngine:
             leave_stopped=leave_stopped,
             known_tasks=tuple(known_tasks),
             terminal=cast("Literal['auto', 'reopen', 'null']", terminal),
+            before_release=record,
         )
         result = restore(reader.image, reader.image_names(), reader, options)
         return Restored(

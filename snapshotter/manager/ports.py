@@ -134,6 +134,7 @@ class EngineLike(Protocol):
         dry_run: bool,
         leave_stopped: bool,
         terminal: str = "auto",
+        record: Callable[[Mapping[int, int]], None],
     ) -> Restored: ...
     def features(self) -> Sequence[Mapping[str, object]]: ...
 

@@ -50,18 +50,20 @@ def rollback(
         known = known_identities(session, point)
         if is_alive(session, point, known):
             require_whole(session, point)
+        problems: list[str] = []
+
+        def record(tasks: Mapping[int, int]) -> None:
+            problems.extend(_record(session, point, tasks))
+
         restored = session.engine.restore(
             session.store().reader(point),
             known,
             dry_run=dry_run,
             leave_stopped=leave_stopped,
             terminal=terminal,
+            record=record,
         )
-        warnings = list(restored.warnings)
-        problem = "" if dry_run else _record(session, point, restored)
-        if problem:
-            warnings.append(problem)
-    return RollbackReport(point, restored, tuple(warnings))
+    return RollbackReport(point, restored, (*restored.warnings, *problems))
 
 
 @contextlib.contextmanager
@@ -125,16 +127,19 @@ def require_whole(session: Session, point: Point) -> None:
         )
 
 
-def _record(session: Session, point: Point, restored: Restored) -> str:
-    """Write the head; the job runs already, so failing here costs the chain's link and only warns."""
+def _record(session: Session, point: Point, tasks: Mapping[int, int]) -> list[str]:
+    """Write the head just before the job runs: if snap dies then, the job is known by it all the same.
+
+    The old job is gone by now, so failing here costs the chain's link and only warns.
+    """
     head = jobs.Head(
         point=point.id,
         boot_id=session.engine.boot_id(),
         restored_uptime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-        tasks=restored.tasks,
+        tasks=tasks,
     )
     try:
         jobs.write_head(session.store_path, point.job, head)
     except SnapshotterError as error:
-        return f"the next take starts a new chain: {error}"
-    return ""
+        return [f"the next take starts a new chain: {error}"]
+    return []
