@@ -17,7 +17,7 @@ import click
 
 from snapshotter import __version__
 from snapshotter.base.errors import InterruptedByUserError, SnapshotterError, UsageError
-from snapshotter.cli.output import show_error, write_error
+from snapshotter.cli.output import ReaderGoneError, flush, show_error, write_error
 
 COMMANDS = {
     "take": "Take a point of a running job.",
@@ -87,9 +87,9 @@ def run(args: Sequence[str]) -> int:
     try:
         try:
             status = cli.main(args=list(args), prog_name="snap", standalone_mode=False)
-            sys.stdout.flush()
+            flush()
         except click.exceptions.Exit as error:
-            sys.stdout.flush()
+            flush()
             return int(error.exit_code)
         except click.Abort:
             raise KeyboardInterrupt from None
@@ -99,6 +99,8 @@ def run(args: Sequence[str]) -> int:
         except click.ClickException as error:
             raise UsageError(error.format_message()) from error
         return status if isinstance(status, int) else 0
+    except ReaderGoneError as error:
+        return error.exit_status
     except SnapshotterError as error:
         return _fail(error, as_json)
     except (KeyboardInterrupt, _TerminatedError) as error:
@@ -111,10 +113,6 @@ def run(args: Sequence[str]) -> int:
             ),
             as_json,
         )
-    except BrokenPipeError:
-        # The reader (head, less) has left. Python must not fail again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except Exception as error:
         return _fail(_internal(error), as_json)
 
@@ -126,8 +124,8 @@ def _fail(error: SnapshotterError, as_json: bool) -> int:
         traceback.print_exc()
     try:
         show_error(error, as_json=as_json)
-        sys.stdout.flush()
-    except OSError:
+        flush()
+    except SnapshotterError:  # stdout itself is what fails
         write_error(f"snap: {error}")
     return error.exit_status
 
@@ -153,8 +151,21 @@ def _wants_json(args: Sequence[str]) -> bool:
     return "--json" in words
 
 
+def _have_standard_descriptors() -> None:
+    """A closed 0, 1 or 2 would become the number of the next file that is opened, and messages would go there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def main() -> NoReturn:
     """The `snap` command. Cron starts it again and again, so what it does not need is not done."""
+    _have_standard_descriptors()
     # Linear algebra is all that numpy would start threads for, and there is none here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for signum in (signal.SIGTERM, signal.SIGHUP):

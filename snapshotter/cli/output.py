@@ -6,22 +6,54 @@ stdout. Every command describes its result once, as (data, text).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from snapshotter.base.errors import SnapshotterError, UnsupportedError
+from snapshotter.base.errors import SnapshotterError, UnsupportedError, wrap_os_error
 
 if TYPE_CHECKING:
     from store import Point
 
 
+class ReaderGoneError(SnapshotterError):
+    """Whoever read our standard output (head, less) has left: nobody is to be told, and what was to be done is done."""
+
+    exit_status = 141  # 128 + SIGPIPE, as shells have it
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        # Python must not fail again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ReaderGoneError("the reader of standard output has left") from error
+    except OSError as error:
+        raise wrap_os_error(
+            error,
+            "the result cannot be printed",
+            where="standard output",
+            hint="what was to be done is done: `snap list` shows the points",
+        ) from error
+
+
 def write(text: str) -> None:
     """To stdout, whatever bytes a file name holds."""
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    with _printing():
+        sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+
+
+def flush() -> None:
+    """What was written is out."""
+    with _printing():
+        sys.stdout.flush()
 
 
 def write_error(text: str) -> None:

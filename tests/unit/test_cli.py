@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -285,3 +286,49 @@ def test_all_output_is_written_before_the_process_ends(tmp_path, args):
         done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert "No space left" in done.stderr
+    assert args != ("list",) or "standard output: the result cannot be printed" in done.stderr
+
+
+def snap_with(setup, *args, env, **popen):
+    """snap in a shell that does something to its descriptors first."""
+    return subprocess.run(
+        ["sh", "-c", f'{setup}; exec "$@"', "sh", *SNAP, *args],
+        env={**env, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        **popen,
+    )
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize(("args", "status"), [(("list",), 0), (("show", "latest", "--json"), 10)])
+def test_closed_descriptors_are_no_error_and_get_nothing(tmp_path, closed, args, status):
+    Store.open(tmp_path / "store", create=True).close()
+    path = tmp_path / ("store" if status == 0 else "none")
+    before = {file: file.read_bytes() for file in (tmp_path / "store").iterdir() if file.is_file()}
+    done = snap_with(f"exec {closed}", *args, env={"SNAP_STORE": str(path), "HOME": str(tmp_path)})
+    assert done.returncode == status, done
+    assert "Traceback" not in done.stderr
+    assert {file: file.read_bytes() for file in (tmp_path / "store").iterdir() if file.is_file()} == before
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_left_is_told_nothing(tmp_path, unbuffered):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    env = {
+        "SNAP_STORE": str(tmp_path / "none"),
+        "HOME": str(tmp_path),
+        "PATH": "/usr/bin",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [*SNAP, "list"],
+        env=env | {"PYTHONUNBUFFERED": unbuffered},
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
