@@ -36,6 +36,7 @@ from checkpoint.precopy import Precopied, due, plausible_pages
 from checkpoint.resources import files, memory, registers, task
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
+from checkpoint.uninterrupted import stops_wait
 from images import codec, manifest_pb2, task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import Finding, SnapshotterError, TargetGoneError, UnsupportedError
@@ -117,7 +118,7 @@ class _Take:
         self._mark("precopy")
         after = ctx.options.after
         sink.pause()
-        with _frozen(ctx) as tree:
+        with stops_wait(), _frozen(ctx) as tree:
             ctx.processes = tree.processes
             faults.point("dump.frozen")
             self.dump_frozen(tree, staging)

@@ -30,6 +30,7 @@ from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.sys import KCMP_VM, kcmp
 from checkpoint.kernel.tasks import children, is_dead, task_ids
 from checkpoint.parasite import cure, stranded
+from checkpoint.uninterrupted import stops_wait
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError, wrap_os_error
 
@@ -412,7 +413,7 @@ def stopped_process(pid: int, *, timeout_s: float = 5.0) -> Iterator[FrozenProce
     Raises:
         TargetGoneError: it has ended, or is a zombie.
     """
-    with _OneProcess(pid, timeout_s=timeout_s) as tree:
+    with stops_wait(), _OneProcess(pid, timeout_s=timeout_s) as tree:
         process = tree.processes[pid]
         if process.is_zombie:
             raise TargetGoneError("has ended", where=f"task {pid}")

@@ -22,6 +22,7 @@ from checkpoint.plan import RestorePlan, decode, make_plan
 from checkpoint.replace import replace
 from checkpoint.resources import directories, files, memory, nameless, task
 from checkpoint.restore_context import RestoreContext, RestoreOptions, RestoreResult
+from checkpoint.uninterrupted import stops_wait
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 from snapshotter.base.pages import PageSource
@@ -78,20 +79,21 @@ def restore(
     if options.dry_run:
         _release(ctx)
         return result
-    try:
-        with _timed(phases, "replace"):
-            replace(ctx, found)
-    except BaseException:
-        _release(ctx)
-        raise
-    faults.point("restore.killed")
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        _build(ctx, planned, phases)
-    finally:
-        if collecting:
-            gc.enable()
+    with stops_wait():
+        try:
+            with _timed(phases, "replace"):
+                replace(ctx, found)
+        except BaseException:
+            _release(ctx)
+            raise
+        faults.point("restore.killed")
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            _build(ctx, planned, phases)
+        finally:
+            if collecting:
+                gc.enable()
     result.tasks = ctx.state.pop("tasks", {})
     result.pages_written = ctx.pages_written
     result.duration_us = (time.monotonic_ns() - started) // 1000
