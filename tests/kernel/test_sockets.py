@@ -131,6 +131,24 @@ def test_tcp_listener_and_udp(again):
         assert udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 200_000
 
 
+def test_a_tcp_connection_that_has_ended(again):
+    def prepare():
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            client = socket.create_connection(server.getsockname())
+            accepted, _ = server.accept()
+        accepted.shutdown(socket.SHUT_WR)
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b"" == accepted.recv(1)
+        return client, accepted
+
+    r = again(prepare)
+    for fd in (4, 5):
+        with r.socket(fd) as sock:
+            assert sock.recv(1) == b""
+            with pytest.raises(BrokenPipeError):
+                sock.send(b"x", socket.MSG_NOSIGNAL)
+
+
 def test_an_address_that_the_machine_does_not_have(again):
     def prepare():
         sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)

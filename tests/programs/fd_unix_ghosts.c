@@ -91,6 +91,11 @@ int main(int argc, char **argv)
     snprintf(abstract.sun_path + 1, 60, "snap-ghost-%d", (int)getpid());
     MUST(bind(bound_pair[1], (struct sockaddr *)&abstract, sizeof(abstract)));
     MUST(close(bound_pair[0]));
+    /* A datagram socket that is connected to itself, with a message. */
+    struct sockaddr_un own = address("own");
+    int mirror = bound(SOCK_DGRAM, "own");
+    MUST(connect(mirror, (struct sockaddr *)&own, sizeof(own)));
+    MUST(write(mirror, "me", 2));
     check_ready();
     check_wait();
 
@@ -114,6 +119,8 @@ int main(int argc, char **argv)
     CHECK(write(to_here, "h", 1) == 1 && recv(here, got, 64, MSG_DONTWAIT) == 1, "the relative node");
     int later = connected(SOCK_DGRAM, "here");
     CHECK(write(later, "h", 1) == 1 && recv(here, got, 64, MSG_DONTWAIT) == 1, "to the relative node");
+    CHECK(recv(mirror, got, 64, MSG_DONTWAIT) == 2 && write(mirror, "x", 1) == 1 && recv(mirror, got, 64, MSG_DONTWAIT) == 1,
+          "connected to itself: %s", strerror(errno));
     CHECK(recv(pair[1], got, 64, MSG_DONTWAIT) == 10, "what a closed peer had sent");
     CHECK(send(pair[1], "x", 1, MSG_NOSIGNAL) == -1 && errno == ECONNREFUSED, "to a closed peer: %s", strerror(errno));
     CHECK(send(bound_pair[1], "x", 1, MSG_NOSIGNAL) == -1 && errno == ECONNREFUSED, "bound: %s", strerror(errno));

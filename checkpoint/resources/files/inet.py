@@ -8,9 +8,11 @@ end lives on and would not follow a rollback.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import time
@@ -76,6 +78,15 @@ _OPTIONS = (
 )
 
 
+_MULTICAST = frozenset(
+    [
+        (_IP, socket.IP_MULTICAST_TTL),
+        (_IP, socket.IP_MULTICAST_LOOP),
+        (_IPV6, socket.IPV6_MULTICAST_HOPS),
+    ]
+)
+
+
 class InetKind(kind.Kind):
     field = "inet"
 
@@ -106,6 +117,8 @@ class InetKind(kind.Kind):
             if sock.type == socket.SOCK_STREAM:
                 info = sock.getsockopt(_TCP, _TCP_INFO, 256)
                 image.state = info[0]
+                if image.state == TCP_CLOSE:
+                    _look_ended(job, sock, image, seen)
                 if image.state not in {TCP_LISTEN, TCP_CLOSE}:
                     raise UnsupportedError("is a TCP connection, which cannot be dumped", where=seen.where)
                 waiting, image.backlog = struct.unpack_from("=II", info, 24)
@@ -123,7 +136,9 @@ class InetKind(kind.Kind):
                     job.ctx.warn(
                         f"datagrams that wait in the UDP socket at {sock.getsockname()} are not saved"
                     )
-            for level, name, value in sockets.changed_options(sock, _OPTIONS):
+            # A TCP socket cannot set what concerns multicast, but an accepted one has the TTL of its first packet.
+            wanted = tuple(o for o in _OPTIONS if sock.type != socket.SOCK_STREAM or o not in _MULTICAST)
+            for level, name, value in sockets.changed_options(sock, wanted):
                 image.options.add(level=level, name=name, value=value)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
@@ -149,7 +164,7 @@ class InetKind(kind.Kind):
             sockets.apply_options(sock, early, opening.warn)
             address = _parsed(image.source)
             try:
-                if address[1]:
+                if address[1] and not image.shutdown:
                     if image.type == socket.SOCK_STREAM:
                         # The old job's connections may linger in TIME_WAIT.
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -169,6 +184,9 @@ class InetKind(kind.Kind):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             late = (o for o in image.options if (o.level, o.name) not in _BEFORE_BIND)
             sockets.apply_options(sock, late, opening.warn)
+            if image.shutdown:
+                with contextlib.suppress(OSError):  # ENOTCONN, yet it is shut down
+                    sock.shutdown(socket.SHUT_RDWR)
             return os.dup(sock.fileno())
 
 
@@ -184,6 +202,25 @@ def _bind(sock: socket.socket, address: tuple[str, int] | tuple[str, int, int, i
             sock.bind(address)
         finally:
             sock.setsockopt(_IP, _IP_FREEBIND, 0)
+
+
+def _look_ended(job: FilesDump, sock: socket.socket, image: files_pb2.InetSocket, seen: Seen) -> None:
+    """A TCP connection that both sides have ended: reads end-of-file, writes EPIPE. One that was never made is not shut down."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP | select.POLLERR)
+    events = dict(poll.poll(0)).get(sock.fileno(), 0)
+    if not events & select.POLLRDHUP:
+        return
+    if events & select.POLLERR or descriptors.nr_readable(sock.fileno()):
+        what = "is a TCP connection that has ended, with data or an error that was not read yet"
+        finding = Finding(seen.pid, seen.where, what, "let the program read or close it first")
+        raise UnsupportedError(
+            what, where=f"task {seen.pid}, {seen.where}", hint=finding.hint, findings=(finding,)
+        )
+    image.shutdown = 3
+    job.ctx.warn(
+        f"task {seen.pid}, {seen.where}: the addresses of a TCP connection that has ended are not kept"
+    )
 
 
 def _refuse_corked(fd: int, seen: Seen) -> None:

@@ -171,7 +171,7 @@ class UnixKind(kind.Kind):
         peer = opening.unix_by_ino.get(image.peer_ino) if image.peer_ino else None
         with_peer = image.orphan or (
             image.state == sockdiag.STATE_ESTABLISHED
-            and (image.type != socket.SOCK_DGRAM or (peer is not None and peer.unix.peer_ino == image.ino))
+            and (image.type != socket.SOCK_DGRAM or (peer is not None and _is_pair(image, peer.unix)))
         )
         if with_peer:
             mine, other = _connected(opening, image, peer.unix if peer else None)
@@ -201,7 +201,7 @@ class UnixKind(kind.Kind):
         image = description.unix
         peer = opening.unix_by_ino.get(image.peer_ino)
         far = opening.far_ends.get(description.id)
-        if far is None and peer is not None and peer.unix.peer_ino == image.ino:
+        if far is None and peer is not None and _is_pair(image, peer.unix):
             far = opening.fds[peer.id]
         if far is not None:
             with socket.socket(fileno=os.dup(far)) as sender, _roomy(sender):
@@ -224,10 +224,15 @@ class UnixKind(kind.Kind):
                 sock.shutdown({1: socket.SHUT_RD, 2: socket.SHUT_WR, 3: socket.SHUT_RDWR}[image.shutdown & 3])
             if image.type == socket.SOCK_DGRAM and image.peer_ino:
                 peer = opening.unix_by_ino[image.peer_ino]
-                if peer.unix.peer_ino != image.ino:
+                if not _is_pair(image, peer.unix):
                     unixghost.reach(opening, peer.unix, functools.partial(sock.connect, peer.unix.address))
             options = (o for o in image.options if o.name == sockets.SO_PEEK_OFF)
             sockets.apply_options(sock, options, opening.warn)
+
+
+def _is_pair(image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket) -> bool:
+    """Whether two sockets are connected to each other; a datagram socket may be connected to itself, too."""
+    return peer.peer_ino == image.ino != peer.ino
 
 
 def _name(name: bytes) -> bytes:
