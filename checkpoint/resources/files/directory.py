@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from images import files_pb2
 
 
+def _of_processes(seen: Seen) -> int:
+    """The file system, if it is one of those that show processes; places in the kernel's other ones are places like any."""
+    system = pseudo.system_of(seen)
+    return system if system in {pseudo.PROC_MAGIC, pseudo.NSFS_MAGIC} else 0
+
+
 def _refusal(seen: Seen) -> Finding | None:
-    if system := pseudo.system_of(seen):
+    if system := _of_processes(seen):
         return pseudo.refusal(seen, system)
     if paths.leads_to(seen.link, seen.stat.st_dev, seen.stat.st_ino) or _is_nameless(seen):
         return None
@@ -42,7 +48,7 @@ def _is_nameless(seen: Seen) -> bool:
 
 def _dump(job: FilesDump, seen: Seen, place: files_pb2.Directory | files_pb2.PathOnly) -> None:
     identity = kind.identity_of(seen)
-    if system := pseudo.system_of(seen):
+    if system := _of_processes(seen):
         place.proc.CopyFrom(
             pseudo.namespace_entry(seen) if system == pseudo.NSFS_MAGIC else pseudo.entry_of(seen.link)
         )

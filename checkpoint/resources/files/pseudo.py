@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from checkpoint.restore_context import RestoreContext
     from images import common_pb2
 
-_PROC_MAGIC, NSFS_MAGIC = 0x9FA0, 0x6E736673
+PROC_MAGIC, NSFS_MAGIC = 0x9FA0, 0x6E736673
 _SYSTEMS = {
-    _PROC_MAGIC: "proc",
+    PROC_MAGIC: "proc",
     0x62656572: "sysfs",
     0x27E0EB: "cgroup",
     0x63677270: "cgroup2",
@@ -91,7 +91,7 @@ def refusal(seen: Seen, system: int) -> Finding | None:
         if _own_namespace(seen):
             return None
         return Finding(seen.pid, seen.where, "is a namespace that is not the job's own", "close it first")
-    if system == _PROC_MAGIC and process_of(seen.link):
+    if system == PROC_MAGIC and process_of(seen.link):
         parts = seen.path.split(b"/")
         if b"task" in parts[3:4] and parts[4:] and parts[4] != parts[2]:
             what = "is a file of /proc of a single thread"
