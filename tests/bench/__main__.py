@@ -16,6 +16,8 @@ GOALS: tuple[tuple[str, str, str, float | None], ...] = (
     ("noise_ms", "the same clock without snap", "ms", None),
     ("take_to_zstd", "first take, on disk, to bare zstd on both cores", "x", 1.5),
     ("take_first_s", "first take, on disk", "s", None),
+    ("zstd_s", "bare zstd of its bytes on both cores", "s", None),
+    ("disk_s", "bare write and fsync of what it stored", "s", None),
     ("idle_increment_bytes", "idle increment of 64 MB on disk", "B", 16384),
     ("tree_to_one", "50 processes forked from one of 64 MB, to one", "x", 1.1),
     ("restore_s", "restore into a new process", "s", 0.6),
