@@ -170,7 +170,7 @@ def _walk(report: CheckReport, max_tasks: int) -> None:
             continue
         if pid == own:
             report.findings.append(
-                Finding(pid, "task", "snap itself is part of the job", "run it from outside of the job")
+                Finding(pid, "task", "is snap itself, inside the job", "run snap from outside of the job")
             )
             continue
         report.pids.append(pid)

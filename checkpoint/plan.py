@@ -14,6 +14,7 @@ from checkpoint.restore_context import RestoreContext, RestoreOptions
 from images import codec, files_pb2, manifest_pb2, task_pb2
 from snapshotter.base.errors import UnsupportedError, VerificationError
 from snapshotter.base.pages import PageSource
+from snapshotter.base.units import plural
 
 _HINT = "the point is damaged; run `snap verify`"
 
@@ -29,7 +30,8 @@ class RestorePlan:
     replaces: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"restore task {self.root_pid}: {self.nr_processes} processes, {self.nr_threads} threads"]
+        processes = plural(self.nr_processes, "process", "processes")
+        lines = [f"restore task {self.root_pid}: {processes}, {plural(self.nr_threads, 'thread')}"]
         lines += [f"kill {name}" for name in self.replaces]
         lines += str(self.tree).splitlines()
         return "\n".join(lines)

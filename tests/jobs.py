@@ -85,6 +85,15 @@ def reap_all() -> None:
             pass
 
 
+def ticks(pid: int) -> int:
+    """Clock ticks of CPU that a process has had."""
+    try:
+        words = pathlib.Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(words[11]) + int(words[12])
+
+
 def session(pid: int) -> int:
     """The session of a process or zombie, 0 if there is none."""
     try:

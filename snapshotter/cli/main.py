@@ -62,7 +62,7 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="snap")
 @click.option("--store", "flag_store", metavar="DIR", help="Store to use (default: SNAP_STORE, config).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but ids and errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only ids, warnings and errors.")
 @click.pass_context
 def cli(ctx: click.Context, flag_store: str | None, as_json: bool, quiet: bool) -> None:
     """Take points in time of running Linux jobs, and roll them back.
@@ -93,6 +93,11 @@ def run(args: Sequence[str]) -> int:
             return int(error.exit_code)
         except click.Abort:
             raise KeyboardInterrupt from None
+        except click.exceptions.NoArgsIsHelpError as error:
+            if as_json:
+                raise UsageError("which command?", hint="snap --help") from error
+            write_error(error.ctx.get_help() if error.ctx else "")
+            return UsageError.exit_status
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx is not None else "snap"
             raise UsageError(error.format_message().rstrip("."), hint=f"{path} --help") from error

@@ -47,7 +47,7 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option("--store", "flag_store", metavar="DIR", help="Store to use (default: SNAP_STORE, config).")
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-    @click.option("-q", "--quiet", is_flag=True, help="Print nothing but ids and errors.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only ids, warnings and errors.")
     @click.pass_context
     @functools.wraps(command)
     def wrapper(

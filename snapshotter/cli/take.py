@@ -16,7 +16,7 @@ from snapshotter.cli.output import point_json, short
 @click.argument("pid", type=int, required=False)
 @click.option("--job", metavar="NAME", help="Name of the job (default: command's name and pid).")
 @click.option(
-    "--pidfile", type=click.Path(path_type=Path), help="Read the pid from a file; for cron, see below."
+    "--pidfile", type=click.Path(path_type=Path), help="Read the pid from a file; for cron, see above."
 )
 @click.option(
     "--keep-last", type=click.IntRange(min=1), metavar="N", help="With --pidfile: forget older points."

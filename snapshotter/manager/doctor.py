@@ -64,7 +64,11 @@ def _permissions() -> list[Note]:
     wanted = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24, "CAP_CHECKPOINT_RESTORE": 40}
     missing = [name for name, bit in wanted.items() if not caps >> bit & 1]
     if missing:
-        hint = "run as root to take any job and to restore under the same pids"
+        hint = (
+            "run as root to take any job and to restore under the same pids"
+            if os.geteuid()
+            else "root is denied it here, as in a container; what needs it is refused or named in a warning"
+        )
         notes.append(Note("permissions", "warning", f"without {', '.join(missing)}", hint))
     else:
         notes.append(Note("permissions", "ok", "all capabilities that taking and rolling back need"))

@@ -18,7 +18,7 @@ import textwrap
 
 import pytest
 
-from tests.jobs import is_running, reap, reap_all, snap, state, tree, wait_until
+from tests.jobs import is_running, reap, reap_all, snap, state, ticks, tree, wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -213,14 +213,6 @@ def work(job, command: str, nr_lines: int = 200_000) -> None:
     )
     assert (job.directory / "status").read_text() == "0\n", job.said()
     reap(job.pid)
-
-
-def ticks(pid: int) -> int:
-    try:
-        words = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(words[11]) + int(words[12])
 
 
 def test_xz(job):

@@ -80,6 +80,22 @@ def test_a_job_on_a_terminal_goes_on_there(on_terminal):
     assert is_running(pid)
 
 
+def test_a_terminal_that_a_shell_outside_the_job_reads_too_is_named(on_terminal):
+    shell, master = on_terminal("/bin/sh", "-c", f'{sys.executable} -c "$0"; read x', ECHO)
+    read_until(master, b"ready")
+    (job,) = tree(shell)[1:]
+    point = memory_store.take(job, after="kill")
+    wait_until(lambda: not state(job), "the shell has reaped the job")
+    result = memory_store.rollback(point)
+    try:
+        (warning,) = [text for text in result.warnings if "what is typed" in text]
+        assert f"process {shell} (sh)" in warning
+        assert "roll back from a shell on that terminal" in warning
+    finally:
+        os.kill(job, signal.SIGKILL)
+        reap(job)
+
+
 def test_a_terminal_that_is_gone_is_a_choice(on_terminal):
     pid, master = on_terminal(sys.executable, "-c", ECHO)
     read_until(master, b"ready")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from snapshotter.base.errors import SnapshotterError
+from snapshotter.base.errors import Finding, SnapshotterError
 from snapshotter.cli import main, options, output
 from snapshotter.manager.config import Config
 from snapshotter.manager.session import Session
@@ -133,6 +133,20 @@ def test_errors(run, args, status, code):
     got, out, err = run(*args)
     assert (got, out) == (status, "")
     assert err.startswith("snap: ")
+
+
+def test_the_bare_command_shows_its_help(run):
+    status, out, err = run()
+    assert (status, out) == (2, "")
+    assert err.startswith("Usage: snap"), "help is not an error message"
+    status, out, err = run("--json")
+    assert (status, error_of(out)["code"], err) == (2, "usage", "")
+
+
+def test_what_concerns_a_task_as_a_whole_names_it_once():
+    whole = Finding(7, "task", "is a kernel thread", "take a program")
+    assert str(whole) == "task 7: is a kernel thread; take a program"
+    assert str(Finding(7, "descriptor 3", "is odd")) == "task 7, descriptor 3: is odd"
 
 
 def test_locked(run, fake):

@@ -82,6 +82,7 @@ class TerminalKind(kind.Kind):
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         if opening.terminal != "null":
             os.close(_find(opening, description.terminal))
+            _warn_of_sharing(opening, description.terminal)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         where = paths.shown(description.terminal.identity.path)
@@ -109,6 +110,18 @@ def _find(opening: Opening, terminal: files_pb2.Terminal) -> int:
         os.close(fd)
         raise _gone(terminal, f"is gone, and {reason}")
     return fd
+
+
+def _warn_of_sharing(opening: Opening, terminal: files_pb2.Terminal) -> None:
+    """A session that neither the job nor snap is in cannot be joined: its shell then reads what the job should."""
+    leader, _ = _leader_of(terminal.rdev)
+    if leader and leader not in opening.ctx.processes and leader != os.getsid(0):
+        where = paths.shown(terminal.identity.path)
+        opening.warn(
+            f"{where}: is the terminal of the session of process {leader} ({paths.shown(proc.read_stat(leader).comm)}), which only "
+            "a command started there can join: what is typed reaches either the job or that session; roll back from "
+            "a shell on that terminal to bring the job into its session"
+        )
 
 
 def _other(opening: Opening, terminal: files_pb2.Terminal, uid: int) -> str:
