@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from checkpoint.kernel.mem import ProcMem
     from checkpoint.kernel.proc import Stat, Status
     from checkpoint.kernel.ptrace import Regs
+    from checkpoint.kernel.threads import ThreadFacts
     from checkpoint.parasite import RemoteTask
     from snapshotter.base.pages import PageSink, Run
 
@@ -35,6 +36,10 @@ class FrozenTask:
     """As they were at the stop; the parasite puts exactly these back."""
     sigmask: int
     start_time_ticks: int
+    facts: ThreadFacts
+    """What else was read of it at the stop."""
+    places: list[tuple[int, int]]
+    """(rip, rsp) of every thread of its process at the stop."""
     remote: RemoteTask | None = None
     """Set by the first infect(), cleared by the thaw."""
     group_stopped: bool = False
@@ -158,6 +163,9 @@ class DumpContext:
     stats: DumpStats = field(default_factory=DumpStats)
     written: dict[int, list[Run] | None] = field(default_factory=dict)
     """pid -> pages its tracker saw written since the last collection; None or absent: unknown, all are dirty."""
+
+    later: list[Callable[[], None]] = field(default_factory=list)
+    """What is left to do after the thaw: images that are put together from what was read in the window."""
 
     resources: dict[str, Any] = field(default_factory=dict)
     """What one resource must remember across processes, under its own name (shared memory objects, descriptions)."""

@@ -351,6 +351,8 @@ class _Take:
         ctx, manifest = self.ctx, self.manifest
         ctx.stats.pages_frozen = staging.nr_pages
         ctx.stats.pages_dirty += staging.nr_pages
+        for answer in ctx.later:
+            answer()
         staging.flush()
         self._mark("flush")
         tasks: dict[int, int] = {}

@@ -58,11 +58,11 @@ class _HeldTree(FrozenTree):
         """Its processes, zombies left out; those that have lost their parent meanwhile too."""
 
     def _describe(self, tree: dict[int, list[int]]) -> None:
-        self.held = list(dict.fromkeys(pid for pid, _, _ in self._seized.values()))
+        self.held = list(dict.fromkeys(task.pid for task in self.seized.tasks.values()))
         # As everywhere: if it is let go after all, no system call of it may have been cut short.
-        for tid, (_, group_stopped, _) in self._seized.items():
+        for tid, task in self.seized.tasks.items():
             regs = ptrace.getregs(tid)
-            if not group_stopped and interrupted.restart_instead(regs):
+            if not task.stop_signal and interrupted.restart_instead(regs):
                 ptrace.setregs(tid, regs)
 
     def kill(self) -> None:
@@ -73,8 +73,7 @@ class _HeldTree(FrozenTree):
 
     def reap(self, deadline: float) -> None:
         """Wait, as the tracer, until all have ended; their parents see it then."""
-        # A leader's end is told last, when its threads have been waited for.
-        waiting = sorted(self._order, key=self._is_leader)
+        waiting = self.seized.leaders_last()
         while waiting:
             waiting = [tid for tid in waiting if not self._has_ended(tid)]
             if waiting and time.monotonic() > deadline:
@@ -93,7 +92,7 @@ class _HeldTree(FrozenTree):
             got, status = tid, 0
         if not got or os.WIFSTOPPED(status):
             return False
-        self._forget(tid)
+        self.seized.forget(tid)
         return True
 
 

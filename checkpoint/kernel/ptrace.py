@@ -75,12 +75,12 @@ class Regs(user_regs_struct):  # type: ignore[misc]  # python-ptrace has no type
     @property
     def in_syscall(self) -> bool:
         """Stopped inside a system call (which the kernel may want to restart)."""
-        return ctypes.c_int64(self.orig_rax).value >= 0
+        return int(self.orig_rax) < 2**63
 
     @property
     def wants_restart(self) -> bool:
         """The interrupted call shows one of the kernel's restart codes: it is issued again, not failed."""
-        return self.in_syscall and -ctypes.c_int64(self.rax).value in RESTART_ERRNOS
+        return self.in_syscall and 2**64 - int(self.rax) in RESTART_ERRNOS
 
     @property
     def is_64bit(self) -> bool:

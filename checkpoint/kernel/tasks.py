@@ -6,6 +6,9 @@ A process that has ended is an empty answer here, not an error (proc.threads rai
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
+
+from checkpoint.kernel.threads import read_files
 
 
 def task_ids(pid: int) -> list[int]:
@@ -18,18 +21,13 @@ def task_ids(pid: int) -> list[int]:
 
 def children(pid: int, tids: list[int]) -> list[int]:
     """The pids of the children of all threads of a process; exact when they are stopped."""
-    found: list[int] = []
-    for tid in tids:
-        text = b""
-        try:
-            with open(f"/proc/{pid}/task/{tid}/children", "rb", buffering=0) as file:
-                # At most a page comes at a time, and a number may lie across the end of it.
-                while piece := file.read(1 << 16):
-                    text += piece
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        found += map(int, text.split())
-    return found
+    return children_of({pid: tids})
+
+
+def children_of(tree: Mapping[int, Iterable[int]]) -> list[int]:
+    """The same of many processes in one go: pid -> its tids."""
+    paths = [f"/proc/{pid}/task/{tid}/children" for pid, tids in tree.items() for tid in tids]
+    return [int(child) for text in read_files(paths) if text for child in text.split()]
 
 
 def is_dead(pid: int, tid: int) -> bool:

@@ -166,6 +166,12 @@ def _flag_set(flags: bytes) -> frozenset[str]:
 
 def refusal(mapping: Mapping) -> tuple[str, str] | None:
     """(what, hint) when nothing but the line and its flags says that the VMA cannot be rebuilt."""
+    return _refusal(mapping.path, mapping.flags, mapping.prot, mapping.pkey)
+
+
+@functools.lru_cache(maxsize=1024)
+def _refusal(path: bytes, flags: frozenset[str], prot: int, pkey: int) -> tuple[str, str] | None:
+    mapping = Mapping(0, 0, prot, False, 0, 0, 0, path, flags, pkey)
     if kernel_kind(mapping) is not None:
         return None
     if mapping.path.startswith(b"/SYSV") and mapping.is_deleted:

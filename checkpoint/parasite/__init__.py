@@ -15,9 +15,11 @@ the tracer lets the target go on where it was (parasite_c/PROTOCOL.md explains h
 """
 
 from checkpoint.parasite.batch import Batch, Buffer, Ref, RemoteCallError, Results
-from checkpoint.parasite.infection import Parasite, cure, infect, prepare
+from checkpoint.parasite.infection import cure, infect, prepare
 from checkpoint.parasite.remote import RemoteTask
+from checkpoint.parasite.session import Parasite
 from checkpoint.parasite.stub import StubTask, spawn_root_stub
+from checkpoint.parasite.visits import visit
 
 __all__ = [
     "Batch",
@@ -32,4 +34,5 @@ __all__ = [
     "infect",
     "prepare",
     "spawn_root_stub",
+    "visit",
 ]

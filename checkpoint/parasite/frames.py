@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 MAGIC = b"snap-frames\0\0\0\0\1"
 ALIGN = 64
 _FIRST = ALIGN
-_SECOND: int = _FIRST + (-(-lib.snap_frame_size(0) // ALIGN)) * ALIGN
+SECOND: int = _FIRST + (-(-lib.snap_frame_size(0) // ALIGN)) * ALIGN
 _RED_ZONE = 128
 _PAGE = 4096
 _HANDLER_ROOM = 8 * _PAGE
@@ -67,26 +67,26 @@ class Place:
 
     @property
     def context_only(self) -> int:
-        return self.address + _SECOND
+        return self.address + SECOND
 
 
 def size(xstate_used: int) -> int:
     """Bytes that the frames take with so much vector state."""
-    return _SECOND + int(lib.snap_frame_size(xstate_used))
+    return SECOND + int(lib.snap_frame_size(xstate_used))
 
 
 def is_ours(frame: int, mem: ProcMem) -> bool:
     """Whether a frame that build() made starts at this address, by the magic before both."""
-    for back in (_FIRST, _SECOND):
+    for back in (_FIRST, SECOND):
         with contextlib.suppress(OSError):
             if mem.read(frame - back, len(MAGIC)) == MAGIC:
                 return True
     return False
 
 
-def used_xstate(xstate: bytes) -> int:
+def used_xstate(xstate: bytes | memoryview) -> int:
     """Bytes of the blob that are in use (others are initial). UnsupportedError when it makes no sense."""
-    used = int(lib.snap_xstate_used(xstate, len(xstate)))
+    used = int(lib.snap_xstate_used(ffi.from_buffer(xstate), len(xstate)))
     if not used:
         raise UnsupportedError("its vector state has a format that is not known")
     return used
@@ -104,15 +104,15 @@ def build(
     if room - size(used) >= len(MAGIC):
         ffi.buffer(out)[room - len(MAGIC) :] = MAGIC
     first = regs.copy()
-    first.rsp = address + _SECOND
+    first.rsp = address + SECOND
     first.rip = gadgets.syscall_ret
     if area is not None:
         first.rax, first.rdi, first.rsi = syscalls.number("munmap"), area.start, area.size
     else:
         # straight into the restorer, as if the call had returned
-        first.rip, first.rsp = gadgets.sigreturn, address + _SECOND + 8
+        first.rip, first.rsp = gadgets.sigreturn, address + SECOND + 8
     _put(out, address, _FIRST, first, 2**64 - 1, gadgets.sigreturn, b"", 0)
-    _put(out, address, _SECOND, regs, sigmask, gadgets.sigreturn, xstate, used)
+    _put(out, address, SECOND, regs, sigmask, gadgets.sigreturn, xstate, used)
     return bytes(ffi.buffer(out))
 
 

@@ -17,8 +17,7 @@ import contextlib
 import os
 import signal
 import struct
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.kernel import interrupted, proc, ptrace
@@ -27,11 +26,9 @@ from checkpoint.parasite import frames, gadgets, stranded
 from checkpoint.parasite.batch import Ending
 from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, Area, RemoteTask, blob
 from snapshotter.base import faults
-from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
+from snapshotter.base.errors import SnapshotterError, UnsupportedError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from checkpoint.kernel.ptrace import Regs
 
 DATA_SIZE = 1 << 20
@@ -45,6 +42,7 @@ _LOWEST, _HIGHEST = 1 << 20, (1 << 47) - 4096
 _SECCOMP_STRICT, _SECCOMP_FILTER = 1, 2
 _NR_PLACES = 1024
 _STOP_TIMEOUT_S = 5.0
+_IGNORED_BY_DEFAULT = (int(signal.SIGURG), int(signal.SIGWINCH))
 
 
 class Target(Protocol):
@@ -54,19 +52,21 @@ class Target(Protocol):
     pid: int
     regs: Regs
     sigmask: int
+    places: list[tuple[int, int]]
+    """(rip, rsp) of every thread of its process; empty: they are yet to be read."""
 
 
 class _Space:
     """The parasite's area in one process and its users."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, places: list[tuple[int, int]]) -> None:
         self.pid = pid
         self.start_time_ticks = proc.read_stat(pid).start_time_ticks
         self.mem = ProcMem(pid)
         self.maps = proc.read_maps(pid)
         self.gadgets = gadgets.find(_code_ranges(self.maps), self.mem.read, where=f"task {pid}")
         self.area = Area(_hole(self.maps, AREA_SIZE, pid), AREA_SIZE)
-        places = _places(pid)
+        places = places or _places(pid)
         self.stacks = [rsp for _, rsp in places]
         """Where the threads stand that nobody is inside of yet; they are stopped, so it stays true."""
         self.leftovers = _leftovers(self.maps, self.mem, places)
@@ -78,13 +78,13 @@ class _Space:
 _spaces: dict[int, _Space] = {}
 
 
-def _space(pid: int) -> _Space:
+def _space(pid: int, places: list[tuple[int, int]]) -> _Space:
     known = _spaces.get(pid)
     if known is not None:
         if known.users and proc.read_stat(pid).start_time_ticks == known.start_time_ticks:
             return known
         known.mem.close()
-    _spaces[pid] = _Space(pid)
+    _spaces[pid] = _Space(pid, places)
     return _spaces[pid]
 
 
@@ -194,7 +194,7 @@ class InfectedTask(RemoteTask):
             self._one_at_a_time = True
         else:
             self._ending = Ending(
-                sig=_quiet_signal(status, self._own_mask),
+                sig=quiet_signal(status.sig_ignored, status.sig_caught, status.sig_blocked | self._own_mask),
                 pid=_inner_id(status, "NStgid", self.pid),
                 tid=_inner_id(status, "NSpid", self.tid),
             )
@@ -222,6 +222,14 @@ class InfectedTask(RemoteTask):
         self._abort_rseq()
         self._xstate = ptrace.get_xstate(self.tid)
 
+    @property
+    def space(self) -> _Space:
+        return self._space
+
+    def enter(self) -> None:
+        """Be inside, with the area mapped; as before every batch."""
+        self._enter()
+
     def _enter(self) -> None:
         space = self._space
         if space.inside is self:
@@ -231,10 +239,9 @@ class InfectedTask(RemoteTask):
         if space.inside is not None:
             space.inside.park()
         used = frames.used_xstate(self._xstate)
-        taken = {other.inside.frames_at for other in _spaces.values() if other.inside is not None}
         need = frames.size(used)
         place = frames.choose(
-            space.maps, self.mem, self._own_regs.rsp, need, space.stacks, taken, where=self.where
+            space.maps, self.mem, self._own_regs.rsp, need, space.stacks, live_frames(), where=self.where
         )
         unmap = None if self._seccomp else space.area
         self.mem.write(
@@ -362,16 +369,23 @@ class InfectedTask(RemoteTask):
         super()._faulted(sig)
 
 
-def _quiet_signal(status: proc.Status, mask: int) -> int:
-    """A signal that this task would ignore whenever it came, and that cannot be pending for anybody who waits for it:
-    neither caught nor blocked, ignored by default or by choice. 0 when there is none.
+def quiet_signal(ignored: int, caught: int, blocked: int) -> int:
+    """A signal that a task with these sets would ignore whenever it came, and that cannot be pending for anybody who
+    waits for it: neither caught nor blocked, ignored by default or by choice. 0 when there is none.
     """
-    ignored_by_default = (signal.SIGURG, signal.SIGWINCH)
-    ignored = [sig for sig in range(1, 32) if status.sig_ignored >> (sig - 1) & 1]
-    for sig in (*ignored_by_default, *ignored, signal.SIGCHLD):
-        if not (status.sig_caught | mask | status.sig_blocked) >> (sig - 1) & 1:
+    for sig in _IGNORED_BY_DEFAULT:
+        if not (caught | blocked) >> (sig - 1) & 1:
+            return sig
+    for sig in (*range(1, 32), int(signal.SIGCHLD)):
+        by_choice = ignored >> (sig - 1) & 1 or sig == signal.SIGCHLD
+        if by_choice and not (caught | blocked) >> (sig - 1) & 1:
             return int(sig)
     return 0
+
+
+def live_frames() -> set[int]:
+    """Where the frames of tasks are that are inside."""
+    return {space.inside.frames_at for space in _spaces.values() if space.inside is not None}
 
 
 def _inner_id(status: proc.Status, field: str, outer: int) -> int:
@@ -399,7 +413,7 @@ def infect(task: Target) -> RemoteTask:
 
     Nothing happens to it before its first batch. Raises UnsupportedError, by name, for what cannot be infected.
     """
-    space = _space(task.pid)
+    space = _space(task.pid, task.places)
     infected = InfectedTask(task, space)
     infected.prepare()
     space.users.add(infected)
@@ -410,87 +424,3 @@ def cure(task: RemoteTask) -> None:
     """Undo infect(): registers, signal mask and memory are as they were; the task stays stopped."""
     if isinstance(task, InfectedTask):
         task.cure()
-
-
-@dataclass(slots=True)
-class _Stopped:
-    tid: int
-    pid: int
-    regs: Regs
-    sigmask: int
-
-
-class Parasite:
-    """Runs batches in a running process: all of its threads are stopped for the time, `tid` (default: the main
-    thread) runs them. A context manager; leaving it cures and lets the process go on.
-    """
-
-    def __init__(self, pid: int, tid: int = 0) -> None:
-        self.pid = pid
-        self.tid = tid or pid
-        self._seized: list[int] = []
-        self._task: RemoteTask | None = None
-
-    def __enter__(self) -> RemoteTask:
-        try:
-            self._stop_all()
-            with ProcMem(self.pid) as mem:
-                for tid in self._seized:
-                    regs = ptrace.getregs(tid)
-                    if stranded.is_inside(regs, mem):
-                        stranded.lead_out(tid, mem)
-                        regs = ptrace.getregs(tid)
-                    if interrupted.restart_instead(regs):
-                        ptrace.setregs(tid, regs)
-            target = _Stopped(self.tid, self.pid, ptrace.getregs(self.tid), ptrace.get_sigmask(self.tid))
-            self._task = infect(target)
-        except BaseException:
-            self._let_go()
-            raise
-        return self._task
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if self._task is not None:
-                with contextlib.suppress(TargetGoneError):
-                    cure(self._task)
-        finally:
-            self._task = None
-            self._let_go()
-
-    def _stop_all(self) -> None:
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
-        while True:
-            fresh = [tid for tid in proc.threads(self.pid) if tid not in self._seized]
-            if not fresh:
-                break
-            for tid in fresh:
-                try:
-                    _await_vfork(self.pid, tid, deadline)
-                    ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
-                except TargetGoneError:
-                    continue
-                self._seized.append(tid)
-                ptrace.interrupt(tid)
-                if not stranded.await_stop(tid, deadline):
-                    self._seized.remove(tid)
-        if self.tid not in self._seized:
-            raise TargetGoneError("it has ended", where=f"task {self.tid}")
-
-    def _let_go(self) -> None:
-        for tid in reversed(self._seized):
-            with contextlib.suppress(SnapshotterError):
-                ptrace.detach(tid)
-        self._seized = []
-
-
-def _await_vfork(pid: int, tid: int, deadline: float) -> None:
-    """A parent in vfork stops, and can be let go, only after its child's exec or end: seize it after that."""
-    while proc.waits_for_vfork(pid, tid):
-        if time.monotonic() > deadline:
-            raise UnsupportedError(
-                "it does not stop: it waits for its vfork child", where=f"task {tid}", hint="try again"
-            )
-        time.sleep(0.001)

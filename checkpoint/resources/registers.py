@@ -40,7 +40,6 @@ ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 5
 _RESTARTS = {ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK}
 _SYSCALL = b"\x0f\x05"
 _RSEQ_CS = struct.Struct("<IIQQQ")  # version, flags, start_ip, post_commit_offset, abort_ip
-_RSEQ_CS_OFFSET = 8
 _XSTATE_BV_OFFSET, _XCR0_OFFSET = 512, 464
 _XSTATE_LEGACY_BYTES = 576
 _XFEATURE_XTILEDATA = 18
@@ -55,11 +54,9 @@ def signed(value: int) -> int:
 # -- dump -------------------------------------------------------------------------------------------------------
 
 
-def leave_critical_section(task: FrozenTask, mem: ProcMem, pointer: int, size: int) -> None:
+def leave_critical_section(task: FrozenTask, mem: ProcMem) -> None:
     """If the task stands in an rseq critical section, move it to the abort address. Before any infection."""
-    if not pointer or size < _RSEQ_CS_OFFSET + 8:
-        return
-    (section,) = struct.unpack("<Q", mem.read(pointer + _RSEQ_CS_OFFSET, 8))
+    section = int(task.facts.raw.rseq_section)
     if not section:
         return
     try:
@@ -74,7 +71,7 @@ def leave_critical_section(task: FrozenTask, mem: ProcMem, pointer: int, size: i
 def dump(task: FrozenTask, thread: task_pb2.Thread) -> None:
     """General registers and xstate, exactly as the kernel gives them."""
     thread.regs = bytes(task.regs)
-    thread.xstate = ptrace.get_xstate(task.tid)
+    thread.xstate = bytes(task.facts.xstate)
     thread.in_syscall = signed(task.regs.orig_rax) >= 0
 
 

@@ -17,10 +17,10 @@ from images import task_pb2
 from snapshotter.base.errors import wrap_os_error
 
 if TYPE_CHECKING:
+    from checkpoint.kernel.threads import ThreadFacts
     from checkpoint.parasite import Batch
 
 _ATTR = struct.Struct("<IIQiIQQQ")  # sched_attr, first version: size .. sched_period
-_NR_SCHED_GETATTR = 315
 _NR_IOPRIO_GET = 252
 _IOPRIO_WHO_PROCESS = 1
 _POLICY_FIFO, _POLICY_RR, _POLICY_DEADLINE = 1, 2, 6
@@ -28,16 +28,9 @@ _RESET_ON_FORK = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def dump(tid: int) -> task_pb2.Scheduling:
+def dump(facts: ThreadFacts) -> task_pb2.Scheduling:
     """Everything but the timer slack, which only the thread itself can read."""
-    buffer = ctypes.create_string_buffer(_ATTR.size)
-    if _libc.syscall(_NR_SCHED_GETATTR, tid, buffer, _ATTR.size, 0) < 0:
-        number = ctypes.get_errno()
-        raise wrap_os_error(
-            OSError(number, os.strerror(number)), "cannot read the scheduling", where=f"task {tid}"
-        )
-    _, policy, flags, nice, priority, runtime, deadline, period = _ATTR.unpack(buffer.raw)
-    cpus = sum(1 << cpu for cpu in os.sched_getaffinity(tid))
+    _, policy, flags, nice, priority, runtime, deadline, period = _ATTR.unpack(facts.scheduling)
     return task_pb2.Scheduling(
         policy=policy,
         nice=nice,
@@ -46,8 +39,8 @@ def dump(tid: int) -> task_pb2.Scheduling:
         dl_runtime_ns=runtime,
         dl_deadline_ns=deadline,
         dl_period_ns=period,
-        affinity=cpus.to_bytes((cpus.bit_length() + 7) // 8 or 1, "little"),
-        io_priority=max(_libc.syscall(_NR_IOPRIO_GET, _IOPRIO_WHO_PROCESS, tid), 0),
+        affinity=facts.affinity.rstrip(b"\0") or b"\0",
+        io_priority=facts.raw.io_priority,
     )
 
 

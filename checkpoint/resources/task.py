@@ -1,7 +1,7 @@
 """A process and its threads: puts the task resources together, one batch per task, and refuses what has no dump.
 
 Owns the Process and Thread messages. `dump_process` runs in the frozen window: every /proc file is read once and
-each task runs one batch of system calls. `restore_thread` and `restore_process` add the counterpart calls to the
+each task runs one batch of system calls; what they say is put into messages after the thaw (ctx.later). `restore_thread` and `restore_process` add the counterpart calls to the
 batches of a stub; their order is restore.py's, the reasons are in each resource.
 """
 
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import proc, ptrace, sys
+from checkpoint.kernel import proc
+from checkpoint.parasite import visit
 from checkpoint.resources import (
     cgroups,
     credentials,
@@ -176,35 +177,46 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
         message.exit_code = stat.exit_code & 0xFFFF
         message.threads.add(tid=pid, start_time_ticks=process.start_time_ticks, comm=_comm_bytes(pid))
         return message
-    mem = process.mem
+    mem, leader = process.mem, process.leader
     assert mem is not None
-    statuses: dict[int, Status] = {}
     for task in process.threads:
         # Before any infection: see registers.leave_critical_section.
-        thread = message.threads.add(
-            tid=task.tid, start_time_ticks=task.start_time_ticks, sigmask=task.sigmask
-        )
-        pointer, size, signature, flags = ptrace.get_rseq(task.tid)
-        thread.rseq_pointer, thread.rseq_size = pointer, size if pointer else 0
-        thread.rseq_signature, thread.rseq_flags = signature, flags
-        if ptrace.dispatches_syscalls(task.tid):
+        registers.leave_critical_section(task, mem)
+        if task.facts.raw.dispatch:
             raise UnsupportedError(
                 "has its system calls dispatched to itself (PR_SET_SYSCALL_USER_DISPATCH)",
                 where=f"task {task.tid}",
                 hint="wine and its like cannot be dumped",
             )
-        registers.leave_critical_section(task, mem, pointer, size)
-        registers.dump(task, thread)
-        # The leader's is read anew too: process.status was read before the last task had stopped.
-        statuses[task.tid] = proc.read_status(pid, task.tid)
-    for task, thread in zip(process.threads, message.threads, strict=True):
-        _dump_thread(process, task, thread, message, statuses[task.tid])
-    message.umask = statuses[pid].umask
+        if task.facts.word(b"Seccomp"):
+            raise UnsupportedError(
+                "has got a seccomp filter just now", where=f"task {task.tid}", hint="not supported yet"
+            )
+        pending = signals.dump_pending(task.tid, shared=False) if task.facts.word(b"SigPnd", 16) else []
+        message.threads.add(tid=task.tid, pending=pending)
+    batch = leader.infect().batch()
+    own = _ask_thread(batch)
+    asked = _ask_process(batch, process, process.status)
+    answers = leader.infect().run(batch)
+    each = leader.infect().batch()
+    asked_each = _ask_thread(each)
+    others = visit(leader.infect(), process.threads[1:], each)
+    if leader.facts.word(b"ShdPnd", 16):
+        message.shared_pending.extend(signals.dump_pending(pid, shared=True))
+    message.umask = process.status.umask
     directories.dump(pid, message)
     cgroups.dump(pid, message)
     message.oom_score_adj = int(_read(f"/proc/{pid}/oom_score_adj"))
     message.coredump_filter = int(_read(f"/proc/{pid}/coredump_filter") or b"0", 16)
     message.unreported_stops.extend(_unreported_stops(ctx, process))
+
+    def answer() -> None:
+        _answer_process(answers, asked, message)
+        given = [(answers, own), *((results, asked_each) for results in others)]
+        for task, thread, (results, questions) in zip(process.threads, message.threads, given, strict=True):
+            _answer_thread(task, thread, results, questions)
+
+    ctx.later.append(answer)
     return message
 
 
@@ -228,48 +240,54 @@ def _unreported_stops(ctx: DumpContext, process: FrozenProcess) -> list[int]:
     return [pid for pid, info in asked if int.from_bytes(results.bytes(info)[_SI_PID], "little") == pid]
 
 
-def _dump_thread(
-    process: FrozenProcess,
-    task: FrozenTask,
-    thread: task_pb2.Thread,
-    message: task_pb2.Process,
-    status: Status,
-) -> None:
-    """One thread; with the leader's batch also what the process has once."""
-    remote = task.infect()
-    batch = remote.batch()
-    altstack = signals.ask_altstack(batch)
-    tid_address = batch.buffer(8)
+@dataclass(frozen=True, slots=True)
+class _AskedThread:
+    """What each thread is asked, for which there is neither a file in /proc nor a ptrace request."""
+
+    altstack: Buffer
+    tid_address: Buffer
+    death_signal: Buffer
+    tsc_mode: Buffer
+    securebits: Ref
+    slack: Ref
+    personality: Ref
+
+
+def _ask_thread(batch: Batch) -> _AskedThread:
+    altstack, tid_address = signals.ask_altstack(batch), batch.buffer(8)
     batch.call("prctl", prctl.GET_TID_ADDRESS, tid_address, 0, 0, 0)
     death_signal, tsc_mode = batch.buffer(4), batch.buffer(4)
     batch.call("prctl", prctl.GET_PDEATHSIG, death_signal, 0, 0, 0)
     batch.call("prctl", prctl.GET_TSC, tsc_mode, 0, 0, 0, check=False)
-    securebits = batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0)
-    slack = batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0)
-    personality = batch.call("personality", _PERSONALITY_QUERY)
-    asked = _ask_process(batch, process, status) if task is process.leader else None
-    results = remote.run(batch)
-    signals.answer_altstack(results, altstack, thread)
-    thread.clear_child_tid = _u64(results.bytes(tid_address))
-    thread.pdeath_signal = _u32(results.bytes(death_signal))
-    thread.tsc_mode = _u32(results.bytes(tsc_mode))
-    thread.personality = results[personality] & 0xFFFFFFFF
-    thread.credentials.CopyFrom(credentials.dump(status, results[securebits]))
-    thread.scheduling.CopyFrom(scheduling.dump(task.tid))
-    thread.scheduling.timer_slack_ns = max(results[slack], 0)
-    if status.seccomp:
-        raise UnsupportedError(
-            "has got a seccomp filter just now", where=f"task {task.tid}", hint="not supported yet"
-        )
-    thread.seccomp_mode = status.seccomp
-    thread.comm = _comm_bytes(process.pid, task.tid)
-    thread.robust_list_head, thread.robust_list_len = sys.get_robust_list(task.tid)
-    if status.sig_pending:
-        thread.pending.extend(signals.dump_pending(task.tid, shared=False))
-    if asked is not None:
-        _answer_process(results, asked, message)
-        if status.shared_pending:
-            message.shared_pending.extend(signals.dump_pending(task.tid, shared=True))
+    return _AskedThread(
+        altstack,
+        tid_address,
+        death_signal,
+        tsc_mode,
+        batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0),
+        batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0),
+        batch.call("personality", _PERSONALITY_QUERY),
+    )
+
+
+def _answer_thread(task: FrozenTask, thread: task_pb2.Thread, results: Results, asked: _AskedThread) -> None:
+    """Put the message of a thread together; it may run again by now."""
+    facts = task.facts
+    thread.start_time_ticks, thread.sigmask, thread.comm = task.start_time_ticks, task.sigmask, facts.comm
+    raw = facts.raw
+    thread.rseq_pointer, thread.rseq_size = raw.rseq_pointer, raw.rseq_size if raw.rseq_pointer else 0
+    thread.rseq_signature, thread.rseq_flags = raw.rseq_signature, raw.rseq_flags
+    thread.robust_list_head, thread.robust_list_len = raw.robust_list, raw.robust_length
+    registers.dump(task, thread)
+    signals.answer_altstack(results, asked.altstack, thread)
+    thread.clear_child_tid = _u64(results.bytes(asked.tid_address))
+    thread.pdeath_signal = _u32(results.bytes(asked.death_signal))
+    thread.tsc_mode = _u32(results.bytes(asked.tsc_mode))
+    thread.personality = results[asked.personality] & 0xFFFFFFFF
+    thread.credentials.CopyFrom(credentials.dump(facts.status, results[asked.securebits]))
+    thread.scheduling.CopyFrom(scheduling.dump(facts))
+    thread.scheduling.timer_slack_ns = max(results[asked.slack], 0)
+    thread.seccomp_mode = facts.status.seccomp
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,11 +102,16 @@ def configure(text: str) -> None:
     _passed.clear()
 
 
-def point(name: str) -> None:
-    """Pass the fault point `name`: nothing happens unless it was selected."""
+def selected() -> bool:
+    """Whether any fault point is."""
     if _selected is None:
         configure(os.environ.get("SNAP_FAULT", ""))
-    if not _selected:
+    return bool(_selected)
+
+
+def point(name: str) -> None:
+    """Pass the fault point `name`: nothing happens unless it was selected."""
+    if not selected() or _selected is None:
         return
     if name not in POINTS:
         raise UsageError(

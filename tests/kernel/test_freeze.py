@@ -16,6 +16,7 @@ from checkpoint import freeze
 from checkpoint.check import check
 from checkpoint.freeze import FrozenTree, stopped_process
 from checkpoint.kernel import ptrace
+from checkpoint.kernel import tasks as listing
 from snapshotter.base import faults
 from snapshotter.base.errors import TargetGoneError, UnsupportedError
 from tests.jobs import reap, state, wait_until
@@ -176,7 +177,7 @@ def test_more_children_than_one_read_tells(job):
     script = f"import os, signal, sys\nfor _ in range({count}):\n    os.fork() or signal.pause()\n"
     script += "open(os.path.join(sys.argv[1], 'ready'), 'w').close()\nsignal.pause()\n"
     job.start([sys.executable, "-S", "-c", script]).wait_ready()
-    assert len(freeze.children(job.pid, [job.pid])) == count
+    assert len(listing.children(job.pid, [job.pid])) == count
     with FrozenTree(job.pid) as tree:
         assert len(tree.processes) == count + 1
 
@@ -224,7 +225,7 @@ def test_registers_are_not_those_of_a_restartable_sequence(run):
 
 def test_a_vfork_under_way_is_waited_for(run):
     job = run("slow_vfork.c", "300")
-    wait_until(lambda: freeze.children(job.pid, [job.pid]), "the child is there")
+    wait_until(lambda: listing.children(job.pid, [job.pid]), "the child is there")
     report = check(job.pid)
     assert report.ok, [finding.what for finding in report.findings]
     assert len(report.pids) == 2
@@ -232,7 +233,7 @@ def test_a_vfork_under_way_is_waited_for(run):
 
 def test_a_vfork_that_stays_is_refused_by_name(run):
     job = run("slow_vfork.c")
-    wait_until(lambda: freeze.children(job.pid, [job.pid]), "the child is there")
+    wait_until(lambda: listing.children(job.pid, [job.pid]), "the child is there")
     began = time.monotonic()
     report = check(job.pid)
     assert time.monotonic() - began < 5

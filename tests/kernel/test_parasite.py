@@ -186,7 +186,7 @@ def test_every_thread_of_a_process_runs_batches():
                 pass
 
             target = Target()
-            target.tid, target.pid = tid, job.pid
+            target.tid, target.pid, target.places = tid, job.pid, []
             target.regs, target.sigmask = ptrace.getregs(tid), ptrace.get_sigmask(tid)
             targets.append(target)
         remotes = [infect(target) for target in targets]

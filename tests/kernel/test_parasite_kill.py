@@ -20,7 +20,7 @@ import pytest
 
 from checkpoint.freeze import stopped_process
 from checkpoint.kernel import proc
-from checkpoint.parasite import Parasite
+from checkpoint.parasite import Parasite, visit, visits
 from snapshotter.base import faults
 from tests.jobs import reap, state, wait_until
 
@@ -115,7 +115,19 @@ def job(request, program, tmp_path):
     made.end()
 
 
-def inject(pid, rounds, fault=""):
+def visit_all(pid):
+    """Every thread but the first runs a batch, each in its turn."""
+    with stopped_process(pid) as process:
+        batch = process.parasite.batch()
+        number = batch.call("gettid")
+        others = process.threads[1:]
+        assert [results[number] for results in visit(process.parasite, others, batch)] == [
+            thread.tid for thread in others
+        ]
+        assert not any(thread.remote for thread in others), "they went the slow way"
+
+
+def inject(pid, rounds, fault="", *, visits=False):
     """The pid of a child of ours that runs batches in the target; exit status 1: an error was raised."""
     child = os.fork()
     if child:
@@ -123,6 +135,9 @@ def inject(pid, rounds, fault=""):
     status = 1
     try:
         faults.configure(fault)
+        while rounds and visits:
+            rounds -= 1
+            visit_all(pid)
         while rounds:
             rounds -= 1
             with Parasite(pid, random.choice(proc.threads(pid))) as task:
@@ -165,6 +180,40 @@ def test_killed_at_every_fault_point(job, action):
         job.before_injection()
         assert reap(inject(job.pid, 2, f"{point}:{action}")) == wanted, point
         job.untouched(f"after {action} at {point}", descriptors=action == "kill")
+
+
+@pytest.mark.parametrize("mode", ["threads", "stopped"])
+@pytest.mark.parametrize("action", ["kill", "error"])
+def test_killed_while_threads_are_visited(program, tmp_path, mode, action):
+    wanted = signal.SIGKILL if action == "kill" else 1 << 8
+    job = Job(program, tmp_path, mode)
+    try:
+        for point in visits.STEPS.values():
+            job.before_injection()
+            assert reap(inject(job.pid, 1, f"{point}@2:{action}", visits=True)) == wanted, point
+            if action == "kill" and point in {"parasite.frames", "parasite.parked"}:
+                assert reap(inject(job.pid, 1, visits=True)) == 0  # nobody was inside: takes the area away
+            job.untouched(f"after {action} at {point}")
+    finally:
+        job.end()
+
+
+def test_killed_at_random_instants_of_visits(program, tmp_path):
+    seed = random.randrange(1 << 30)
+    chance = random.Random(seed)
+    job = Job(program, tmp_path, "threads")
+    try:
+        for nr in range(NR_KILLS):
+            injector = inject(job.pid, -1, visits=True)
+            pause = chance.random() * 0.06
+            time.sleep(pause)
+            os.kill(injector, signal.SIGKILL)
+            when = f"after random kill {nr} (seed {seed}, {pause:.4f} s)"
+            assert os.WTERMSIG(reap(injector)) == signal.SIGKILL, when
+            assert reap(inject(job.pid, 1, visits=True)) == 0, when
+            job.untouched(when)
+    finally:
+        job.end()
 
 
 def test_what_a_kill_between_two_threads_leaves_is_reclaimed(program, tmp_path):

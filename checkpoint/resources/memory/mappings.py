@@ -269,18 +269,28 @@ def _without(start: int, end: int, hidden: Iterable[Range]) -> list[Range]:
 
 
 def _plain(mapping: Mapping, start: int, end: int) -> mm_pb2.Vma:
-    kind = model.kernel_kind(mapping)
-    vma = mm_pb2.Vma(
+    kind, flags, anon_name, madvise = _traits(mapping.path, mapping.flags, mapping.shared)
+    return mm_pb2.Vma(
         start=start,
         end=end,
         prot=mapping.prot,
-        flags=model.map_flags(mapping, anonymous=True),
-        kind=model.ANON_PRIVATE if kind is None else kind,
-        anon_name=model.anon_name(mapping.path),
+        flags=flags,
+        kind=kind,
+        anon_name=anon_name,
+        madvise=madvise,
     )
-    if kind is None:
-        vma.madvise.extend(flag for flag in model.KEPT_FLAGS if flag in mapping.flags)
-    return vma
+
+
+@functools.lru_cache(maxsize=1024)
+def _traits(
+    path: bytes, flags: frozenset[str], shared: bool
+) -> tuple[model.Kind, int, bytes, tuple[str, ...]]:
+    """Kind, MAP_*, name and advice of memory without a file: few different ones among thousands of VMAs."""
+    mapping = Mapping(0, 0, 0, shared, 0, 0, 0, path, flags, 0)
+    kind = model.kernel_kind(mapping)
+    kept = () if kind is not None else tuple(flag for flag in model.KEPT_FLAGS if flag in flags)
+    map_flags = model.map_flags(mapping, anonymous=True)
+    return model.ANON_PRIVATE if kind is None else kind, map_flags, model.anon_name(path), kept
 
 
 def _with_file(
