@@ -252,7 +252,8 @@ def counting(tmp_path):
 
 
 def kill_all(root: int) -> None:
-    for pid in tree(root):
+    # Children first: Python's resource tracker removes the memory when it sees its parent go.
+    for pid in reversed(tree(root)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     wait_until(lambda: reap_all() or not state(root), "the job gone")
