@@ -4,7 +4,7 @@
  *
  * NH (Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, CRYPTO '99) reads a block at memory speed: 64-bit words, two passes
  * under a key shifted by one pair (Toeplitz). Two different blocks have the same NH under a random secret key with probability
- * 2^-128 at most (their theorem 2), whoever chose the blocks, as long as the key is not known to them. BLAKE3 under the same
+ * 2^-128 at most, whoever chose the blocks, as long as the key is not known to them. BLAKE3 under the same
  * secret makes an evenly spread value of it that tells nothing of the key: hash-then-PRF, the construction of UMAC.
  */
 #ifndef _GNU_SOURCE
@@ -20,6 +20,20 @@ enum { CHUNK_START = 1, CHUNK_END = 2, PARENT = 4, ROOT = 8, KEYED_HASH = 16 };
 
 static const uint32_t blake3_iv[8] = {0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A,
 				      0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19};
+
+/* BLAKE3's mixing step, on words or on vectors of them. */
+#define ROTR(x, n) (((x) >> (n)) | ((x) << (32 - (n))))
+#define G(a, b, c, d, x, y)                                                                                            \
+	do {                                                                                                           \
+		v[a] += v[b] + (x);                                                                                    \
+		v[d] = ROTR(v[d] ^ v[a], 16);                                                                          \
+		v[c] += v[d];                                                                                          \
+		v[b] = ROTR(v[b] ^ v[c], 12);                                                                          \
+		v[a] += v[b] + (y);                                                                                    \
+		v[d] = ROTR(v[d] ^ v[a], 8);                                                                           \
+		v[c] += v[d];                                                                                          \
+		v[b] = ROTR(v[b] ^ v[c], 7);                                                                           \
+	} while (0)
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512bw,prefer-vector-width=512")
@@ -100,18 +114,6 @@ static void compress(uint32_t cv[8], const uint8_t *data, uint32_t size, uint64_
 	v[13] = (uint32_t)(counter >> 32);
 	v[14] = size;
 	v[15] = flags;
-#define ROTR(x, n) (((x) >> (n)) | ((x) << (32 - (n))))
-#define G(a, b, c, d, x, y)                                                                                            \
-	do {                                                                                                           \
-		v[a] += v[b] + (x);                                                                                    \
-		v[d] = ROTR(v[d] ^ v[a], 16);                                                                          \
-		v[c] += v[d];                                                                                          \
-		v[b] = ROTR(v[b] ^ v[c], 12);                                                                          \
-		v[a] += v[b] + (y);                                                                                    \
-		v[d] = ROTR(v[d] ^ v[a], 8);                                                                           \
-		v[c] += v[d];                                                                                          \
-		v[b] = ROTR(v[b] ^ v[c], 7);                                                                           \
-	} while (0)
 	for (int round = 0; round < 7; round++) {
 		G(0, 4, 8, 12, m[0], m[1]);
 		G(1, 5, 9, 13, m[2], m[3]);
@@ -125,8 +127,6 @@ static void compress(uint32_t cv[8], const uint8_t *data, uint32_t size, uint64_
 			next[i] = m[permutation[i]];
 		memcpy(m, next, sizeof(m));
 	}
-#undef G
-#undef ROTR
 	for (int i = 0; i < 8; i++)
 		cv[i] = v[i] ^ v[i + 8];
 }

@@ -2,7 +2,7 @@
  * BLAKE3 compression of W inputs side by side, one per 32-bit lane, in GCC vector extensions.
  *
  * Included once per instruction set by hash.c with W (lanes), LANES(name) (the suffix) and the target set by
- * a pragma around the include. Written from the BLAKE3 paper (section 2, O'Connor et al. 2020).
+ * a pragma around the include, and with the mixing step G of hash.c. Written from the BLAKE3 paper (section 2, O'Connor et al. 2020).
  */
 
 typedef uint32_t LANES(vec) __attribute__((vector_size(W * 4), aligned(W * 4)));
@@ -28,18 +28,6 @@ static const LANES(vec) LANES(zip_hi) = {
 #endif
 };
 
-#define ROTR(x, n) (((x) >> (n)) | ((x) << (32 - (n))))
-#define G(a, b, c, d, x, y)                                                                                            \
-	do {                                                                                                           \
-		v[a] += v[b] + (x);                                                                                    \
-		v[d] = ROTR(v[d] ^ v[a], 16);                                                                          \
-		v[c] += v[d];                                                                                          \
-		v[b] = ROTR(v[b] ^ v[c], 12);                                                                          \
-		v[a] += v[b] + (y);                                                                                    \
-		v[d] = ROTR(v[d] ^ v[a], 8);                                                                           \
-		v[c] += v[d];                                                                                          \
-		v[b] = ROTR(v[b] ^ v[c], 7);                                                                           \
-	} while (0)
 #define ROUND(s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)                                    \
 	do {                                                                                                           \
 		G(0, 4, 8, 12, m[s0], m[s1]);                                                                          \
@@ -132,6 +120,4 @@ static void LANES(many)(const uint8_t *const *in, size_t nr, size_t nr_blocks, c
 	}
 }
 
-#undef ROTR
-#undef G
 #undef ROUND

@@ -42,6 +42,20 @@ def read_task_file(pid: int, name: str, tid: int = 0) -> bytes:
 
 # -- stat ----------------------------------------------------------------------------------------------------------
 
+NAMESPACES = (
+    "cgroup",
+    "ipc",
+    "mnt",
+    "net",
+    "pid",
+    "pid_for_children",
+    "time",
+    "time_for_children",
+    "user",
+    "uts",
+)
+"""Names in /proc/PID/ns."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stat:

@@ -42,18 +42,6 @@ if TYPE_CHECKING:
     from checkpoint.parasite import Batch, Buffer, Ref, Results, StubTask
     from checkpoint.restore_context import RestoreContext
 
-_NAMESPACES = (
-    "cgroup",
-    "ipc",
-    "mnt",
-    "net",
-    "pid",
-    "pid_for_children",
-    "time",
-    "time_for_children",
-    "user",
-    "uts",
-)
 _PERSONALITY_QUERY = 0xFFFFFFFF
 _STATES = {
     "running": task_pb2.Process.RUNNING,
@@ -141,7 +129,7 @@ def _look_personality(pid: int, report: list[Finding]) -> None:
 
 
 def _look_namespaces(pid: int, report: list[Finding]) -> None:
-    for name in _NAMESPACES:
+    for name in proc.NAMESPACES:
         try:
             theirs, ours = os.readlink(f"/proc/{pid}/ns/{name}"), os.readlink(f"/proc/self/ns/{name}")
         except FileNotFoundError:

@@ -43,18 +43,6 @@ _SYSTEMS = {
     0x19800202: "mqueue",
     NSFS_MAGIC: "nsfs",
 }
-_NAMESPACES = (
-    "cgroup",
-    "ipc",
-    "mnt",
-    "net",
-    "pid",
-    "pid_for_children",
-    "time",
-    "time_for_children",
-    "user",
-    "uts",
-)
 _WRITABLE = frozenset(
     {b"autogroup", b"comm", b"coredump_filter", b"oom_adj", b"oom_score_adj", b"timerslack_ns"}
 )
@@ -141,7 +129,7 @@ def process_of(link: bytes) -> int:
 
 
 def _own_namespace(seen: Seen) -> str:
-    for name in _NAMESPACES:
+    for name in proc.NAMESPACES:
         try:
             own = os.stat(f"/proc/self/ns/{name}")
         except OSError:
@@ -180,7 +168,7 @@ def check(ctx: RestoreContext, identity: common_pb2.FileIdentity, entry: files_p
         RestoreConflictError: it is gone, or is something else.
     """
     if entry.namespace:
-        if entry.namespace not in _NAMESPACES:
+        if entry.namespace not in proc.NAMESPACES:
             raise RestoreConflictError(f"a namespace of an unknown kind ({entry.namespace})", where="files")
     elif entry.pid or process_of(identity.path):
         if entry.pid != process_of(identity.path):
