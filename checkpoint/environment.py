@@ -7,11 +7,12 @@ Everything raises RestoreConflictError before anything is touched.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -174,25 +175,44 @@ def _check_ids(ctx: RestoreContext, found: Survey) -> None:
                 f"pid {wanted} is needed but held by {holder}, which is not the job",
                 hint="end it, or wait until it has ended, then roll back",
             )
-    deadline = time.monotonic() + ctx.options.reap_timeout_s  # mostly a zombie that init has not reaped yet
-    while stray := _stray(found, ours):
+    # Mostly a zombie that init has not reaped yet.
+    await_no_stray(ours, found.old, time.monotonic() + ctx.options.reap_timeout_s)
+
+
+def await_no_stray(
+    wanted: set[int], spared: Container[int], deadline: float, *, living_only: bool = False
+) -> None:
+    """Wait until no session and no process group has a wanted number any more, those of `spared` processes left out.
+
+    The kernel keeps the number of a dead task as long as anything is in its session or group, a zombie too: the last
+    short-lived child of the job, mostly. Zombies that are ours are reaped.
+
+    Raises:
+        RestoreConflictError: at the deadline one is still there; it is named.
+    """
+    while stray := _stray(spared, wanted, living_only):
+        kind, number, holder = stray
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(holder.pid, os.WNOHANG)
         if time.monotonic() > deadline:
-            kind, number, holder = stray
+            dead = holder.state in "ZX"
             raise RestoreConflictError(
-                f"pid {number} is needed but is still the {kind} of {holder}, which is not in the job's tree",
-                hint="it was left behind by the job: end it, then roll back",
+                f"pid {number} is needed but is still the {kind} of {holder}, "
+                + ("a zombie that its parent has not reaped" if dead else "which is not in the job's tree"),
+                hint=f"{holder_of(holder.ppid) or f'task {holder.ppid}'} must wait for it (or end), then roll back"
+                if dead
+                else "it was left behind by the job: end it, then roll back",
             )
         time.sleep(_POLL_S)
-        found.processes = _processes()
 
 
-def _stray(found: Survey, ours: set[int]) -> tuple[str, int, Holder] | None:
-    """A process outside the job whose session or group has a number of the job's: its last short-lived child, mostly."""
-    for holder in found.processes.values():
-        if holder.pid in found.old:
+def _stray(spared: Container[int], wanted: set[int], living_only: bool) -> tuple[str, int, Holder] | None:
+    """A process whose session or group has a wanted number."""
+    for holder in _processes().values():
+        if holder.pid in spared or (living_only and holder.state in "ZX"):
             continue
         for kind, number in (("session", holder.sid), ("process group", holder.pgid)):
-            if number in ours:
+            if number in wanted:
                 return kind, number, holder
     return None
 

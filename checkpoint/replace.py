@@ -24,6 +24,7 @@ from snapshotter.base.errors import RestoreConflictError, TargetGoneError
 
 _WAIT_ALL = 0x40000000  # __WALL
 _POLL_S = 0.005
+_STRAY_WAIT_S = 0.5  # the job stands still meanwhile
 
 
 def replace(ctx: RestoreContext, found: Survey) -> None:
@@ -33,9 +34,15 @@ def replace(ctx: RestoreContext, found: Survey) -> None:
         RestoreConflictError: a zombie keeps a pid; whose task it is to reap it is named.
         UnsupportedError, CannotStopError: it cannot be frozen (a debugger has it); it runs on as before.
     """
+    wanted = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
+        ctx.processes
+    )
     if found.old:
         with contextlib.ExitStack() as stack:
             trees = _freeze(found, stack)
+            # What left the tree after the survey (a daemon was just made) keeps a number for as long as it lives.
+            members = set(found.old).union(*(tree.members for tree in trees))
+            environment.await_no_stray(wanted, members, time.monotonic() + _STRAY_WAIT_S, living_only=True)
             faults.point("restore.held")
             with signals_wait():
                 for tree in trees:
@@ -43,10 +50,9 @@ def replace(ctx: RestoreContext, found: Survey) -> None:
             deadline = time.monotonic() + ctx.options.reap_timeout_s
             for tree in trees:
                 tree.reap(deadline)
-    wanted = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
-        ctx.processes
-    )
-    _await_free(wanted | set(found.old), time.monotonic() + ctx.options.reap_timeout_s)
+    deadline = time.monotonic() + ctx.options.reap_timeout_s
+    _await_free(wanted | set(found.old), deadline)
+    environment.await_no_stray(wanted, (), deadline)
 
 
 class _HeldTree(FrozenTree):
@@ -56,9 +62,12 @@ class _HeldTree(FrozenTree):
         super().__init__(root_pid, max_tasks=1 << 22)
         self.held: list[int] = []
         """Its processes, zombies left out; those that have lost their parent meanwhile too."""
+        self.members: set[int] = set()
+        """All its processes, its zombies included."""
 
     def _describe(self, tree: dict[int, list[int]]) -> None:
         self.held = list(dict.fromkeys(task.pid for task in self.seized.tasks.values()))
+        self.members = set(tree)
         # As everywhere: if it is let go after all, no system call of it may have been cut short.
         for tid, task in self.seized.tasks.items():
             regs = ptrace.getregs(tid)

@@ -19,6 +19,7 @@ from images import codec
 from snapshotter.base import faults
 from snapshotter.base.errors import (
     PermissionDeniedError,
+    RestoreConflictError,
     SnapshotterError,
     UnsupportedError,
     VerificationError,
@@ -270,3 +271,60 @@ def test_the_session_keyring_is_not_the_rollbacks(start, tmp_path):
     (tmp_path / "n").unlink()
     memory_store.rollback(point)
     assert wait_until(lambda: number(tmp_path / "n"), "looked again") != mine
+
+
+MAKER = """
+import os, signal, time
+def make(*_):
+    if os.fork() == 0:
+        if LEAVES and os.fork(): os._exit(0)
+        while True: time.sleep(1)
+signal.signal(signal.SIGUSR1, make)
+open("ready", "w").close()
+while True: time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def born_late(monkeypatch):
+    """The job makes another process when the survey for its replacement is done, just before it is held."""
+
+    def at(pid: int, seen) -> None:
+        real = environment.survey
+
+        def survey(ctx):
+            found = real(ctx)
+            os.kill(pid, signal.SIGUSR1)
+            wait_until(seen, "one more process")
+            return found
+
+        monkeypatch.setattr(environment, "survey", survey)
+
+    return at
+
+
+def test_what_is_born_after_the_survey_is_waited_for_too(start, tmp_path, born_late):
+    """Its zombie keeps the number of the job's session for as long as nobody reaps it."""
+    pid = start(sys.executable, "-c", f"LEAVES = False\n{MAKER}")
+    wait_until((tmp_path / "ready").exists, "the job is ready")
+    point = memory_store.take(pid)
+    born_late(pid, lambda: len(tree(pid)) == 2)
+    memory_store.rollback(point)
+    assert tree(pid) == [pid]
+    assert is_running(pid)
+
+
+def test_what_left_the_tree_after_the_survey_keeps_the_job_from_being_killed(start, tmp_path, born_late):
+    pid = start(sys.executable, "-c", f"LEAVES = True\n{MAKER}")
+    wait_until((tmp_path / "ready").exists, "the job is ready")
+    point = memory_store.take(pid)
+    strays = lambda: [one for one in tree(os.getpid()) if one != pid and os.getsid(one) == pid]  # noqa: E731
+    born_late(pid, lambda: len(tree(pid)) == 2 and len(strays()) == 2 and state(tree(pid)[1]) == "Z")
+    try:
+        with pytest.raises(RestoreConflictError, match="session"):
+            memory_store.rollback(point)
+        assert is_running(pid)
+    finally:
+        for one in strays():
+            os.kill(one, signal.SIGKILL)
+        reap_all()
