@@ -14,7 +14,6 @@ know (checkpoint/resources). Invariants:
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import socket
 import time
@@ -26,6 +25,7 @@ from checkpoint import environment, tracking
 from checkpoint.check import CheckReport, check, look_at_process
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
 from checkpoint.freeze import CannotStopError, FrozenTree, TreeChangedError, lead_out
+from checkpoint.hurry import hurried
 from checkpoint.kernel import fdinfo, proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
@@ -45,7 +45,6 @@ from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
 _NS_PER_S = 1_000_000_000
 _FREEZE_TRIES = 5
 _MIN_STAGED_BYTES = 4 << 20
-_FROZEN_NICE = -20
 _MAPPINGS_FRESH_NS = 50_000_000
 
 Commit = Callable[[DumpResult], None]
@@ -418,10 +417,7 @@ def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
             timeout_s=min(ctx.options.freeze_timeout_s, 0.5 * (number + 1)),
             max_tasks=ctx.options.max_tasks,
         )
-        enabled = gc.isenabled()
-        gc.disable()
-        nice = _set_nice(_FROZEN_NICE)
-        try:
+        with hurried():
             try:
                 tree.__enter__()
             except (CannotStopError, TreeChangedError):
@@ -432,21 +428,6 @@ def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
                 stack.push(tree.__exit__)
                 yield tree
             return
-        finally:
-            if nice is not None:
-                _set_nice(nice)
-            if enabled:
-                gc.enable()
-
-
-def _set_nice(value: int) -> int | None:
-    """On a busy machine others would run while the job stands still. The value before; None: not allowed to."""
-    try:
-        before = os.getpriority(os.PRIO_PROCESS, 0)
-        os.setpriority(os.PRIO_PROCESS, 0, value)
-    except OSError:
-        return None
-    return before
 
 
 def _ranges(space: memory.AddressSpace) -> list[tuple[int, int]]:

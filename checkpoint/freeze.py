@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
+from checkpoint.hurry import hurried
 from checkpoint.kernel import interrupted, proc, ptrace, threads
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.tasks import children_of, task_ids
@@ -261,7 +262,7 @@ def stopped_process(pid: int, *, timeout_s: float = 5.0) -> Iterator[FrozenProce
     Raises:
         TargetGoneError: it has ended, or is a zombie.
     """
-    with stops_wait(), _OneProcess(pid, timeout_s=timeout_s) as tree:
+    with hurried(), stops_wait(), _OneProcess(pid, timeout_s=timeout_s) as tree:
         process = tree.processes[pid]
         if process.is_zombie:
             raise TargetGoneError("has ended", where=f"task {pid}")

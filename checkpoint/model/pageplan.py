@@ -174,8 +174,6 @@ def plan(
     written: Runs | None = None,
     parent: Sequence[mm_pb2.Vma] | None = None,
     *,
-    watched: Runs | None = None,
-    parent_present: Runs | None = None,
     doubtful: Runs = EMPTY,
 ) -> PagePlan:
     """Decide what to store and what to read.
@@ -185,16 +183,10 @@ def plan(
         present: pages that the kernel says have content of their own.
         written: pages that a tracker saw written since the parent's dump; None: it does not know.
         parent: the VMAs of the parent point's image; None: there is no usable parent.
-        watched: pages that the tracker really watched; None: all.
-        parent_present: pages that the parent stores; None: not known, every trusted one is taken to be there.
         doubtful: pages whose state the tracker cannot tell.
     """
     present = intersect(normalise(present), of_vmas(private_vmas(vmas)))
     if written is None or parent is None:
         return PagePlan(present, present, doubtful)
     clean = subtract(subtract(trusted(vmas, parent), normalise(written)), doubtful)
-    if watched is not None:
-        clean = intersect(clean, normalise(watched))
-    if parent_present is not None:
-        clean = intersect(clean, normalise(parent_present))
     return PagePlan(present, subtract(present, clean), doubtful)

@@ -42,7 +42,7 @@ from checkpoint.context import FrozenProcess
 from checkpoint.freeze import stopped_process
 from checkpoint.kernel import proc
 from checkpoint.kernel import sys as ksys
-from checkpoint.parasite import RemoteTask
+from checkpoint.parasite import RemoteTask, prepare
 from checkpoint.tracking import keeper, uffd
 from checkpoint.tracking.base import Probe, Runs, Session, Tracker, new_nonce, pages_of
 from snapshotter.base import faults
@@ -128,6 +128,7 @@ class WriteProtectSession(Session):
             self._create(pid, frozen)
             self._register(pid, vmas)
             return
+        prepare(pid)
         with stopped_process(pid) as process:
             exact = private_ranges(pid)
             self._create(pid, process)

@@ -96,6 +96,26 @@ def test_content_is_what_was_written(monkeypatch, how):
     assert pages == set(wanted) | doubtful
 
 
+@pytest.mark.parametrize("change", ["nothing", "touched", "dropped"])
+def test_content_is_looked_at_again_only_when_something_came_or_went(change):
+    found, first = area(64)
+    found[: 32 * PAGE_SIZE] = b"x" * (32 * PAGE_SIZE)
+    table = np.asarray([[first, first + 64]], dtype=np.int64)
+    with PageMap(os.getpid()) as pagemap:
+        before = pagemap.content(table)
+        found[PAGE_SIZE] = 1  # its content is no matter
+        if change == "touched":
+            found[40 * PAGE_SIZE] = 1
+        elif change == "dropped":
+            found.madvise(mmap.MADV_DONTNEED, 3 * PAGE_SIZE, PAGE_SIZE)
+        after = pagemap.content(table, before=before)
+    wanted = set(range(32)) | {40} if change == "touched" else set(range(32))
+    wanted -= {3} if change == "dropped" else set()
+    assert {page - first for a, b in after.present.tolist() for page in range(a, b)} == wanted
+    if change != "nothing":
+        assert after is not before
+
+
 def test_guard_pages_are_no_content():
     found, first = area(64)
     found[:] = b"x" * len(found)
@@ -111,7 +131,8 @@ def test_space_of_a_running_python(ctx):
     child = subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], stdin=-1, stdout=-1)
     try:
         child.stdout.readline()
-        space, plan = memory.plan_pages(ctx, child.pid)
+        space = memory.address_space(ctx, child.pid)
+        plan = memory.page_plan(ctx, space)
         kinds = {vma.kind for vma in space.vmas}
         assert {model.ANON_PRIVATE, model.FILE_PRIVATE, model.VDSO} <= kinds
         assert plan.nr_present == plan.nr_to_read > 100

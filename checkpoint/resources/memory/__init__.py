@@ -2,8 +2,8 @@
 
 Dump (checkpoint.dump calls, in this order):
     look(pid, report)                                  before anything, reads /proc only
-    space, plan = plan_pages(ctx, pid, written, need_watch=..., frozen=False)   pre-copy, any number of times
-    space, plan = plan_pages(ctx, pid, written, need_watch=..., hidden=[...])   frozen
+    space = address_space(ctx, pid, frozen=False); plan = page_plan(ctx, space, written)   pre-copy, any number of times
+    space = address_space(ctx, pid, known=...); plan = page_plan(ctx, space, written)      frozen
     sink.put(space_name(pid), plan.to_read_runs(), reader(mem)); sink.close_space(..., plan.present_runs())
     dump_mm(ctx, proc, space)                          ctx.images["mm/<pid>"]
     shmem.put_all(ctx)                                 frozen, after the descriptors (which register memfds)
@@ -27,7 +27,6 @@ from checkpoint.resources.memory.dump import (
     dump_mm,
     page_plan,
     parent_vmas,
-    plan_pages,
     reader,
     space_name,
 )
@@ -46,7 +45,6 @@ __all__ = [
     "look_sharing",
     "page_plan",
     "parent_vmas",
-    "plan_pages",
     "read_mappings",
     "reader",
     "release",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from checkpoint.context import DumpContext, FrozenProcess
 from checkpoint.kernel.mem import ProcMem
-from checkpoint.kernel.pagemap import PageMap
+from checkpoint.kernel.pagemap import Content, PageMap
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import PagePlan, Runs
@@ -26,6 +27,7 @@ from snapshotter.base.pages import PAGE_SIZE, Run
 
 FORMAT_VERSION = 1
 _KEY = "memory.parents"
+_SEEN = "memory.seen"
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4
 _MAX_AUXV_BYTES = 4096
 
@@ -113,46 +115,53 @@ def parent_vmas(ctx: DumpContext, pid: int) -> Sequence[mm_pb2.Vma] | None:
     return found
 
 
-def page_plan(
-    ctx: DumpContext,
-    space: AddressSpace,
-    written: Iterable[Run] | Runs | None = None,
-    *,
-    need_watch: bool = False,
-) -> PagePlan:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The last look at the pages of a process."""
+
+    content: Content
+    bounds: Runs
+    """The private VMAs of then."""
+    plan: PagePlan
+    """With nothing known: everything is to be read."""
+
+
+def page_plan(ctx: DumpContext, space: AddressSpace, written: Iterable[Run] | Runs | None = None) -> PagePlan:
     """Which pages the address space must store, and which must be read.
 
     Args:
         ctx: the dump; its parent point is compared with.
         space: the VMAs.
-        written: (first page, nr_pages) that the tracker saw written since the parent's dump; None: it cannot
-        tell,
+        written: (first page, nr_pages) that the tracker saw written since the parent's dump; None: it cannot tell,
             or the parent must not be used for this process.
-        need_watch: the tracker is userfaultfd: VMAs without its write protection (VmFlags uw) were not
-        watched.
 
     Side effect: Vma.guard_pages of the space are filled in.
     """
     anonymous = [v for v in space.vmas if v.kind in {model.ANON_PRIVATE, model.DEV_ZERO_PRIVATE}]
     over_files = [v for v in space.vmas if v.kind in model.OVER_FILE_KINDS]
+    seen: dict[int, _Seen] = ctx.resources.setdefault(_SEEN, {})
+    last = seen.get(space.pid)
     try:
         with PageMap(space.pid) as pagemap:
-            content = pagemap.content(pageplan.of_vmas(anonymous), pageplan.of_vmas(over_files))
+            content = pagemap.content(
+                pageplan.of_vmas(anonymous), pageplan.of_vmas(over_files), last.content if last else None
+            )
     except (FileNotFoundError, ProcessLookupError) as error:
         raise TargetGoneError("has ended", where=f"task {space.pid}") from error
     except OSError as error:
         raise wrap_os_error(error, "cannot read the page map", where=f"task {space.pid}") from error
     _note_guards(space, content.guard)
-    watched = None
-    if need_watch:
-        watched = pageplan.of_vmas(vma for vma in space.vmas if vma.start in space.watched)
-    parent = parent_vmas(ctx, space.pid) if written is not None else None
+    bounds = pageplan.of_vmas(model.private_vmas(space.vmas))
+    if last is None or content is not last.content or not np.array_equal(bounds, last.bounds):
+        plan = pageplan.plan(space.vmas, content.present, doubtful=content.doubtful)
+        seen[space.pid] = last = _Seen(content, bounds, plan)
+    if written is None:
+        return last.plan
     return pageplan.plan(
         space.vmas,
-        content.present,
-        None if written is None else pageplan.from_list(written),
-        parent,
-        watched=watched,
+        last.plan.present,
+        pageplan.from_list(written),
+        parent_vmas(ctx, space.pid),
         doubtful=content.doubtful,
     )
 
@@ -163,20 +172,6 @@ def _note_guards(space: AddressSpace, guard: Runs) -> None:
         if len(guard) and vma.kind in model.PRIVATE_KINDS:
             row = np.asarray([[vma.start // PAGE_SIZE, vma.end // PAGE_SIZE]], dtype=np.int64)
             vma.guard_pages.extend((pageplan.intersect(guard, row) * PAGE_SIZE).ravel().tolist())
-
-
-def plan_pages(
-    ctx: DumpContext,
-    pid: int,
-    written: Iterable[Run] | Runs | None = None,
-    *,
-    need_watch: bool = False,
-    frozen: bool = True,
-    hidden: Iterable[Range] = (),
-) -> tuple[AddressSpace, PagePlan]:
-    """`address_space` and `page_plan` in one."""
-    space = address_space(ctx, pid, frozen=frozen, hidden=hidden)
-    return space, page_plan(ctx, space, written, need_watch=need_watch)
 
 
 def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace) -> str:

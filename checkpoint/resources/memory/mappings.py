@@ -46,8 +46,6 @@ class AddressSpace:
     """FileIdentity, indexed by Vma.file."""
     mappings: list[Mapping] = field(default_factory=list)
     """The lines the VMAs came from, one each."""
-    watched: set[int] = field(default_factory=set)
-    """start of each VMA that userfaultfd's write protection watches (VmFlags uw)."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -245,8 +243,6 @@ def _read_space(
                 found = _with_file(space, vma, mapping, register, files, index)
             space.vmas.append(vma)
             space.mappings.append(mapping)
-            if "uw" in mapping.flags:
-                space.watched.add(start)
         if found is not None:
             findings.append(Finding(pid, mapping.text, *found))
     if findings:
