@@ -17,6 +17,7 @@
 #include <sys/user.h>
 #include <sys/wait.h>
 #include <linux/sched.h>
+#include <linux/userfaultfd.h>
 #include <unistd.h>
 #include "protocol.h"
 
@@ -144,26 +145,99 @@ struct snap_run_pages {
 
 #define MAX_IOV 256
 
+// Where missing pages can be put in place: a userfaultfd, and the ranges (ascending, disjoint, each inside one mapping)
+// that it is registered for.
+struct snap_missing {
+    int uffd;
+    size_t nr_ranges;
+    const struct snap_run_pages *ranges;
+};
+
+// How many of the pages from `page` on, at most `nr_pages`, are of one kind: inside one range (*inside), or before the next.
+static uint64_t same_kind(const struct snap_missing *missing, uint64_t page, uint64_t nr_pages, int *inside)
+{
+    size_t low = 0, high = missing->nr_ranges;
+
+    while (low < high) {                // the first range that ends behind the page
+        size_t middle = low + (high - low) / 2;
+        if (missing->ranges[middle].first + missing->ranges[middle].nr_pages > page)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    *inside = low < missing->nr_ranges && missing->ranges[low].first <= page;
+    if (low == missing->nr_ranges)
+        return nr_pages;
+    uint64_t border = missing->ranges[low].first + (*inside ? missing->ranges[low].nr_pages : 0);
+    return border - page < nr_pages ? border - page : nr_pages;
+}
+
+// Put pages in place: no fault, and no zeroing before the copy. Returns how many are there now: fewer when the next one is
+// there already (EEXIST), or cannot be; -ENOMEM.
+static int64_t place_pages(int uffd, uint64_t first, uint64_t nr_pages, const char *data)
+{
+    uint64_t done = 0;
+
+    while (done < nr_pages) {
+        struct uffdio_copy copy = {
+            .dst = (first + done) * PAGE,
+            .src = (uintptr_t)data + done * PAGE,
+            .len = (nr_pages - done) * PAGE,
+            .mode = UFFDIO_COPY_MODE_DONTWAKE,
+        };
+        if (ioctl(uffd, UFFDIO_COPY, &copy) == 0)
+            return (int64_t)nr_pages;
+        int error = errno;
+        if (copy.copy > 0)              // a part of it
+            done += (uint64_t)copy.copy / PAGE;
+        else if (error == ENOMEM)
+            return -ENOMEM;
+        else if (error != EAGAIN)
+            break;
+    }
+    return (int64_t)done;
+}
+
 // Read or write runs of pages, in order, from or to `buffer`. Pages that cannot be reached are zeroed
 // (when reading) and their numbers put into bad[]; returns their number, or -errno when the process
-// itself cannot be reached. mem_fd: /proc/PID/mem, which also passes protections.
+// itself cannot be reached. mem_fd: /proc/PID/mem, which also passes protections. missing: NULL, or where to put pages in place.
 // Reading uses nothing else: process_vm_readv pins pages, and pinning one that is shared copy-on-write gives the
 // job a copy of its own first.
-int64_t snap_move_runs(int pid, int mem_fd, const struct snap_run_pages *runs, size_t nr_runs, char *buffer,
-                       int writing, uint64_t *bad, size_t max_bad)
+int64_t snap_move_runs(int pid, int mem_fd, const struct snap_missing *missing, const struct snap_run_pages *runs,
+                       size_t nr_runs, char *buffer, int writing, uint64_t *bad, size_t max_bad)
 {
     struct iovec remote[MAX_IOV], local;
     size_t nr_bad = 0, i = 0;
     uint64_t skip = 0;                  // pages of runs[i] that are done
 
     while (i < nr_runs) {
-        size_t n = 0, left;
-        uint64_t in_first = skip, pages = 0;
-        for (size_t j = i; j < nr_runs && n < MAX_IOV && pages < 4096; j++, n++) {
-            uint64_t from = j == i ? in_first : 0;
+        size_t n = 0, left, most = MAX_IOV;
+        uint64_t limit = 4096, pages = 0;
+        if (missing && skip < runs[i].nr_pages) {
+            int inside;
+            uint64_t here = same_kind(missing, runs[i].first + skip, runs[i].nr_pages - skip, &inside);
+            int64_t placed = inside ? place_pages(missing->uffd, runs[i].first + skip, here, buffer) : 0;
+            if (placed < 0)
+                return placed;
+            if (placed) {
+                buffer += (uint64_t)placed * PAGE;
+                skip += (uint64_t)placed;
+                if (skip == runs[i].nr_pages) {
+                    skip = 0;
+                    i++;
+                }
+                continue;
+            }
+            most = 1;
+            limit = inside ? 1 : here;  // the next may be its again
+        }
+        for (size_t j = i; j < nr_runs && n < most && pages < limit; j++, n++) {
+            uint64_t from = j == i ? skip : 0, count = runs[j].nr_pages - from;
+            if (count > limit - pages && most == 1)
+                count = limit - pages;
             remote[n].iov_base = (void *)((runs[j].first + from) * PAGE);
-            remote[n].iov_len = (runs[j].nr_pages - from) * PAGE;
-            pages += runs[j].nr_pages - from;
+            remote[n].iov_len = count * PAGE;
+            pages += count;
         }
         local.iov_base = buffer;
         local.iov_len = pages * PAGE;

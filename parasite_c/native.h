@@ -5,5 +5,6 @@
 
 struct snap_drive { int outcome; int status; int new_tid; };
 struct snap_run_pages { uint64_t first; uint64_t nr_pages; };
+struct snap_missing { int uffd; size_t nr_ranges; const struct snap_run_pages *ranges; };
 struct snap_region { uint64_t start, end, categories; };
 struct snap_regs;

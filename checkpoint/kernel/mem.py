@@ -22,6 +22,19 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
+class MissingPages:
+    """A userfaultfd (the caller's, who closes it) and the ranges that it is registered for.
+
+    Args:
+        uffd: of the memory that is written.
+        ranges: (first page, nr_pages), ascending and disjoint, each inside one mapping.
+    """
+
+    def __init__(self, uffd: int, ranges: Sequence[Run]) -> None:
+        self._table = ffi.new("struct snap_run_pages[]", [(int(first), int(nr)) for first, nr in ranges])
+        self.native = ffi.new("struct snap_missing *", (uffd, len(ranges), self._table))
+
+
 class ProcMem:
     """Reads and writes memory of process `pid`. A context manager. The open descriptor stays with the address space
     it was opened for: after an exec or the end of the process everything is TargetGoneError.
@@ -78,9 +91,17 @@ class ProcMem:
         """
         return self._move(runs, buffer, writing=False)
 
-    def write_runs(self, runs: Sequence[Run], data: bytes | bytearray | memoryview) -> None:
-        """Write the pages of `runs`, in order, from `data`; an error names the first page that is not writable."""
-        bad = self._move(runs, data, writing=True)
+    def write_runs(
+        self,
+        runs: Sequence[Run],
+        data: bytes | bytearray | memoryview,
+        missing: MissingPages | None = None,
+    ) -> None:
+        """Write the pages of `runs`, in order, from `data`; an error names the first page that is not writable.
+
+        `missing`: where pages that are not there yet can be put in place, which costs half of writing into fresh memory.
+        """
+        bad = self._move(runs, data, writing=True, missing=missing)
         if bad:
             raise SnapshotterError(
                 f"{len(bad)} pages cannot be written, the first at {bad[0] * PAGE_SIZE:#x}",
@@ -88,7 +109,12 @@ class ProcMem:
             )
 
     def _move(
-        self, runs: Sequence[Run], buffer: bytes | bytearray | memoryview, *, writing: bool
+        self,
+        runs: Sequence[Run],
+        buffer: bytes | bytearray | memoryview,
+        *,
+        writing: bool,
+        missing: MissingPages | None = None,
     ) -> list[int]:
         nr_pages = int(sum(int(run[1]) for run in runs))
         view = memoryview(buffer)
@@ -100,7 +126,17 @@ class ProcMem:
         max_bad = min(nr_pages, 65536)
         bad = ffi.new("uint64_t[]", max_bad)
         data = ffi.from_buffer("char[]", view, require_writable=not writing)
-        result = lib.snap_move_runs(self.pid, self._fd, table, len(runs), data, int(writing), bad, max_bad)
+        result = lib.snap_move_runs(
+            self.pid,
+            self._fd,
+            missing.native if missing is not None else ffi.NULL,
+            table,
+            len(runs),
+            data,
+            int(writing),
+            bad,
+            max_bad,
+        )
         if result < 0:
             error = OSError(-result, os.strerror(-result))
             raise wrap_os_error(error, "cannot reach its memory", where=f"task {self.pid}") from error

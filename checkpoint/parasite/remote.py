@@ -7,6 +7,8 @@ blob reads its undo entries if snap dies in that moment.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from parasite_c._native import ffi, lib
 
 from checkpoint.kernel import ptrace, syscalls
+from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.parasite import batch as encoding
 from checkpoint.parasite.batch import Arg, Batch, Ending, RemoteCallError, Results
@@ -107,6 +110,28 @@ class RemoteTask:
         single = Batch()
         ref = single.call(name, *args)
         return self.run(single)[ref]
+
+    def make_descriptor(self, name: str, *args: Arg, fault: str = "") -> int:
+        """One system call that makes a descriptor, which is fetched and closed in the task; ours to close.
+
+        `fault` names the fault point between the two. Raises OSError: the call's, or pidfd_getfd's.
+        """
+        batch = self.batch()
+        made = batch.call(name, *args)
+        # By itself, if snap dies before the next batch: a job with such a descriptor would be refused from then on.
+        batch.undo("close", made)
+        number = self.run(batch)[made]
+        if fault:
+            faults.point(fault)
+        try:
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                return ksys.pidfd_getfd(pidfd, number)
+            finally:
+                os.close(pidfd)
+        finally:
+            with contextlib.suppress(TargetGoneError):
+                self.call("close", number)
 
     def run(self, batch: Batch) -> Results:
         """Run a batch to its end or to its first failure, which is raised as RemoteCallError.

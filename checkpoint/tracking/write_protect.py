@@ -28,7 +28,6 @@ flight when every task is stopped; so dump.py does not scan a running job that h
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import mmap
@@ -40,12 +39,11 @@ import numpy as np
 
 from checkpoint.context import FrozenProcess
 from checkpoint.freeze import stopped_process
-from checkpoint.kernel import proc
+from checkpoint.kernel import proc, uffd
 from checkpoint.kernel import sys as ksys
-from checkpoint.parasite import RemoteTask, prepare
-from checkpoint.tracking import keeper, uffd
+from checkpoint.parasite import prepare
+from checkpoint.tracking import keeper
 from checkpoint.tracking.base import Probe, Runs, Session, Tracker, new_nonce, pages_of
-from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
 
 _O_CLOEXEC, _O_NONBLOCK = os.O_CLOEXEC, os.O_NONBLOCK
@@ -141,7 +139,8 @@ class WriteProtectSession(Session):
             raise SnapshotterError(
                 "a seccomp filter could kill the task for userfaultfd", where=f"task {pid}"
             )
-        descriptor = _create_inside(pid, process.parasite)
+        flags = _O_CLOEXEC | _O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY
+        descriptor = process.parasite.make_descriptor("userfaultfd", flags, fault="track.created")
         try:
             uffd.enable(descriptor)
         except OSError:
@@ -227,25 +226,6 @@ def private_ranges(pid: int) -> list[tuple[int, int]]:
         for entry in proc.read_maps(pid)
         if entry.perms.endswith("p") and not entry.path.startswith("[v")
     ]
-
-
-def _create_inside(pid: int, remote: RemoteTask) -> int:
-    """userfaultfd() in the task, the descriptor fetched and closed there; nothing of it is left in the job."""
-    batch = remote.batch()
-    made = batch.call("userfaultfd", _O_CLOEXEC | _O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY)
-    # By itself, if snap dies before the next batch: a job with such a descriptor would be refused from then on.
-    batch.undo("close", made)
-    number = remote.run(batch)[made]
-    faults.point("track.created")
-    try:
-        pidfd = os.pidfd_open(pid)
-        try:
-            return ksys.pidfd_getfd(pidfd, number)
-        finally:
-            os.close(pidfd)
-    finally:
-        with contextlib.suppress(TargetGoneError):
-            remote.call("close", number)
 
 
 class WriteProtectTracker(Tracker):

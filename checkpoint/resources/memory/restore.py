@@ -14,14 +14,17 @@ Owns `check`, `arena_hole`, `restore_mm` and `finish`. The order inside one proc
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from checkpoint.kernel import uffd
+from checkpoint.kernel.mem import MissingPages
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import Runs
@@ -39,6 +42,7 @@ _ARENA_LOW = 1 << 32
 _GUARD_GAP = 2 << 20
 """Kept free around every VMA: the kernel keeps 1 MiB below a stack free when it chooses addresses."""
 _ZEROS_AT_ONCE = 256
+_WORTH_A_USERFAULTFD = 4 << 20
 
 _READ_WRITE = model.PROT_READ | model.PROT_WRITE
 _MADV_EARLY = {"hg": 14, "nh": 15}
@@ -119,7 +123,8 @@ def restore_mm(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -
         if sparse:
             stub.call("prctl", _PR_SET_THP_DISABLE, 1, 0, 0, 0)
         _map_all(ctx, stub, mm, pages)
-        ctx.pages_written += _fill(ctx, stub, process.mm, mm, pages)
+        with _missing_pages(stub, mm, pages, huge=not sparse and _huge_pages_for_everybody()) as missing:
+            ctx.pages_written += _fill(ctx, stub, process.mm, mm, pages, missing)
         if sparse:
             stub.call("prctl", _PR_SET_THP_DISABLE, 0, 0, 0, 0)
         _finish_vmas(stub, mm, pages)
@@ -252,7 +257,9 @@ def _hull(vma: mm_pb2.Vma, pages: Runs) -> tuple[int, int] | None:
     return max(int(pages[low, 0]), first) * PAGE_SIZE, min(int(pages[high - 1, 1]), end) * PAGE_SIZE
 
 
-def _fill(ctx: RestoreContext, stub: StubTask, space: str, mm: mm_pb2.Mm, pages: Runs) -> int:
+def _fill(
+    ctx: RestoreContext, stub: StubTask, space: str, mm: mm_pb2.Mm, pages: Runs, missing: MissingPages | None
+) -> int:
     """Write the pages; returns how many."""
     over_files = pageplan.intersect(
         pages, pageplan.of_vmas(v for v in mm.vmas if v.kind in model.OVER_FILE_KINDS)
@@ -262,7 +269,7 @@ def _fill(ctx: RestoreContext, stub: StubTask, space: str, mm: mm_pb2.Mm, pages:
     mem = stub.mem
 
     def write(runs: Sequence[Run], data: memoryview) -> None:
-        mem.write_runs(runs, data)
+        mem.write_runs(runs, data, missing=missing)
         with lock:
             handed.extend(runs)
 
@@ -273,6 +280,43 @@ def _fill(ctx: RestoreContext, stub: StubTask, space: str, mm: mm_pb2.Mm, pages:
             mem.write_runs([(at, size)], memoryview(bytes(size * PAGE_SIZE)))
             nr_pages += size
     return nr_pages
+
+
+@contextlib.contextmanager
+def _missing_pages(
+    stub: StubTask, mm: mm_pb2.Mm, pages: Runs, *, huge: bool
+) -> Iterator[MissingPages | None]:
+    """For putting the pages of anonymous memory in place; None where that is not to be had, or not worth it.
+
+    Only the stub has this memory, and it stands still: nobody waits for a page. What gets huge pages (`huge`: from the
+    system, without asking) is left out: they come with the first write, and a page put in place is a small one.
+    """
+    hulls = [
+        hull
+        for vma in mm.vmas
+        if vma.kind == model.ANON_PRIVATE
+        and "hg" not in vma.madvise
+        and (not huge or "nh" in vma.madvise)
+        and (hull := _hull(vma, pages)) is not None
+    ]
+    if sum(end - start for start, end in hulls) < _WORTH_A_USERFAULTFD:
+        yield None
+        return
+    try:
+        descriptor = stub.make_descriptor("userfaultfd", os.O_CLOEXEC | uffd.UFFD_USER_MODE_ONLY)
+    except OSError:  # not built in, or a container's filter
+        yield None
+        return
+    registered = []
+    try:
+        with contextlib.suppress(OSError):
+            uffd.enable_plain(descriptor)
+            for start, end in hulls:
+                uffd.register_missing(descriptor, start, end)
+                registered.append((start // PAGE_SIZE, (end - start) // PAGE_SIZE))
+        yield MissingPages(descriptor, registered)
+    finally:
+        os.close(descriptor)
 
 
 def _finish_vmas(stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:

@@ -1,4 +1,4 @@
-"""userfaultfd and PAGEMAP_SCAN as ioctls: the few that write-protection tracking needs.
+"""userfaultfd and PAGEMAP_SCAN as ioctls: the few that write-protection tracking and filling memory need.
 
 Numbers and structures are those of <linux/userfaultfd.h> and <linux/fs.h> (Linux 6.7: WP_ASYNC and PAGEMAP_SCAN);
 see ioctl_userfaultfd(2) and Documentation/admin-guide/mm/pagemap.rst. Nothing here decides anything.
@@ -13,7 +13,7 @@ import struct
 
 import numpy as np
 
-from checkpoint.tracking.base import EMPTY, Runs
+from checkpoint.model.pageplan import EMPTY, Runs
 
 UFFDIO_API = 0xC018AA3F
 UFFDIO_REGISTER = 0xC020AA00
@@ -26,7 +26,7 @@ UFFD_USER_MODE_ONLY = 1
 _API = 0xAA
 _FEATURE_WP_UNPOPULATED = 1 << 13
 _FEATURE_WP_ASYNC = 1 << 15
-_MODE_WP = 2
+_MODE_MISSING, _MODE_WP = 1, 2
 
 _PM_SCAN_WP_MATCHING = 1
 _PM_SCAN_CHECK_WPASYNC = 2
@@ -41,14 +41,30 @@ _REGION = 24  # struct page_region: start, end, categories
 
 def enable(uffd: int) -> None:
     """UFFDIO_API with the features of asynchronous write-protection. Raises OSError (EINVAL: the kernel lacks them)."""
-    fcntl.ioctl(
-        uffd, UFFDIO_API, bytearray(struct.pack("<QQQ", _API, _FEATURE_WP_ASYNC | _FEATURE_WP_UNPOPULATED, 0))
-    )
+    _api(uffd, _FEATURE_WP_ASYNC | _FEATURE_WP_UNPOPULATED)
+
+
+def enable_plain(uffd: int) -> None:
+    """UFFDIO_API without any feature, which is enough to put pages in place."""
+    _api(uffd, 0)
+
+
+def _api(uffd: int, features: int) -> None:
+    fcntl.ioctl(uffd, UFFDIO_API, bytearray(struct.pack("<QQQ", _API, features, 0)))
 
 
 def register(uffd: int, start: int, end: int) -> None:
     """Watch [start, end). Raises OSError: EBUSY when another userfaultfd has it, EINVAL when it cannot be watched."""
-    fcntl.ioctl(uffd, UFFDIO_REGISTER, bytearray(struct.pack("<QQQQ", start, end - start, _MODE_WP, 0)))
+    _register(uffd, start, end, _MODE_WP)
+
+
+def register_missing(uffd: int, start: int, end: int) -> None:
+    """Let UFFDIO_COPY fill [start, end); whoever touches a page that is not there meanwhile waits. Raises OSError."""
+    _register(uffd, start, end, _MODE_MISSING)
+
+
+def _register(uffd: int, start: int, end: int, mode: int) -> None:
+    fcntl.ioctl(uffd, UFFDIO_REGISTER, bytearray(struct.pack("<QQQQ", start, end - start, mode, 0)))
 
 
 def unprotect(uffd: int, start: int, end: int) -> None:
