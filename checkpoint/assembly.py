@@ -19,6 +19,7 @@ from checkpoint import environment
 from checkpoint.kernel import ptrace
 from checkpoint.model import tree
 from checkpoint.parasite import StubTask, spawn_root_stub
+from checkpoint.parasite.stub import CLONE_FILES, CLONE_FS, CLONE_PARENT, THREAD_FLAGS
 from checkpoint.plan import RestorePlan
 from checkpoint.resources import cgroups, directories, files, memory, prctl, registers, signals, task
 from checkpoint.restore_context import RestoreContext
@@ -27,7 +28,6 @@ from images import task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
 
-CLONE_PARENT = 0x8000
 ARENA_BYTES = 1 << 20
 _WALL = 0x40000000
 _O_CLOEXEC = 0o2000000
@@ -66,6 +66,8 @@ class Assembly:
                     faults.point("restore.root_stub")
                 case tree.Fork():
                     self._fork(step)
+                case tree.Unshare(pid, files, fs):
+                    self._stub(pid).call("unshare", files * CLONE_FILES | fs * CLONE_FS)
                 case tree.SetSid(pid):
                     self._stub(pid).call("setsid")
                 case tree.SetPgid(pid, pgid):
@@ -124,7 +126,7 @@ class Assembly:
 
     def _fork(self, step: tree.Fork) -> None:
         maker = self._stub(step.maker)
-        flags = CLONE_PARENT if step.sibling else 0
+        flags = step.sibling * CLONE_PARENT | step.files * CLONE_FILES | step.fs * CLONE_FS
         # The kernel takes the sibling's signal from the maker: it must not be given.
         exit_signal = 0 if step.sibling else step.exit_signal
         if step.pid > 0:
@@ -179,9 +181,11 @@ class Assembly:
             task.restore_permissions(batch, process)
             if len(batch):
                 stub.run(batch)
-            for thread in process.threads[1:]:
-                tid = thread.tid
-                self.ctx.threads[tid] = self._until_free(tid, functools.partial(stub.clone_thread, tid))
+            task.restore_loginuid(self.ctx, stub, process)
+            for step in self.plan.threads[process.pid]:
+                flags = THREAD_FLAGS & ~(0 if step.files else CLONE_FILES) & ~(0 if step.fs else CLONE_FS)
+                make = functools.partial(self.ctx.threads[step.maker].clone_thread, step.tid, flags)
+                self.ctx.threads[step.tid] = self._until_free(step.tid, make)
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -189,13 +193,19 @@ class Assembly:
         """Everything but registers, masks and stops."""
         for stub, process in self.living():
             batch = stub.batch()
-            directories.restore(self.ctx, batch, process)
+            if not process.fs_of:
+                directories.restore(self.ctx, batch, process)
             task.restore_process_early(batch, process)
             stub.run(batch)
             task.create_timers(stub, process)
-            batch = stub.batch()
-            batch.call("close", self.ctx.supervisor_fd)
-            stub.run(batch)
+            for thread in process.threads:
+                if thread.HasField("fs"):
+                    own = self.ctx.threads[thread.tid]
+                    batch = own.batch()
+                    directories.restore(self.ctx, batch, thread.fs)
+                    own.run(batch)
+        for tid in self._one_of_each_table():
+            self.ctx.threads[tid].call("close", self.ctx.supervisor_fd)
         for _, process in self.living():
             task.restore_outside(self.ctx, process)
             for thread in process.threads:
@@ -204,6 +214,11 @@ class Assembly:
                 task.restore_thread_early(batch, thread)
                 task.restore_thread_late(self.ctx, batch, process, thread)
                 stub.run(batch)
+
+    def _one_of_each_table(self) -> Iterator[int]:
+        yield from (tid for tid, _, _ in self.ctx.tables())
+        # A point without descriptors.
+        yield from (process.pid for _, process in self.living() if not process.files)
 
     # -- release ------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from checkpoint.kernel import proc
 from checkpoint.kernel.tasks import children, task_ids
-from checkpoint.resources import files, memory, task
+from checkpoint.resources import files, memory, sharing, task
 from snapshotter.base.errors import (
     Finding,
     PermissionDeniedError,
@@ -71,6 +71,7 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
         if not look_at_process(one, report.findings) and one == pid:
             raise TargetGoneError("ended while it was looked at", where=f"task {pid}")
     _look_at_sharing(report)
+    sharing.look_job(report.root_pid, report.tasks, report.findings)
     files.look_job(report.pids, report.findings)
     return report
 

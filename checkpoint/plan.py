@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from checkpoint.environment import Survey
 from checkpoint.model import tree
+from checkpoint.model.sharing import MakeThread, SharingError, plan_threads
+from checkpoint.resources import sharing
 from checkpoint.restore_context import RestoreContext, RestoreOptions
 from images import codec, files_pb2, manifest_pb2, task_pb2
 from snapshotter.base.errors import UnsupportedError, VerificationError
@@ -25,6 +27,8 @@ class RestorePlan:
 
     root_pid: int
     tree: tree.TreePlan
+    threads: dict[int, list[MakeThread]]
+    """pid -> how all threads but the first are made."""
     nr_processes: int
     nr_threads: int
     replaces: tuple[str, ...]
@@ -34,6 +38,8 @@ class RestorePlan:
         lines = [f"restore task {self.root_pid}: {processes}, {plural(self.nr_threads, 'thread')}"]
         lines += [f"kill {name}" for name in self.replaces]
         lines += str(self.tree).splitlines()
+        for steps in self.threads.values():
+            lines += [str(step) for step in steps if not (step.files and step.fs)]
         return "\n".join(lines)
 
 
@@ -70,6 +76,7 @@ def _check_tasks(ctx: RestoreContext) -> None:
         raise VerificationError("lists no root process", where="image 'manifest'", hint=_HINT)
     seen: set[int] = set()
     spaces: dict[str, int] = {}
+    users = {process.files: 0 for process in ctx.processes.values()}
     for pid, process in ctx.processes.items():
         where = f"image 'process/{pid}'"
         if not process.threads or process.threads[0].tid != pid:
@@ -80,13 +87,23 @@ def _check_tasks(ctx: RestoreContext) -> None:
             seen.add(thread.tid)
         if process.state == task_pb2.Process.ZOMBIE:
             continue
-        for name in filter(None, (process.mm, process.files)):
+        for name in filter(None, (process.mm, process.files, *(one.files for one in process.threads))):
             if name not in ctx.names:
                 raise VerificationError(
                     f"refers to image {name!r}, which is missing", where=where, hint=_HINT
                 )
         if not all(thread.regs and thread.xstate for thread in process.threads):
             raise VerificationError("lacks the registers of a thread", where=where, hint=_HINT)
+        first = ctx.processes.get(process.fs_of)
+        if process.fs_of and (first is None or first.fs_of or first.state == task_pb2.Process.ZOMBIE):
+            raise VerificationError(
+                f"shares its directories with task {process.fs_of}, which has none", where=where, hint=_HINT
+            )
+        for thread in process.threads:
+            if thread.files and users.setdefault(thread.files, pid) != pid:
+                raise VerificationError(
+                    f"thread {thread.tid} shares descriptors with another process", where=where, hint=_HINT
+                )
         tids = {thread.tid for thread in process.threads}
         for timer in process.posix_timers:
             if timer.notify_tid and timer.notify_tid not in tids:
@@ -108,7 +125,7 @@ def _check_tasks(ctx: RestoreContext) -> None:
 
 def _check_files(ctx: RestoreContext) -> None:
     """Descriptors, descriptions and what those refer to (inside one image it is images/validate.py's)."""
-    tables = {process.files: pid for pid, process in ctx.processes.items() if process.files}
+    tables = [name for _, _, name in ctx.tables()]
     if "files" not in ctx.names:
         if tables:
             raise VerificationError("is missing", where="image 'files'", hint=_HINT)
@@ -136,6 +153,7 @@ def _check_files(ctx: RestoreContext) -> None:
 def make_plan(ctx: RestoreContext, found: Survey) -> RestorePlan:
     """Order the tree and decide sessions; adds the warnings to the context."""
     root_pid = ctx.manifest.root_pid
+    classes = sharing.process_classes(ctx.processes)
     processes = [
         tree.TreeProcess(
             process.pid,
@@ -145,6 +163,7 @@ def make_plan(ctx: RestoreContext, found: Survey) -> RestorePlan:
             process.state == task_pb2.Process.ZOMBIE,
             process.exit_signal,
             process.child_subreaper,
+            *classes[process.pid],
         )
         for process in ctx.processes.values()
     ]
@@ -163,6 +182,15 @@ def make_plan(ctx: RestoreContext, found: Survey) -> RestorePlan:
             root_sid=found.own_sid if keep_sid else 0,
             root_pgid=found.own_pgid if keep_sid else 0,
         )
+        threads = {
+            pid: plan_threads(pid, sharing.thread_plan(process)) for pid, process in ctx.processes.items()
+        }
+    except SharingError as error:
+        raise UnsupportedError(
+            f"what its tasks share cannot be made again: {error}",
+            where=f"task {root_pid}",
+            hint="take another point",
+        ) from error
     except tree.TreeError as error:
         raise VerificationError(
             f"the processes do not fit together: {error}", where="the point", hint=_HINT
@@ -172,6 +200,7 @@ def make_plan(ctx: RestoreContext, found: Survey) -> RestorePlan:
     return RestorePlan(
         root_pid,
         steps,
+        threads,
         len(ctx.processes),
         sum(len(process.threads) for process in ctx.processes.values()),
         tuple(str(holder) for holder in found.old.values()),

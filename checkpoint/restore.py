@@ -148,8 +148,7 @@ def _build(ctx: RestoreContext, planned: RestorePlan, phases: dict[str, int]) ->
         faults.point("restore.tree")
         with _timed(phases, "files"):
             files.open_all(ctx)
-            for stub, process in assembly.living():
-                files.install(ctx, stub, process)
+            files.install(ctx)
         faults.point("restore.files")
         with _timed(phases, "memory"):
             for stub, process in assembly.living():
@@ -157,10 +156,10 @@ def _build(ctx: RestoreContext, planned: RestorePlan, phases: dict[str, int]) ->
                 faults.point("restore.memory")
         with _timed(phases, "threads"):
             assembly.make_threads()
+            files.install_own(ctx)
         faults.point("restore.threads")
         with _timed(phases, "state"):
-            for stub, process in assembly.living():
-                files.late(ctx, stub, process)
+            files.late(ctx)
             memory.finish(ctx)
             assembly.restore_state()
         faults.point("restore.state")

@@ -6,7 +6,7 @@ snap's reaches a stub (`give`). No phases, no order: those are restore.py's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -119,6 +119,19 @@ class RestoreContext:
         if not process.files:
             return files_pb2.FdTable()
         return self.image(process.files, files_pb2.FdTable)
+
+    def tables(self) -> Iterator[tuple[int, int, str]]:
+        """Every descriptor table once: (task that gets it, its process, image name). Threads have one of their own only where
+        they did not share with their process.
+        """
+        seen = {""}
+        for pid, process in self.processes.items():
+            if process.state == task_pb2.Process.ZOMBIE:
+                continue
+            for tid, name in ((pid, process.files), *((one.tid, one.files) for one in process.threads)):
+                if name not in seen:
+                    seen.add(name)
+                    yield tid, pid, name
 
     def give(self, batch: Batch, local_fd: int) -> Ref:
         """Add to `batch` the arrival of a descriptor of snap's: the same file description, in the stub.

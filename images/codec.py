@@ -8,6 +8,7 @@ VerificationError and never guessed. What the values mean is images/validate.py'
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from images import files_pb2, manifest_pb2, mm_pb2, task_pb2, validate
 from snapshotter.base.errors import VerificationError
 
 FORMAT_VERSION = 1
-"""Of every kind of image; a kind gets a number of its own once one changes."""
+"""Of every kind of image but those that have a number of their own."""
 
 MIB = 1 << 20
 MAX_BYTES = 256 * MIB
@@ -33,13 +34,23 @@ class Kind:
     message: type[Message]
     max_bytes: int
     version: int = FORMAT_VERSION
+    """The newest; all from 1 on are read."""
+    needs: Callable[[Message], int] = lambda _message: FORMAT_VERSION
+    """The oldest version that can say what is in a message: that one is written."""
 
 
 _NUMBER = r"(0|[1-9][0-9]{0,9})"
 
 KINDS: tuple[Kind, ...] = (
     Kind("manifest", re.compile(r"manifest"), manifest_pb2.Manifest, 16 * MIB),
-    Kind("process", re.compile(rf"process/{_NUMBER}"), task_pb2.Process, MAX_BYTES),
+    Kind(
+        "process",
+        re.compile(rf"process/{_NUMBER}"),
+        task_pb2.Process,
+        MAX_BYTES,
+        validate.PROCESS_SHARES,
+        validate.process_version,
+    ),
     Kind("mm", re.compile(rf"mm/{_NUMBER}"), mm_pb2.Mm, MAX_BYTES),
     Kind("shmem", re.compile(rf"shmem/{_NUMBER}"), mm_pb2.Shmem, MIB),
     Kind("files", re.compile(r"files"), files_pb2.Files, MAX_BYTES),
@@ -80,7 +91,7 @@ def serialise(name: str, message: Message) -> bytes:
             f"holds a {kind.message.DESCRIPTOR.name}, not a {message.DESCRIPTOR.name}",
             where=f"image {name!r}",
         )
-    message.format_version = kind.version  # type: ignore[attr-defined]
+    message.format_version = kind.needs(message)  # type: ignore[attr-defined]
     data = message.SerializeToString(deterministic=True)
     _check_size(name, kind, len(data))
     validate.check(name, message)
@@ -105,9 +116,10 @@ def parse(name: str, data: bytes) -> Message:
             hint="run `snap verify`; other points may be whole",
         ) from error
     version = int(message.format_version)  # type: ignore[attr-defined]
-    if version != kind.version:
+    if not FORMAT_VERSION <= version <= kind.version:
+        known = f"up to {kind.version}" if kind.version > FORMAT_VERSION else str(kind.version)
         raise VerificationError(
-            f"format version {version}, this snap reads {kind.version}",
+            f"format version {version}, this snap reads {known}",
             where=f"image {name!r}",
             hint="use the version of snap that made the point" if version > kind.version else "it is damaged",
         )

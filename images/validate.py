@@ -6,6 +6,7 @@ of another size, a task outside its tree); what this machine cannot offer is the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from google.protobuf.message import Message
@@ -25,6 +26,9 @@ NR_TASKS_MAX = PID_MAX
 _SOCK_DGRAM = 2
 _SUN_PATH_BYTES = 108
 USER_END = 1 << 57  # five-level page tables
+PROCESS_SHARES = 2
+"""Version of a Process that says what is shared otherwise than by rule (CLONE_FILES, CLONE_FS)."""
+_TABLE = re.compile(r"fdtable/[1-9][0-9]{0,9}")
 
 
 class _BadValueError(Exception):
@@ -99,6 +103,43 @@ def _pending(signals: object, what: str) -> None:
         )
 
 
+def process_version(process: Message) -> int:
+    """The oldest version of a Process that can say what is in this one."""
+    if not isinstance(process, task_pb2.Process):
+        return 1
+    exceptional = process.fs_of or process.files not in {"", f"fdtable/{process.pid}"}
+    if exceptional or any(
+        thread.files or thread.fs_of or thread.HasField("fs") for thread in process.threads
+    ):
+        return PROCESS_SHARES
+    return 1
+
+
+def _shares(process: task_pb2.Process, tids: set[int]) -> None:
+    """What is shared otherwise than by rule."""
+    _require(
+        process.format_version >= process_version(process), "it shares what its version has no place for"
+    )
+    _require(process.fs_of <= PID_MAX and process.fs_of != process.pid, f"fs_of {process.fs_of}")
+    firsts = {thread.fs_of for thread in process.threads if thread.fs_of == thread.tid}
+    for at, thread in enumerate(process.threads):
+        special = bool(thread.files or thread.fs_of or thread.HasField("fs"))
+        _require(at or not special, "its first thread does not share with itself")
+        _require(not thread.files or _TABLE.fullmatch(thread.files), f"thread {thread.tid} has no such table")
+        _require(
+            not thread.files or thread.files != process.files, f"thread {thread.tid} shares and does not"
+        )
+        if not thread.fs_of and not thread.HasField("fs"):
+            continue
+        _require(thread.fs_of in firsts and thread.fs_of in tids, f"thread {thread.tid} shares with nobody")
+        own = thread.fs_of == thread.tid
+        _require(thread.HasField("fs") == own, f"thread {thread.tid} has directories that it shares")
+        if own:
+            _require(thread.fs.umask <= 0o777, f"umask {thread.fs.umask:o}")
+            _identity(thread.fs.cwd, "a working directory")
+            _identity(thread.fs.root, "a root directory")
+
+
 def _process(process: task_pb2.Process) -> None:
     _pid(process.pid, "the process")
     pid = process.pid
@@ -113,6 +154,7 @@ def _process(process: task_pb2.Process) -> None:
     _require(len(tids) == len(process.threads), "a thread is listed twice")
     for thread in process.threads:
         _thread(thread)
+    _shares(process, tids)
     for action in process.actions:
         _require(0 < action.signo <= NSIG, f"an action for signal {action.signo}")
     _pending(process.shared_pending, f"process {pid}")
@@ -126,6 +168,7 @@ def _process(process: task_pb2.Process) -> None:
     for limit in process.rlimits:
         _require(limit.resource < 64, f"a limit of resource {limit.resource}")
     _require(process.umask <= 0o777, f"umask {process.umask:o}")
+    _require(len(process.loginuid) <= 10, f"a login uid of {len(process.loginuid)} bytes")
     _require(-1000 <= process.oom_score_adj <= 1000, f"oom_score_adj {process.oom_score_adj}")
     _identity(process.cwd, "the working directory")
     _identity(process.root, "the root directory")

@@ -27,6 +27,8 @@
 #define XSTATE 0x202
 #define EFLAGS 0x202                    // interrupts on, direction and trap flags clear
 #define RSEQ_SECTION 8                  // offset of rseq_cs in struct rseq
+#define KCMP_FILES 2
+#define KCMP_FS 3
 
 _Static_assert(sizeof(struct user_regs_struct) == 216, "27 words");
 
@@ -181,8 +183,47 @@ static int read_one(int pid, int mem_fd, struct snap_thread *t, struct room *roo
     note(room, got, &t->affinity_at, &t->affinity_length);
     got = syscall(SYS_ioprio_get, 1 /* IOPRIO_WHO_PROCESS */, t->tid);
     t->io_priority = got < 0 ? 0 : (int32_t)got;
+    t->own = 0;
+    if (t->tid != pid) {
+        // A kernel without kcmp(2) was refused before.
+        if (syscall(SYS_kcmp, pid, t->tid, KCMP_FILES, 0, 0) > 0)
+            t->own |= SNAP_OWN_FILES;
+        if (syscall(SYS_kcmp, pid, t->tid, KCMP_FS, 0, 0) > 0)
+            t->own |= SNAP_OWN_FS;
+    }
     t->failed = 0;
     return room->used < room->size ? 0 : ENOSPC;
+}
+
+// Which tasks have the same object (kcmp(2), `kind`): first[i] is the lowest j of those that share with i, i itself for one
+// that shares with nobody, or cannot be compared. `order` is room for nr numbers. Zombies have nothing, and are equal in
+// that: they are the caller's to leave out. The kernel's order is total, so that n tasks cost n log n comparisons.
+void snap_share(int kind, const int32_t *tids, size_t nr, uint32_t *first, uint32_t *order)
+{
+    size_t known = 0;
+    for (size_t i = 0; i < nr; i++) {
+        size_t low = 0, high = known;
+        first[i] = (uint32_t)i;
+        while (low < high) {
+            size_t middle = (low + high) / 2;
+            long way = syscall(SYS_kcmp, tids[i], tids[order[middle]], kind, 0, 0);
+            if (way < 0 || way == 3)
+                break;
+            if (way == 0) {
+                first[i] = order[middle];
+                break;
+            }
+            if (way == 1)
+                high = middle;
+            else
+                low = middle + 1;
+        }
+        if (low < high || syscall(SYS_kcmp, tids[i], tids[i], kind, 0, 0) != 0)
+            continue;
+        memmove(order + low + 1, order + low, (known - low) * sizeof(*order));
+        order[low] = (uint32_t)i;
+        known++;
+    }
 }
 
 // What there is to know of stopped threads without running anything in them. An error is noted with the thread that it

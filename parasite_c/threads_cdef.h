@@ -9,6 +9,9 @@
 #define SNAP_T_ROBUST 8
 #define SNAP_T_SCHEDULING 9
 
+#define SNAP_OWN_FILES 1
+#define SNAP_OWN_FS 2
+
 #define SNAP_V_FRAMES 0
 #define SNAP_V_REDIRECTED 1
 #define SNAP_V_BLOCKED 2
@@ -46,6 +49,8 @@ struct snap_thread {
     uint32_t affinity_length;
     uint32_t xstate_at;
     uint32_t xstate_length;
+    uint32_t own;                       // what it does not share with its process's first thread: SNAP_OWN_*
+    uint32_t pad;
 };
 
 struct snap_visit {
@@ -81,6 +86,7 @@ struct snap_visits {
 
 int snap_read_threads(int pid, int mem_fd, struct snap_thread *threads, size_t nr, char *room, size_t size,
                       const char *code_magic, const char *frame_magic, uint64_t second);
+void snap_share(int kind, const int32_t *tids, size_t nr, uint32_t *first, uint32_t *order);
 int64_t snap_read_files(const char *paths, char *room, size_t size, uint32_t *lengths, size_t nr);
 int snap_visit_threads(struct snap_visits *v, const struct snap_visit *visits, size_t nr, const char *xstates,
                        const char *magic, size_t magic_size, const char *batch, const char *data, char *out,

@@ -1,4 +1,4 @@
-"""Asks the kernel for its list of unix sockets (sock_diag netlink, unix_diag.h).
+"""Asks the kernel for its lists of sockets (sock_diag netlink: unix_diag.h, inet_diag.h).
 
 Owns the encoding of the request and the parsing of the answers; sees the network namespace of snap only.
 """
@@ -19,6 +19,8 @@ _NLM_F_REQUEST_DUMP = 0x1 | 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _SHOW_NAME, _SHOW_VFS, _SHOW_PEER, _SHOW_ICONS, _SHOW_RQLEN = 0x1, 0x2, 0x4, 0x8, 0x10
 _ATTR_NAME, _ATTR_VFS, _ATTR_PEER, _ATTR_ICONS, _ATTR_RQLEN, _ATTR_SHUTDOWN = 0, 1, 2, 3, 4, 6
+_INET_ID_BYTES, _INET_MESSAGE_BYTES, _INET_SHUTDOWN = 48, 72, 8
+"""sizes of inet_diag_sockid and inet_diag_msg, whose last field is the inode."""
 
 STATE_ESTABLISHED, STATE_CLOSE, STATE_LISTEN = 1, 7, 10
 
@@ -82,8 +84,38 @@ def unix_sockets() -> dict[int, UnixSocketInfo]:
     """
     show = _SHOW_NAME | _SHOW_VFS | _SHOW_PEER | _SHOW_ICONS | _SHOW_RQLEN
     request = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, show, 0xFFFFFFFF, 0xFFFFFFFF)
+    try:
+        messages = list(_ask(request))
+    except OSError as error:
+        raise UnsupportedError(
+            f"this kernel cannot list its unix sockets: {error.strerror}",
+            where="unix_diag",
+            hint="modprobe unix_diag (CONFIG_UNIX_DIAG)",
+        ) from error
+    return {info.ino: info for info in map(parse_unix_message, messages)}
+
+
+def udp_shutdowns(family: int) -> dict[int, int]:
+    """Which sides of the UDP sockets of this network namespace are shut down (1: reading, 2: writing), by inode number.
+
+    Sockets that were never bound are not among them. Raises OSError: the kernel has no udp_diag.
+    """
+    request = struct.pack("=BBBBI", family, socket.IPPROTO_UDP, 0, 0, 0xFFFFFFFF) + bytes(_INET_ID_BYTES)
+    return dict(map(parse_inet_shutdown, _ask(request)))
+
+
+def parse_inet_shutdown(body: bytes) -> tuple[int, int]:
+    """(inode, sides) of one struct inet_diag_msg (72 bytes) with its attributes."""
+    (ino,) = struct.unpack_from("=I", body, _INET_MESSAGE_BYTES - 4)
+    sides = [
+        value[0] for kind, value in parse_attributes(body[_INET_MESSAGE_BYTES:]) if kind == _INET_SHUTDOWN
+    ]
+    return ino, sides[0] if sides else 0
+
+
+def _ask(request: bytes) -> Iterator[bytes]:
+    """The bodies of the messages that answer a dump request. OSError: the kernel's own."""
     header = struct.pack("=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
-    found: dict[int, UnixSocketInfo] = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as link:
         link.send(header + request)
         while True:
@@ -92,14 +124,9 @@ def unix_sockets() -> dict[int, UnixSocketInfo]:
             while offset + 16 <= len(data):
                 length, kind, _flags, _seq, _pid = struct.unpack_from("=IHHII", data, offset)
                 if kind == _NLMSG_DONE or length < 16:
-                    return found
+                    return
                 if kind == _NLMSG_ERROR:
                     code = -struct.unpack_from("=i", data, offset + 16)[0]
-                    raise UnsupportedError(
-                        f"this kernel cannot list its unix sockets: {os.strerror(code)}",
-                        where="unix_diag",
-                        hint="modprobe unix_diag (CONFIG_UNIX_DIAG)",
-                    )
-                info = parse_unix_message(data[offset + 16 : offset + length])
-                found[info.ino] = info
+                    raise OSError(code, os.strerror(code))
+                yield data[offset + 16 : offset + length]
                 offset += (length + 3) & ~3

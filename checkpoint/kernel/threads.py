@@ -59,6 +59,16 @@ class ThreadFacts:
         return Regs.from_bytes(bytes(ffi.buffer(self.raw.regs)))
 
     @property
+    def own_files(self) -> bool:
+        """It has a descriptor table of its own, not its process's (unshare(CLONE_FILES))."""
+        return bool(self.raw.own & lib.SNAP_OWN_FILES)
+
+    @property
+    def own_fs(self) -> bool:
+        """The same of its working directory, root and umask (unshare(CLONE_FS))."""
+        return bool(self.raw.own & lib.SNAP_OWN_FS)
+
+    @property
     def sigmask(self) -> int:
         return int(self.raw.sigmask)
 
@@ -172,6 +182,16 @@ def _fail(one: Any) -> None:
     raise wrap_os_error(
         OSError(code, os.strerror(code)), f"cannot read {_WHAT.get(one.failed, 'it')}", where=where
     )
+
+
+def same(kind: int, tids: Sequence[int]) -> dict[int, int]:
+    """Which tasks share an object of that kind (sys.KCMP_*): tid -> the first of the list that has the same one.
+
+    Zombies are the caller's to leave out: they have none and are equal in that. The tasks may be running.
+    """
+    first = ffi.new("uint32_t[]", len(tids))
+    lib.snap_share(kind, ffi.new("int32_t[]", list(tids)), len(tids), first, ffi.new("uint32_t[]", len(tids)))
+    return {tid: tids[at] for tid, at in zip(tids, first, strict=True)}
 
 
 def read_files(paths: Sequence[str]) -> list[bytes | None]:

@@ -12,13 +12,17 @@ What the kernel allows, and therefore what the plan is made of:
   it to the nearest subreaper, as it happened to the job;
 - a session or group whose leader is dead keeps its number: a helper with that pid makes it, and leaves once
   the members are there;
-- setpgid is done by each process itself, once the whole tree stands.
+- setpgid is done by each process itself, once the whole tree stands;
+- a descriptor table, or a working directory, that processes share is passed on at birth (sharing.py): who only passes
+  it on leaves it when the whole tree stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from checkpoint.model.sharing import Sharing, shared_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,10 @@ class TreeProcess:
     zombie: bool = False
     exit_signal: int = 17
     subreaper: bool = False
+    files: int = 0
+    """A number for its descriptor table: those with the same one share it. 0: nobody does."""
+    fs: int = 0
+    """The same for working directory, root and umask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +64,30 @@ class Fork:
     exit_signal: int = 17
     sibling: bool = False
     helper: bool = False
+    files: bool = False
+    fs: bool = False
 
     def __str__(self) -> str:
         kind = "helper " if self.helper else ""
-        return f"{self.maker} forks {kind}{self.pid}" + (" as its sibling" if self.sibling else "")
+        sibling = " as its sibling" if self.sibling else ""
+        return f"{self.maker} forks {kind}{self.pid}{sibling}{_with(self.files, self.fs)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Unshare:
+    """`pid` leaves what it shares for a copy of its own."""
+
+    pid: int
+    files: bool
+    fs: bool
+
+    def __str__(self) -> str:
+        return f"{self.pid} unshare{_with(self.files, self.fs)}"
+
+
+def _with(files: bool, fs: bool) -> str:
+    names = [name for name, on in (("descriptors", files), ("directories", fs)) if on]
+    return " with its " + " and ".join(names) if names else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +143,7 @@ class Die:
         return f"{self.pid} becomes a zombie"
 
 
-Step = SpawnRoot | Fork | Subreaper | SetSid | SetPgid | HelperExit | Die
+Step = SpawnRoot | Fork | Unshare | Subreaper | SetSid | SetPgid | HelperExit | Die
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +182,15 @@ class _Planner:
     helpers: dict[int, int] = field(default_factory=dict)
     """helper -> who must reap it."""
     next_helper: int = -1
+    files: Sharing = field(init=False)
+    fs: Sharing = field(init=False)
+
+    def __post_init__(self) -> None:
+        parents = {pid: process.ppid for pid, process in self.processes.items() if pid != self.root}
+        files = {pid: process.files for pid, process in self.processes.items() if process.files}
+        fs = {pid: process.fs for pid, process in self.processes.items() if process.fs}
+        self.files = Sharing("descriptor table", shared_only(files, files), parents)
+        self.fs = Sharing("working directory", shared_only(fs, fs), parents)
 
     # -- relations --------------------------------------------------------------------------------------
 
@@ -181,12 +218,30 @@ class _Planner:
 
     # -- steps ------------------------------------------------------------------------------------------
 
+    def in_order(self, parent: int, children: list[int]) -> list[int]:
+        """Children, those first that must share what the parent leaves for another."""
+        if not self.files.born and not self.fs.born:
+            return children
+        return sorted(children, key=lambda pid: (self.files.rank(parent, pid), self.fs.rank(parent, pid)))
+
     def fork(
-        self, maker: int, pid: int, exit_signal: int, *, sibling: bool = False, helper: bool = False
+        self,
+        maker: int,
+        pid: int,
+        exit_signal: int,
+        *,
+        sibling: bool = False,
+        helper: bool = False,
+        like: int = 0,
     ) -> None:
+        """`like`: the process that a helper will make."""
         source = self.sims[maker]
         parent = source.parent if sibling else maker
-        self.steps.append(Fork(maker, pid, exit_signal, sibling, helper))
+        leave_files, files = self.files.fork(maker, pid, like or pid)
+        leave_fs, fs = self.fs.fork(maker, pid, like or pid)
+        if leave_files or leave_fs:
+            self.steps.append(Unshare(maker, leave_files, leave_fs))
+        self.steps.append(Fork(maker, pid, exit_signal, sibling, helper, files, fs))
         self.sims[pid] = _Sim(source.sid, source.pgid, parent)
         if helper:
             self.helpers[pid] = parent
@@ -205,13 +260,15 @@ class _Planner:
         parent = process.ppid
         if born not in self.processes and born not in self.sims:
             # The leader is dead: a helper with its pid makes the session.
-            self.fork(parent, born, 17, helper=True)
+            self.fork(parent, born, 17, helper=True, like=process.pid)
             self.setsid(born)
         siblings = [
             pid for pid, sim in self.sims.items() if sim.alive and sim.sid == born and sim.parent == parent
         ]
         if siblings:
-            self.fork(siblings[0], process.pid, process.exit_signal, sibling=True)
+            pid = process.pid
+            able = [one for one in siblings if self.files.can(one, pid) and self.fs.can(one, pid)]
+            self.fork((able or siblings)[0], pid, process.exit_signal, sibling=True)
             return True
         members = [
             pid for pid, sim in self.sims.items() if sim.alive and sim.sid == born and pid in self.processes
@@ -226,13 +283,18 @@ class _Planner:
             helper = self.next_helper
             self.next_helper -= 1
             self.steps.append(Subreaper(parent, on=True))
-            self.fork(member, helper, 17, helper=True)
+            self.fork(member, helper, 17, helper=True, like=process.pid)
             self.fork(helper, process.pid, process.exit_signal)
             self.leave(helper)
             self.steps.append(Subreaper(parent, on=False))
             self.sims[process.pid].parent = parent
             return True
         return False
+
+    def unshare(self) -> None:
+        """Everybody leaves what it has only passed on."""
+        files, fs = self.files.leave(), self.fs.leave()
+        self.steps += [Unshare(pid, pid in files, pid in fs) for pid in sorted(files | fs)]
 
     def leave(self, helper: int) -> None:
         self.steps.append(HelperExit(helper, self.helpers.pop(helper)))
@@ -252,6 +314,7 @@ def plan_tree(
 
     Raises:
         TreeError: not one tree below root_pid.
+        SharingError: a table is shared in a way that cannot be had by making processes.
     """
     by_pid = {process.pid: process for process in processes}
     order, children = _parents_first(by_pid, root_pid)
@@ -272,6 +335,7 @@ def plan_tree(
     _make_groups(planner)
     for helper in list(planner.helpers):
         planner.leave(helper)
+    planner.unshare()
     planner.steps += [Die(pid) for pid in reversed(order) if by_pid[pid].zombie]
     helper_pids = {
         step.pid for step in planner.steps if isinstance(step, Fork) and step.helper and step.pid > 0
@@ -307,14 +371,10 @@ def map_outside(
             f"process group {root.pgid} is not part of the job: task {root_pid} becomes leader of a new one"
         )
     mapped = [
-        TreeProcess(
-            process.pid,
-            process.ppid,
-            pgids.get(process.pgid, process.pgid),
-            sids.get(process.sid, process.sid),
-            process.zombie,
-            process.exit_signal,
-            process.subreaper,
+        replace(
+            process,
+            pgid=pgids.get(process.pgid, process.pgid),
+            sid=sids.get(process.sid, process.sid),
         )
         for process in processes
     ]
@@ -369,7 +429,7 @@ def _make_all(
             progress = True
             process = planner.processes[pid]
             late: list[int] = []
-            for child in children[pid]:
+            for child in planner.in_order(pid, children[pid]):
                 born = _born(planner, child, needs)
                 if born == planner.sims[pid].sid:
                     planner.fork(pid, child, planner.processes[child].exit_signal)

@@ -24,10 +24,14 @@ _DELETED = " (deleted)"
 _ROOT_DELETED, _ROOT_HINT = "its root directory was deleted", "end it, or start it anew"
 
 
-def look(pid: int, report: list[Finding]) -> None:
-    """What cannot be found again. A working directory that was deleted can be made again (nameless.py)."""
-    root, cwd = os.readlink(f"/proc/{pid}/root"), os.readlink(f"/proc/{pid}/cwd")
-    if _is_deleted(root, os.stat(f"/proc/{pid}/root")):
+def look(pid: int, report: list[Finding], tid: int = 0) -> None:
+    """What cannot be found again. A working directory that was deleted can be made again (nameless.py).
+
+    With `tid`: of a thread, which may have directories of its own.
+    """
+    folder = f"/proc/{pid}/task/{tid or pid}"
+    root, cwd = os.readlink(f"{folder}/root"), os.readlink(f"{folder}/cwd")
+    if _is_deleted(root, os.stat(f"{folder}/root")):
         report.append(Finding(pid, "root", _ROOT_DELETED, _ROOT_HINT))
     parts = cwd.split("/", 3)
     if parts[1:2] == ["proc"] and parts[2:] and parts[2].isdigit():
@@ -41,19 +45,26 @@ def _is_deleted(target: str, info: os.stat_result) -> bool:
 
 def dump(pid: int, message: task_pb2.Process) -> None:
     """Add cwd and root; the umask stands in a file that the task resource reads anyway."""
-    message.cwd.CopyFrom(_directory(pid, "cwd"))
-    message.root.CopyFrom(_directory(pid, "root"))
+    message.cwd.CopyFrom(_directory(pid, pid, "cwd"))
+    message.root.CopyFrom(_directory(pid, pid, "root"))
 
 
-def _directory(pid: int, link: str) -> common_pb2.FileIdentity:
-    path = f"/proc/{pid}/{link}"
+def dump_thread(pid: int, tid: int, umask: int, message: task_pb2.FsContext) -> None:
+    """The same of a thread that has its own (unshare(CLONE_FS))."""
+    message.cwd.CopyFrom(_directory(pid, tid, "cwd"))
+    message.root.CopyFrom(_directory(pid, tid, "root"))
+    message.umask = umask
+
+
+def _directory(pid: int, tid: int, link: str) -> common_pb2.FileIdentity:
+    path = f"/proc/{pid}/task/{tid}/{link}"
     info, target = os.stat(path), os.readlink(path)
     identity = common_pb2.FileIdentity(
         path=os.fsencode(target), dev=info.st_dev, ino=info.st_ino, mode=info.st_mode
     )
     if _is_deleted(target, info):
         if link == "root":
-            raise UnsupportedError(_ROOT_DELETED, where=f"task {pid}", hint=_ROOT_HINT)
+            raise UnsupportedError(_ROOT_DELETED, where=f"task {tid}", hint=_ROOT_HINT)
         identity.path = os.fsencode(target.removesuffix(_DELETED))
         identity.deleted, identity.uid, identity.gid = True, info.st_uid, info.st_gid
     return identity
@@ -61,18 +72,27 @@ def _directory(pid: int, link: str) -> common_pb2.FileIdentity:
 
 def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
     """Working directory and root must be there. Touches nothing; the directories stay open until `release`."""
-    for what, identity in (("working directory", process.cwd), ("root directory", process.root)):
+    _check(ctx, process.pid, process)
+    for thread in process.threads:
+        if thread.HasField("fs"):
+            _check(ctx, thread.tid, thread.fs)
+
+
+def _check(ctx: RestoreContext, tid: int, place: task_pb2.Process | task_pb2.FsContext) -> None:
+    for what, identity in (("working directory", place.cwd), ("root directory", place.root)):
         path, opened = paths.shown(identity.path), _directories(ctx)
-        where = f"task {process.pid}"
-        if _place(identity) in opened:
+        where = f"task {tid}"
+        known = _place(identity) in opened
+        if known and identity is not place.root:
             continue
         if identity.deleted:
-            if not stat_module.S_ISDIR(identity.mode) or identity is process.root:
+            if not stat_module.S_ISDIR(identity.mode) or identity is place.root:
                 raise RestoreConflictError(f"its {what} is a deleted file", where=where)
             opened[_place(identity)] = os.dup(nameless.make(ctx, identity))
             continue
         try:
-            fd = opened[_place(identity)] = paths.find(identity.path)
+            if not known:
+                opened[_place(identity)] = paths.find(identity.path)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise paths.through_a_link(identity.path) from error
@@ -81,18 +101,18 @@ def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
                 where=where,
                 hint="make it again, then roll back",
             ) from error
-        info = os.fstat(fd)
+        info = os.fstat(opened[_place(identity)])
         if not stat_module.S_ISDIR(info.st_mode):
             raise RestoreConflictError(f"its {what} {path} is no directory any more", where=where)
         if (info.st_dev, info.st_ino) == (identity.dev, identity.ino):
             continue
-        if identity is process.root:
+        if identity is place.root:
             raise RestoreConflictError(
                 f"its {what} {path} is another directory now than at the point",
                 where=where,
                 hint="put the old one back: programs trust what they find below their root",
             )
-        ctx.warn(f"task {process.pid}: its {what} {path} is another directory now than at the point")
+        ctx.warn(f"task {tid}: its {what} {path} is another directory now than at the point")
 
 
 def _directories(ctx: RestoreContext) -> dict[tuple[bytes, int, int], int]:
@@ -110,10 +130,10 @@ def release(ctx: RestoreContext) -> None:
         os.close(fd)
 
 
-def restore(ctx: RestoreContext, batch: Batch, process: task_pb2.Process) -> None:
-    """Root, cwd, umask."""
+def restore(ctx: RestoreContext, batch: Batch, place: task_pb2.Process | task_pb2.FsContext) -> None:
+    """Root, cwd, umask: of a process, or of a thread that has its own."""
     own_root = os.stat("/")
-    for identity, chroot in ((process.root, True), (process.cwd, False)):
+    for identity, chroot in ((place.root, True), (place.cwd, False)):
         if chroot and (identity.dev, identity.ino) == (own_root.st_dev, own_root.st_ino):
             continue
         remote = ctx.give(batch, _directories(ctx)[_place(identity)])
@@ -121,4 +141,4 @@ def restore(ctx: RestoreContext, batch: Batch, process: task_pb2.Process) -> Non
         if chroot:
             batch.call("chroot", b".\0")
         batch.call("close", remote)
-    batch.call("umask", process.umask)
+    batch.call("umask", place.umask)

@@ -25,6 +25,7 @@ from checkpoint.resources import (
     prctl,
     registers,
     scheduling,
+    sharing,
     signals,
     timers,
 )
@@ -81,6 +82,8 @@ def look(pid: int, report: list[Finding]) -> None:
         except TargetGoneError:
             continue
         _look_thread(pid, tid, of_thread, report)
+    for tid in sharing.directory_owners(pid):
+        directories.look(pid, report, tid)
 
 
 def look_root(pid: int, report: list[Finding]) -> None:
@@ -196,6 +199,7 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
     cgroups.dump(pid, message)
     message.oom_score_adj = int(_read(f"/proc/{pid}/oom_score_adj"))
     message.coredump_filter = int(_read(f"/proc/{pid}/coredump_filter") or b"0", 16)
+    message.loginuid = _loginuid(pid)
     message.unreported_stops.extend(_unreported_stops(ctx, process))
 
     def answer() -> None:
@@ -344,6 +348,26 @@ def restore_permissions(batch: Batch, process: task_pb2.Process) -> None:
         batch.call("arch_prctl", _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
 
 
+def restore_loginuid(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -> None:
+    """The user that had logged in, for the audit log. Before the threads, which inherit it; only a task itself may set it."""
+    if not process.loginuid or process.loginuid == _loginuid(process.pid):
+        return
+    fd = os.open(f"/proc/{process.pid}/loginuid", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        batch = stub.batch()
+        remote = ctx.give(batch, fd)
+        written = batch.call("write", remote, process.loginuid, len(process.loginuid), check=False)
+        batch.call("close", remote)
+        error = -min(stub.run(batch)[written], 0)
+    finally:
+        os.close(fd)
+    if error:
+        ctx.warn(
+            f"task {process.pid}: its login uid {process.loginuid.decode('ascii', 'replace')} is not set "
+            f"({os.strerror(error)}); it has that of snap"
+        )
+
+
 def restore_thread_early(batch: Batch, thread: task_pb2.Thread) -> None:
     """Before the credentials: what root may do and memory must be there for."""
     batch.call("prctl", prctl.SET_NAME, thread.comm.ljust(16, b"\0")[:15] + b"\0", 0, 0, 0)
@@ -429,6 +453,14 @@ def create_timers(stub: StubTask, process: task_pb2.Process) -> None:
 def _read(path: str) -> bytes:
     with open(path, "rb", buffering=0) as file:
         return file.readall()
+
+
+def _loginuid(pid: int) -> bytes:
+    """Empty where the kernel has no audit."""
+    try:
+        return _read(f"/proc/{pid}/loginuid")
+    except FileNotFoundError:
+        return b""
 
 
 def _comm_bytes(pid: int, tid: int | None = None) -> bytes:

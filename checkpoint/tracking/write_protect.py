@@ -32,6 +32,7 @@ import errno
 import functools
 import mmap
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -39,7 +40,7 @@ import numpy as np
 
 from checkpoint.context import FrozenProcess
 from checkpoint.freeze import stopped_process
-from checkpoint.kernel import proc, uffd
+from checkpoint.kernel import proc, threads, uffd
 from checkpoint.kernel import sys as ksys
 from checkpoint.parasite import prepare
 from checkpoint.tracking import keeper
@@ -79,7 +80,18 @@ class WriteProtectSession(Session):
 
     def tracks(self, pid: int) -> bool:
         """Those that a userfaultfd could be made in, at the first collect."""
-        return self._kept is not None and pid not in self._refused
+        if self._kept is None or pid in self._refused:
+            return False
+        return pid in self._kept.uffds or pid not in self._sharers
+
+    @functools.cached_property
+    def _sharers(self) -> frozenset[int]:
+        """Processes that share their descriptor table (CLONE_FILES): a descriptor made in one of them could be inherited from
+        another that runs meanwhile, so that they wait for the frozen window.
+        """
+        first = threads.same(ksys.KCMP_FILES, list(self.tasks))
+        sizes = Counter(first.values())
+        return frozenset(pid for pid in first if sizes[first[pid]] > 1)
 
     def collect(
         self, pid: int, vmas: Sequence[tuple[int, int]], *, frozen: FrozenProcess | None = None
@@ -92,6 +104,8 @@ class WriteProtectSession(Session):
             kept.nonce = ""
         try:
             if pid not in kept.uffds:
+                if frozen is None and pid in self._sharers:
+                    return None
                 self._begin(pid, vmas, frozen)
             elif frozen is not None and not self._register(pid, vmas):
                 # The address space of this userfaultfd is gone: the process has made an exec.

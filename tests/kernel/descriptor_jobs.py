@@ -13,7 +13,7 @@ from checkpoint.context import DumpContext, DumpOptions
 from checkpoint.kernel.fdinfo import parse_fdinfo
 from checkpoint.resources import files
 from checkpoint.resources.files.opening import Opening
-from images import files_pb2
+from images import files_pb2, task_pb2
 
 
 @contextlib.contextmanager
@@ -47,7 +47,9 @@ def child(prepare: Callable[[], object]) -> Iterator[int]:
 
 def dump(*pids: int) -> DumpContext:
     ctx = DumpContext(root_pid=pids[0], sink=None, parent=None, options=DumpOptions())
-    ctx.processes = {pid: SimpleNamespace(pid=pid, is_zombie=False) for pid in pids}
+    for pid in pids:
+        ctx.processes[pid] = SimpleNamespace(pid=pid, is_zombie=False, start_time_ticks=0, threads=[])
+        ctx.images[f"process/{pid}"] = task_pb2.Process(pid=pid)
     files.dump_files(ctx)
     return ctx
 

@@ -265,8 +265,12 @@ def test_locks_and_owner(again, tmp_path):
         fcntl.fcntl(fd, fcntl.F_SETLK, struct.pack("=hh4xqqi4x", fcntl.F_WRLCK, 0, 5, 10, 0))
 
     r = again(prepare)
-    assert {lock.kind for lock in r.info(3).locks} == {"FLOCK"}
-    assert [(lock.kind, lock.start, lock.end) for lock in r.table[3].locks] == [("POSIX", 5, 14)]
+    (of_description,) = r.opening.descriptions[r.table[3].description].locks
+    (of_process,) = r.table[3].locks
+    assert (of_description.kind, of_description.write) == ("FLOCK", True)
+    assert (of_process.kind, of_process.start, of_process.end) == ("POSIX", 5, 14)
+    assert of_description.pid == of_process.pid > 0
+    assert not r.info(3).locks, "they are taken by who had them, not here"
 
 
 def test_many_eventfds_are_told_apart(again):

@@ -63,7 +63,7 @@ def test_unknown_names_are_refused(name):
         kind_of(name)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, 2**32 - 1])
+@pytest.mark.parametrize("version", [0, 3, 99, 2**32 - 1])
 def test_other_versions_are_refused(version):
     process = a_process()
     process.format_version = version

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
+from checkpoint.resources import sharing
 from checkpoint.resources.files import install as _install
 from checkpoint.resources.files import kinds, outside
-from checkpoint.resources.files.dumping import FilesDump, shared_tables
+from checkpoint.resources.files.dumping import FilesDump
 from checkpoint.resources.files.install import highest_fd
 from checkpoint.resources.files.kind import descriptors, see
 from checkpoint.resources.files.opening import Opening
@@ -25,9 +26,7 @@ from snapshotter.base.errors import Finding, TargetGoneError, wrap_os_error
 
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext
-    from checkpoint.parasite import StubTask
     from checkpoint.restore_context import RestoreContext
-    from images import task_pb2
 
 __all__ = [
     "check",
@@ -35,6 +34,7 @@ __all__ = [
     "dump_files",
     "highest_fd",
     "install",
+    "install_own",
     "late",
     "look",
     "look_job",
@@ -47,17 +47,17 @@ _STATE = "files"
 def look(pid: int, report: list[Finding]) -> None:
     """Adds to `report` each descriptor of a process that cannot be dumped. The process may be running."""
     try:
-        for fd in descriptors(pid):
-            seen = see(pid, fd)
-            if seen is None:
-                continue
-            try:
-                finding = kinds.refusal(seen)
-            except FileNotFoundError:
-                continue  # closed meanwhile
-            if finding is not None:
-                report.append(finding)
-        report.extend(shared_tables(pid))
+        for task in sharing.descriptor_tables(pid):
+            for fd in descriptors(task):
+                seen = see(task, fd)
+                if seen is None:
+                    continue
+                try:
+                    finding = kinds.refusal(seen)
+                except FileNotFoundError:
+                    continue  # closed meanwhile
+                if finding is not None:
+                    report.append(finding)
     except (FileNotFoundError, ProcessLookupError):
         return  # the process ended: look at the tree says so
     except PermissionError as error:
@@ -67,7 +67,7 @@ def look(pid: int, report: list[Finding]) -> None:
 
 
 def look_job(pids: Sequence[int], report: list[Finding]) -> None:
-    """What only the whole job shows: sockets to processes outside, shared descriptor tables."""
+    """What only the whole job shows: sockets to processes outside."""
     outside.look_job([pid for pid in pids if not _has_ended(pid)], report)
 
 
@@ -80,8 +80,12 @@ def _has_ended(pid: int) -> bool:
 
 
 def dump_files(ctx: DumpContext) -> None:
-    """Dumps the descriptors of the whole frozen job: ctx.images["files"] and one "fdtable/<pid>" per process."""
-    with FilesDump(ctx) as job:
+    """Dumps the descriptors of the whole frozen job: ctx.images["files"] and one "fdtable/<pid>" per table.
+
+    The Process messages are there already; they and their threads get what they share.
+    """
+    tables = sharing.dump(ctx)
+    with FilesDump(ctx, tables) as job:
         job.run()
 
 
@@ -103,14 +107,23 @@ def open_all(ctx: RestoreContext) -> None:
     _opening(ctx).open_all()
 
 
-def install(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -> None:
-    """Gives a stub the descriptor table of its process; closes what else it has but the supervisor's."""
-    _install.install(ctx, _opening(ctx), stub, process)
+def install(ctx: RestoreContext) -> None:
+    """Gives every process its descriptor table; closes what else the stubs have but the supervisor's."""
+    for tid, pid, name in ctx.tables():
+        if tid == pid:
+            _install.install(ctx, _opening(ctx), ctx.stubs[pid], name)
 
 
-def late(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -> None:
-    """Once all threads exist: owners of SIGIO, POSIX locks, the controlling terminal."""
-    _install.late(ctx, _opening(ctx), stub, process)
+def install_own(ctx: RestoreContext) -> None:
+    """The same for threads that do not share with their process; they have just been made."""
+    for tid, pid, name in ctx.tables():
+        if tid != pid:
+            _install.install(ctx, _opening(ctx), ctx.threads[tid], name)
+
+
+def late(ctx: RestoreContext) -> None:
+    """Once all threads exist: owners of SIGIO, locks, the controlling terminal."""
+    _install.late(ctx, _opening(ctx))
 
 
 def close_all(ctx: RestoreContext) -> None:

@@ -25,11 +25,13 @@ from checkpoint.kernel import sockdiag
 from checkpoint.kernel.fdinfo import O_DIRECT, EpollTarget, LockLine
 from checkpoint.resources.files import kinds, outside
 from checkpoint.resources.files.kind import Seen, descriptors, see
-from images import files_pb2, task_pb2
-from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError, wrap_os_error
+from checkpoint.resources.sharing import PIDFD_THREAD
+from images import files_pb2
+from snapshotter.base.errors import SnapshotterError, UnsupportedError, wrap_os_error
 
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext
+    from checkpoint.resources.sharing import Tables
 
 _BORROWED_MAX = 256
 _DESCRIPTION_LOCKS = frozenset({"FLOCK", "OFDLCK"})
@@ -38,12 +40,13 @@ _DESCRIPTION_LOCKS = frozenset({"FLOCK", "OFDLCK"})
 class FilesDump:
     """One dump of the descriptors of a job. A context manager: leaving it closes everything it fetched."""
 
-    def __init__(self, ctx: DumpContext) -> None:
+    def __init__(self, ctx: DumpContext, shared: Tables) -> None:
         self.ctx = ctx
+        self.shared = shared
         self.image = files_pb2.Files(format_version=1)
         self.pipes: dict[int, files_pb2.PipeBuffer] = {}
         self.tables: dict[int, dict[int, int]] = {}
-        """pid -> descriptor -> description id."""
+        """First task that has a table -> descriptor -> description id."""
         self.examples: dict[int, Seen] = {}
         """description id -> one descriptor that leads to it."""
         self.by_inode: dict[tuple[int, int], list[int]] = {}
@@ -54,6 +57,7 @@ class FilesDump:
         self._borrowed: dict[tuple[int, int], int] = {}
         self._owned: list[int] = []
         self._sockets: dict[int, sockdiag.UnixSocketInfo] | None = None
+        self._udp: dict[int, dict[int, int] | None] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -81,7 +85,8 @@ class FilesDump:
             return
         try:
             if seen.pid not in self._pidfds:
-                self._pidfds[seen.pid] = os.pidfd_open(seen.pid)
+                flags = PIDFD_THREAD if seen.pid in self.shared.process_of else 0
+                self._pidfds[seen.pid] = os.pidfd_open(seen.pid, flags)
             fd = sys.pidfd_getfd(self._pidfds[seen.pid], seen.fd)
         except OSError as error:
             raise wrap_os_error(
@@ -109,6 +114,16 @@ class FilesDump:
         if self._sockets is None:
             self._sockets = sockdiag.unix_sockets()
         return self._sockets
+
+    def udp_shutdown(self, family: int, ino: int) -> int | None:
+        """Which sides of a UDP socket are shut down (1: reading, 2: writing); None: the kernel cannot say."""
+        if family not in self._udp:
+            try:
+                self._udp[family] = sockdiag.udp_shutdowns(family)
+            except OSError:
+                self._udp[family] = None
+        known = self._udp[family]
+        return None if known is None else known.get(ino, 0)
 
     def pipe_id(self, seen: Seen) -> int:
         """The number of the PipeBuffer of a pipe or FIFO."""
@@ -195,8 +210,8 @@ class FilesDump:
 
     def run(self) -> None:
         """Dumps every table of the job into ctx.images."""
-        for process in self.ctx.living():
-            self._table(process.pid)
+        for task in self.shared.owners():
+            self._table(task)
         while self._unfinished:
             number = self._unfinished.pop(0)
             description = self.image.descriptions[number - 1]
@@ -207,48 +222,27 @@ class FilesDump:
         self.image.pipes.extend(self.pipes.values())
         self.ctx.images["files"] = self.image
 
-    def _table(self, pid: int) -> None:
+    def _table(self, task: int) -> None:
         table = files_pb2.FdTable(format_version=1)
-        numbers = self.tables.setdefault(pid, {})
-        for fd in descriptors(pid):
-            seen = see(pid, fd)
+        numbers = self.tables.setdefault(task, {})
+        for fd in descriptors(task):
+            seen = see(task, fd)
             if seen is None:  # cannot be: the job is frozen
                 raise SnapshotterError(
-                    "a descriptor of a frozen task vanished", where=f"task {pid}, descriptor {fd}"
+                    "a descriptor of a frozen task vanished", where=f"task {task}, descriptor {fd}"
                 )
             numbers[fd] = self.describe(seen)
             entry = table.entries.add(fd=fd, description=numbers[fd], cloexec=seen.info.cloexec)
             entry.locks.extend(_lock(lock) for lock in seen.info.locks if lock.kind == "POSIX")
-        self.ctx.images[f"fdtable/{pid}"] = table
-        process = self.ctx.images.get(f"process/{pid}")
-        if isinstance(process, task_pb2.Process):
-            process.files = f"fdtable/{pid}"
+        self.ctx.images[f"fdtable/{task}"] = table
 
 
 def _lock(line: LockLine) -> files_pb2.FileLock:
     return files_pb2.FileLock(
-        kind=line.kind, write=line.write, start=line.start, end=line.end or 0, to_end=line.end is None
+        kind=line.kind,
+        write=line.write,
+        start=line.start,
+        end=line.end or 0,
+        to_end=line.end is None,
+        pid=max(line.pid, 0),
     )
-
-
-def shared_tables(pid: int) -> list[Finding]:
-    """Threads of a process that have a descriptor table of their own (unshare(CLONE_FILES))."""
-    findings = []
-    for name in os.listdir(f"/proc/{pid}/task"):
-        tid = int(name)
-        if tid == pid:
-            continue
-        try:
-            same = sys.kcmp(pid, tid, sys.KCMP_FILES, 0, 0) == 0
-        except OSError:
-            continue  # it ended, or may not be looked at: the dump will say so
-        if not same:
-            findings.append(
-                Finding(
-                    pid,
-                    f"thread {tid}",
-                    "has a descriptor table of its own (unshare(CLONE_FILES))",
-                    "this cannot be dumped; let the thread share its process's descriptors",
-                )
-            )
-    return findings

@@ -1,6 +1,6 @@
 """Internet sockets without a remote end: TCP that listens or was never connected, and UDP.
 
-State: addresses, options, backlog. A datagram that waits in a UDP socket at the dump is dropped, as
+State: addresses, options, backlog, what was shut down. A datagram that waits in a UDP socket at the dump is dropped, as
 the network may drop any, and a warning says so. A datagram that is kept back by its sender (UDP_CORK) is
 refused, for its bytes cannot be read. Established TCP connections are refused: their other
 end lives on and would not follow a rollback.
@@ -35,6 +35,8 @@ _IP_FREEBIND = 15
 _IP, _IPV6, _TCP = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP
 _UDP, _UDP_CORK = socket.IPPROTO_UDP, 1
 _SIOCOUTQ = 0x5411
+_BOTH_SIDES = 3
+"""Of shutdown(2), as the kernel keeps them: 1 for reading, 2 for writing; SHUT_* is one less."""
 _IN_FLIGHT_TRIES, _IN_FLIGHT_PAUSE_S = 5, 0.001
 _BEFORE_BIND = {
     (socket.SOL_SOCKET, socket.SO_REUSEADDR),
@@ -131,6 +133,7 @@ class InetKind(kind.Kind):
                     image.destination = _address(sock.getpeername())
                 except OSError:
                     pass  # not connected
+                image.shutdown = _sides_of_udp(job, sock, seen)
                 _refuse_corked(fd, seen)
                 if descriptors.nr_readable(fd):
                     job.ctx.warn(
@@ -164,7 +167,7 @@ class InetKind(kind.Kind):
             sockets.apply_options(sock, early, opening.warn)
             address = _parsed(image.source)
             try:
-                if address[1] and not image.shutdown:
+                if address[1] and not (image.shutdown and image.type == socket.SOCK_STREAM):
                     if image.type == socket.SOCK_STREAM:
                         # The old job's connections may linger in TIME_WAIT.
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -184,9 +187,9 @@ class InetKind(kind.Kind):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             late = (o for o in image.options if (o.level, o.name) not in _BEFORE_BIND)
             sockets.apply_options(sock, late, opening.warn)
-            if image.shutdown:
+            if image.shutdown & _BOTH_SIDES:
                 with contextlib.suppress(OSError):  # ENOTCONN, yet it is shut down
-                    sock.shutdown(socket.SHUT_RDWR)
+                    sock.shutdown((image.shutdown & _BOTH_SIDES) - 1)
             return os.dup(sock.fileno())
 
 
@@ -221,6 +224,21 @@ def _look_ended(job: FilesDump, sock: socket.socket, image: files_pb2.InetSocket
     job.ctx.warn(
         f"task {seen.pid}, {seen.where}: the addresses of a TCP connection that has ended are not kept"
     )
+
+
+def _sides_of_udp(job: FilesDump, sock: socket.socket, seen: Seen) -> int:
+    """Which sides are shut down: 1 reading, 2 writing. That of writing is not to be seen in the socket itself."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    events = dict(poll.poll(0)).get(sock.fileno(), 0)
+    visible = _BOTH_SIDES if events & select.POLLHUP else int(bool(events & select.POLLRDHUP))
+    known = job.udp_shutdown(sock.family, seen.stat.st_ino)
+    if known is None and visible != _BOTH_SIDES:
+        job.ctx.warn(
+            f"task {seen.pid}, {seen.where}: this kernel does not show whether writing to it was shut down "
+            "(udp_diag); a rollback forgets that"
+        )
+    return visible | (known or 0)
 
 
 def _refuse_corked(fd: int, seen: Seen) -> None:

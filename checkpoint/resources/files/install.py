@@ -14,7 +14,8 @@ import resource
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors as sys
-from checkpoint.resources.files.opening import Opening, flock_struct
+from checkpoint.resources.files import regular
+from checkpoint.resources.files.opening import Opening, flock_operation, flock_struct
 from images import files_pb2, task_pb2
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 
@@ -29,23 +30,20 @@ _TIOCSCTTY, _TIOCSPGRP, _TCSETS2 = 0x540E, 0x5410, 0x402C542B
 
 def highest_fd(ctx: RestoreContext) -> int:
     """The highest descriptor number of the whole job: the supervisor's pidfd must be above it."""
-    return max(
-        (entry.fd for process in ctx.processes.values() for entry in ctx.fd_table(process).entries), default=2
-    )
+    tables = (ctx.image(name, files_pb2.FdTable) for _, _, name in ctx.tables())
+    return max((entry.fd for table in tables for entry in table.entries), default=2)
 
 
-def install(ctx: RestoreContext, opening: Opening, stub: StubTask, process: task_pb2.Process) -> None:
-    """Makes the descriptor table of one process."""
-    if not process.files or process.files in opening.installed:
-        return
-    table = sorted(ctx.fd_table(process).entries, key=lambda entry: entry.fd)
+def install(ctx: RestoreContext, opening: Opening, stub: StubTask, name: str) -> None:
+    """Makes one descriptor table, in a task that has it. Of a thread: what it has is a copy of its maker's."""
+    table = sorted(ctx.image(name, files_pb2.FdTable).entries, key=lambda entry: entry.fd)
     supervisor = ctx.supervisor_fd
     if table and supervisor <= table[-1].fd:
         raise SnapshotterError(
             f"the supervisor's descriptor {supervisor} is in the way of the job's {table[-1].fd}",
             where="install",
         )
-    _raise_limit(process.pid, supervisor + 1)
+    _raise_limit(stub.pid, supervisor + 1)
     batch = stub.batch()
     if supervisor:
         batch.call("close_range", 0, supervisor - 1, 0)
@@ -70,7 +68,6 @@ def install(ctx: RestoreContext, opening: Opening, stub: StubTask, process: task
             first[entry.description] = entry.fd
         taken.add(entry.fd)
     stub.run(batch)
-    opening.installed.add(process.files)
 
 
 def _raise_limit(pid: int, count: int) -> None:
@@ -89,25 +86,72 @@ def _raise_limit(pid: int, count: int) -> None:
             ) from error
 
 
-def late(ctx: RestoreContext, opening: Opening, stub: StubTask, process: task_pb2.Process) -> None:
-    """What needs all pids: owners of SIGIO, POSIX locks, the controlling terminal."""
-    table = ctx.fd_table(process)
-    for entry in table.entries:
-        description = opening.descriptions[entry.description]
-        if description.HasField("owner") or description.flags & os.O_ASYNC:
-            _owner(ctx, opening, description)
-        for lock in entry.locks:
+def late(ctx: RestoreContext, opening: Opening) -> None:
+    """What needs all tasks: owners of SIGIO, locks that belong to a process, the controlling terminals."""
+    for tid, _, name in ctx.tables():
+        for entry in ctx.image(name, files_pb2.FdTable).entries:
+            description = opening.descriptions[entry.description]
+            if description.HasField("owner") or description.flags & os.O_ASYNC:
+                _owner(ctx, opening, description)
+            for lock in entry.locks:
+                taker = ctx.processes.get(lock.pid)
+                stub = ctx.stubs[lock.pid] if taker and taker.files == name else ctx.threads[tid]
+                _lock(stub, description, "fcntl", entry.fd, _F_SETLK, flock_struct(lock))
+    _lock_descriptions(ctx, opening)
+    for description in opening.image.descriptions:
+        if description.HasField("regular"):
+            regular.KIND.settle(opening, description)
+    for pid, stub in ctx.stubs.items():
+        process = ctx.processes[pid]
+        if process.sid == pid:
+            _controlling_terminal(ctx, opening, stub, process, ctx.fd_table(process))
+
+
+def _lock_descriptions(ctx: RestoreContext, opening: Opening) -> None:
+    """flock(2): the lock is the description's, but /proc/locks has the process that took it, if that still has it open."""
+    locked = {
+        number: description
+        for number, description in opening.descriptions.items()
+        if any(lock.kind == "FLOCK" for lock in description.locks)
+    }
+    if not locked:
+        return
+    places: dict[int, dict[int, tuple[StubTask, int]]] = {}
+    for pid, stub in ctx.stubs.items():
+        for entry in ctx.fd_table(ctx.processes[pid]).entries:
+            if entry.description in locked:
+                places.setdefault(entry.description, {}).setdefault(pid, (stub, entry.fd))
+    for number, description in locked.items():
+        found = places.get(number, {})
+        for lock in description.locks:
+            if lock.kind != "FLOCK":
+                continue
+            how = flock_operation(lock)
+            if found:
+                stub, fd = found.get(lock.pid) or next(iter(found.values()))
+                _lock(stub, description, "flock", fd, how)
+                continue
+            # It is in a queue, or in a thread's own table.
             try:
-                stub.call("fcntl", entry.fd, _F_SETLK, flock_struct(lock))
+                fcntl.flock(opening.fds[number], how)
             except OSError as error:
-                raise wrap_os_error(
-                    error,
-                    "cannot lock it again as the job had",
-                    where=os.fsdecode(description.regular.identity.path),
-                    hint="end the process that has locked it",
-                ) from error
-    if process.sid == process.pid:
-        _controlling_terminal(ctx, opening, stub, process, table)
+                raise _locked_meanwhile(error, description) from error
+
+
+def _lock(stub: StubTask, description: files_pb2.Description, call: str, *args: int | bytes) -> None:
+    try:
+        stub.call(call, *args)
+    except OSError as error:
+        raise _locked_meanwhile(error, description) from error
+
+
+def _locked_meanwhile(error: OSError, description: files_pb2.Description) -> SnapshotterError:
+    return wrap_os_error(
+        error,
+        "cannot lock it again as the job had",
+        where=os.fsdecode(description.regular.identity.path),
+        hint="end the process that has locked it",
+    )
 
 
 def _owner(ctx: RestoreContext, opening: Opening, description: files_pb2.Description) -> None:

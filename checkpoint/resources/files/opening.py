@@ -53,7 +53,6 @@ class Opening:
         """unix.ino -> root of the file system of its own in which a socket is bound (unixghost.py)."""
         self.owned: set[int] = set()
         """Descriptions whose owner (SIGIO) was set already."""
-        self.installed: set[str] = set()
 
     @property
     def terminal(self) -> str:
@@ -106,7 +105,8 @@ class Opening:
                 if description.HasField("unix"):
                     unixsock.KIND.settle(self, description, self.fds[number])
                 for lock in description.locks:
-                    _lock(description, lock, self.fds[number])
+                    if lock.kind != "FLOCK":
+                        _lock(description, lock, self.fds[number])
             self._close_extra()
         except BaseException:
             self.close()
@@ -179,18 +179,20 @@ def _set_flags(description: files_pb2.Description, fd: int) -> None:
 
 
 def _lock(description: files_pb2.Description, lock: files_pb2.FileLock, fd: int) -> None:
-    """Locks that belong to a description: whoever holds it holds them."""
+    """Locks that belong to a description, without a process: whoever holds it holds them."""
     try:
-        if lock.kind == "FLOCK":
-            fcntl.flock(fd, (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        else:
-            fcntl.fcntl(fd, sys.F_OFD_SETLK, flock_struct(lock))
+        fcntl.fcntl(fd, sys.F_OFD_SETLK, flock_struct(lock))
     except OSError as error:
         raise RestoreConflictError(
             "another process has locked this file meanwhile",
             where=os.fsdecode(description.regular.identity.path),
             hint="end that process",
         ) from error
+
+
+def flock_operation(lock: files_pb2.FileLock) -> int:
+    """The operation of flock(2) for a lock."""
+    return (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB
 
 
 def flock_struct(lock: files_pb2.FileLock) -> bytes:

@@ -10,7 +10,6 @@ closed, as it would have if it had gone on, and a warning says so.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import select
@@ -19,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import proc, sockdiag
+from checkpoint.resources import sharing
 from checkpoint.resources.files import pseudo
 from checkpoint.resources.files.kind import DELETED, Seen, descriptors, see
 from snapshotter.base.errors import Finding, SnapshotterError
@@ -71,27 +70,27 @@ _found_by_look: dict[bytes, list[Holder]] = {}
 
 
 def look_job(pids: Sequence[int], report: list[Finding]) -> None:
-    """Unix sockets of the job whose other end is outside it; descriptor tables shared by processes.
+    """Unix sockets of the job whose other end is outside it.
 
     Pipes to the outside are no finding: see record_outside.
     """
     pipes: dict[bytes, Seen] = {}
     sockets: dict[int, Seen] = {}
     entries: list[Seen] = []
-    for pid in pids:
+    for task in itertools.chain.from_iterable(map(sharing.descriptor_tables, pids)):
         try:
-            numbers = descriptors(pid)
+            numbers = descriptors(task)
         except OSError:
             continue  # look() of that process says why
         for fd in numbers:
             try:
-                link = os.readlink(os.fsencode(f"/proc/{pid}/fd/{fd}"))
+                link = os.readlink(os.fsencode(f"/proc/{task}/fd/{fd}"))
             except OSError:
                 continue
-            if pseudo.process_of(link) and (entry := see(pid, fd)) is not None:
+            if pseudo.process_of(link) and (entry := see(task, fd)) is not None:
                 entries.append(entry)
             elif link.startswith((b"pipe:", b"socket:", b"/")):
-                seen = see(pid, fd) if not link.startswith(b"/") or _is_fifo(pid, fd) else None
+                seen = see(task, fd) if not link.startswith(b"/") or _is_fifo(task, fd) else None
                 if seen is None:
                     continue
                 if stat.S_ISFIFO(seen.stat.st_mode) and not seen.path_only:
@@ -100,7 +99,6 @@ def look_job(pids: Sequence[int], report: list[Finding]) -> None:
                     sockets.setdefault(seen.stat.st_ino, seen)
     _pipes(pids, {link: seen for link, seen in pipes.items() if _has_no_path(link)})
     _sockets(pids, sockets, report)
-    _tables(pids, report)
     pseudo.look_job(pids, entries, report)
 
 
@@ -163,22 +161,6 @@ def outside_peer(seen: Seen, peer: sockdiag.UnixSocketInfo | None, pids: Iterabl
 def _printable(name: bytes) -> str:
     text = name.rstrip(b"\0")
     return ("@" if text.startswith(b"\0") else "") + text.lstrip(b"\0").decode("utf-8", "replace")
-
-
-def _tables(pids: Sequence[int], report: list[Finding]) -> None:
-    """CLONE_FILES between processes: sorted by kcmp's order, those that share are neighbours."""
-
-    def order(one: int, other: int) -> int:
-        try:
-            return {0: 0, 1: -1}.get(sys.kcmp(one, other, sys.KCMP_FILES, 0, 0), 1)
-        except OSError:
-            return -1  # one of them ended, or may not be looked at: the dump will say so
-
-    ordered = sorted(pids, key=functools.cmp_to_key(order))
-    for one, other in itertools.pairwise(ordered):
-        if order(one, other) == 0:
-            what = f"is shared with process {other} (CLONE_FILES)"
-            report.append(Finding(one, "descriptor table", what, "only threads may share one"))
 
 
 def record_outside(job: FilesDump) -> None:

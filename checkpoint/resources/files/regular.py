@@ -116,6 +116,18 @@ class RegularKind(kind.Kind):
             os.lseek(fd, description.offset, os.SEEK_SET)
         return fd
 
+    def settle(self, opening: Opening, description: files_pb2.Description) -> None:
+        """Memory with content of the point's has been written just now: the time of its last change, as it was."""
+        regular, fd = description.regular, opening.fds[description.id]
+        if not regular.shmem:
+            return
+        try:
+            os.utime(fd, ns=(os.fstat(fd).st_atime_ns, regular.identity.mtime_ns))
+        except OSError as error:
+            opening.warn(
+                f"{paths.shown(regular.identity.path)}: the time of its last change is not kept ({error.strerror})"
+            )
+
 
 def _leads(seen: Seen) -> bool:
     """Whether its link leads to it, or would without the kernel's " (deleted)"."""
