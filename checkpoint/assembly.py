@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from checkpoint import environment
 from checkpoint.kernel import ptrace
-from checkpoint.model import tree
+from checkpoint.model import inherited, tree
 from checkpoint.parasite import StubTask, spawn_root_stub
 from checkpoint.parasite.stub import CLONE_FILES, CLONE_FS, CLONE_PARENT, THREAD_FLAGS
 from checkpoint.plan import RestorePlan
@@ -59,6 +59,8 @@ class Assembly:
 
     def make_tree(self) -> None:
         """Carry out the tree plan."""
+        living = {pid for pid, process in self.ctx.processes.items() if process.mm}
+        self.early = memory.early(self.ctx, inherited.origins(self.plan.tree.steps, living))
         for step in self.plan.tree.steps:
             match step:
                 case tree.SpawnRoot(pid):
@@ -79,7 +81,8 @@ class Assembly:
                 case tree.Die(pid):
                     self._die(pid)
         for _, process in self.living():
-            cgroups.restore(self.ctx, process)
+            if process.pid not in self.early:
+                cgroups.restore(self.ctx, process)
 
     def _stub(self, pid: int) -> StubTask:
         found = self.ctx.stubs.get(pid) or self.helpers.get(pid)
@@ -96,6 +99,7 @@ class Assembly:
         stub.map_arena(address, ARENA_BYTES)
         self.ctx.arena = (address, address + ARENA_BYTES)
         self._connect(stub)
+        self._settle(pid)
 
     def _connect(self, stub: StubTask) -> None:
         """No descriptors but a pidfd of snap; no signal actions but SIG_DFL (exec keeps ignored ones); a session keyring
@@ -118,11 +122,20 @@ class Assembly:
         stub.run(batch)
         self.ctx.supervisor_fd = number
 
-    def _adopt(self, pid: int, stub: StubTask) -> None:
-        if pid in self.ctx.processes:
-            self.ctx.stubs[pid] = self.ctx.threads[pid] = stub
-        else:
+    def _adopt(self, pid: int, stub: StubTask, maker: int = 0) -> None:
+        self.ctx.holds[pid] = self.ctx.holds.get(maker, "")
+        if pid not in self.ctx.processes:
             self.helpers[pid] = stub
+            return
+        self.ctx.stubs[pid] = self.ctx.threads[pid] = stub
+
+    def _settle(self, pid: int) -> None:
+        """The memory that its children will share with it, charged to its own control group."""
+        if pid in self.early:
+            process = self.ctx.processes[pid]
+            cgroups.restore(self.ctx, process)
+            memory.settle(self.ctx, self.ctx.stubs[pid], process)
+            faults.point("restore.settled")
 
     def _fork(self, step: tree.Fork) -> None:
         maker = self._stub(step.maker)
@@ -131,14 +144,15 @@ class Assembly:
         exit_signal = 0 if step.sibling else step.exit_signal
         if step.pid > 0:
             made = self._until_free(step.pid, lambda: maker.fork_child(step.pid, exit_signal, flags))
-            self._adopt(step.pid, made)
+            self._adopt(step.pid, made, step.maker)
+            self._settle(step.pid)
             return
         wanted = {thread.tid for process in self.ctx.processes.values() for thread in process.threads}
         wanted.update(self.plan.tree.helper_pids)
         for _ in range(_HELPER_TRIES):
             stub = maker.fork_child(0, exit_signal, flags)
             if stub.pid not in wanted:
-                self.helpers[step.pid] = stub
+                self._adopt(step.pid, stub, step.maker)
                 return
             self._kill(stub)
             maker.call("wait4", stub.pid, 0, _WALL, 0)

@@ -83,6 +83,8 @@ class RestoreContext:
     """In every stub: a pidfd of snap. Closed by restore.py just before the registers are set."""
     arena: tuple[int, int] = (0, 0)
     """[start, end) of the stub's own memory in every process: keep it until the end."""
+    holds: dict[int, str] = field(default_factory=dict)
+    """pid of a stub (a helper's number) -> the space whose pages its memory has; those of its maker at birth."""
     replaces: bool = False
     """A living job is replaced: it has gone on since the point."""
     pages_written: int = 0

@@ -95,6 +95,17 @@ def find(haystack: U64, needles: U64) -> tuple[npt.NDArray[np.intp], npt.NDArray
     return index, haystack[index] == needles
 
 
+def within(pages: U64, runs: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+    """Which of the page numbers are in one of the runs (sorted, disjoint)."""
+    if not len(runs):
+        return np.zeros(len(pages), dtype=bool)
+    table = np.asarray(runs, dtype=np.int64)
+    edges = np.stack((table[:, 0], table[:, 0] + table[:, 1]), axis=1).ravel().astype("<u8")
+    # Of touching runs the end of one is the beginning of the next: both are passed, and the parity is right.
+    inside: npt.NDArray[np.bool_] = np.searchsorted(edges, pages, side="right") % 2 == 1
+    return inside
+
+
 def latest(puts: Sequence[tuple[U64, U64]]) -> Space:
     """Puts in order as one space; of a page that was put twice the later location stands."""
     if not puts:

@@ -104,13 +104,30 @@ class PointReader:
         """Every page of the space, sorted, merged. Unknown space: empty."""
         return pagemap.to_runs(self._spaces().get(space, pagemap.EMPTY).pages)
 
-    def fill(self, space: str, write: Write) -> int:
-        """Read, verify and decompress all pages of the space; see PageSource."""
-        found = self._spaces().get(space, pagemap.EMPTY)
-        stored = found.locs != 0
-        pages, locs = found.pages[stored], found.locs[stored]
+    def fill(self, space: str, write: Write, only: Sequence[Run] | None = None) -> int:
+        """Read, verify and decompress pages of the space; see PageSource."""
+        pages, locs = self._stored(space)
+        if only is not None:
+            inside = pagemap.within(pages, only)
+            pages, locs = pages[inside], locs[inside]
         self._for_frames(pages, locs, write)
         return len(pages)
+
+    def changes(self, space: str, base: str) -> tuple[Sequence[Run], Sequence[Run]]:
+        """See PageSource. Pages that are in the same place are equal."""
+        (pages, locs), (old_pages, old_locs) = self._stored(space), self._stored(base)
+        index, have = pagemap.find(old_pages, pages)
+        same = have.copy()
+        if len(old_pages):
+            same &= old_locs[index] == locs
+        _, still = pagemap.find(pages, old_pages)
+        return pagemap.to_runs(pages[~same]), pagemap.to_runs(old_pages[~still])
+
+    def _stored(self, space: str) -> tuple[U64, U64]:
+        """Its pages that are not zero, and where they are."""
+        found = self._spaces().get(space, pagemap.EMPTY)
+        stored = found.locs != 0
+        return found.pages[stored], found.locs[stored]
 
     def read(self, space: str, runs: Sequence[Run]) -> bytes:
         """Those pages, in order; absent ones read as zero."""

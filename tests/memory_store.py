@@ -81,14 +81,32 @@ class MemoryPoint:
     def runs(self, space: str) -> Sequence[Run]:
         return merge(self.spaces.get(space, {}))
 
-    def fill(self, space: str, write: Callable[[Sequence[Run], memoryview], None]) -> int:
-        pages = {page: data for page, data in self.spaces.get(space, {}).items() if data != _ZERO}
+    def fill(
+        self,
+        space: str,
+        write: Callable[[Sequence[Run], memoryview], None],
+        only: Sequence[Run] | None = None,
+    ) -> int:
+        pages = self._stored(space)
+        if only is not None:
+            wanted = {page for first, count in only for page in range(first, first + count)}
+            pages = {page: data for page, data in pages.items() if page in wanted}
         for first, count in merge(pages):
             for start in range(first, first + count, _PIECE):
                 nr = min(_PIECE, first + count - start)
                 data = b"".join(pages[start + at] for at in range(nr))
                 write([(start, nr)], memoryview(data))
         return len(pages)
+
+    def changes(self, space: str, base: str) -> tuple[Sequence[Run], Sequence[Run]]:
+        pages, old = self._stored(space), self._stored(base)
+        return (
+            merge(page for page, data in pages.items() if old.get(page) != data),
+            merge(old.keys() - pages.keys()),
+        )
+
+    def _stored(self, space: str) -> dict[int, bytes]:
+        return {page: data for page, data in self.spaces.get(space, {}).items() if data != _ZERO}
 
     def read(self, space: str, runs: Sequence[Run]) -> bytes:
         pages = self.spaces.get(space, {})

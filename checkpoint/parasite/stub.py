@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterable
 from importlib.resources import as_file, files
 
 from parasite_c._native import lib
@@ -72,17 +73,26 @@ class StubTask(RemoteTask):
         self.mem.write(addr, blob())
         self._area = Area(addr, size)
 
-    def unmap_all_but_arena(self) -> None:
-        """Take away everything that the stub was born with: its program, stack, vdso."""
-        area = self.area
+    def unmap_all_but_arena(self, spared: Iterable[tuple[int, int]] = ()) -> None:
+        """Take away everything that the stub was born with: its program, stack, vdso, what its maker had.
+
+        `spared`: further ranges [start, end) that stay, none in two mappings.
+        """
         batch = self.batch()
+        kept = sorted([(self.area.start, self.area.end), *spared])
+        last = 0
         for entry in proc.read_maps(self.pid):
-            for start, end in (
-                (entry.start, min(entry.end, area.start)),
-                (max(entry.start, area.end), entry.end),
-            ):
-                if start < end <= _END_OF_USER:
-                    batch.call("munmap", start, end - start)
+            at = entry.start
+            while last < len(kept) and kept[last][1] <= at:
+                last += 1
+            for start, end in kept[last:]:
+                if start >= entry.end:
+                    break
+                if at < start:
+                    batch.call("munmap", at, start - at)
+                at = max(at, end)
+            if at < entry.end <= _END_OF_USER:
+                batch.call("munmap", at, entry.end - at)
         self.run(batch)
         self._gadget = 0
 

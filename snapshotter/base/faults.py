@@ -56,6 +56,7 @@ POINTS: dict[str, str] = {
     "restore.held": "the old job is frozen and about to be killed",
     "restore.killed": "the old job is gone, no stub yet",
     "restore.root_stub": "the root stub exists",
+    "restore.settled": "memory that a process will share with its children is in place, before it makes them",
     "restore.tree": "all stub processes exist",
     "restore.files": "descriptors are installed",
     "restore.memory": "memory of one process is in place",

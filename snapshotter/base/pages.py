@@ -58,7 +58,19 @@ class PageSource(Protocol):
     def runs(self, space: str) -> Sequence[Run]:
         """Every page of the space, sorted, merged. Unknown space: empty."""
 
-    def fill(self, space: str, write: Callable[[Sequence[Run], memoryview], None]) -> int:
-        """Read, verify and decompress all pages of the space; `write(runs, data)` gets them in pieces, from
-        several threads at once. All-zero pages are not handed out. Returns the number of pages handed out.
+    def fill(
+        self,
+        space: str,
+        write: Callable[[Sequence[Run], memoryview], None],
+        only: Sequence[Run] | None = None,
+    ) -> int:
+        """Read, verify and decompress all pages of the space, or those of `only` (sorted, disjoint); `write(runs, data)`
+        gets them in pieces, from several threads at once. All-zero pages are not handed out. Returns the number of pages
+        handed out.
+        """
+
+    def changes(self, space: str, base: str) -> tuple[Sequence[Run], Sequence[Run]]:
+        """What makes memory that holds `base` one that holds `space`: pages to write, and pages to drop (they read as zero).
+
+        Sorted, merged. A page of equal content may be among those to write, never the other way about.
         """

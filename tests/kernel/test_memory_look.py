@@ -55,8 +55,11 @@ class Sink:
     def runs(self, space):
         return pageplan.to_list(pageplan.from_list([(n, 1) for n in sorted(self.final.get(space, ()))]))
 
-    def fill(self, space, write):
-        pages = {n: d for n, d in self.spaces.get(space, {}).items() if any(d)}
+    def fill(self, space, write, only=None):
+        wanted = only and {first + i for first, nr in only for i in range(nr)}
+        pages = {
+            n: d for n, d in self.spaces.get(space, {}).items() if any(d) and (only is None or n in wanted)
+        }
         for number, data in pages.items():
             write([(number, 1)], memoryview(data))
         return len(pages)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
-from checkpoint.resources.memory import restore
+from checkpoint.resources.memory import filling
 from images import mm_pb2
 
 SMAPS = b"""\
@@ -217,8 +217,8 @@ def test_holes():
     ("runs", "bloats"), [([(512, 512)], False), ([(512, 100), (1100, 5)], True), ([], False)]
 )
 def test_sparse_memory_is_not_filled_with_huge_pages(monkeypatch, runs, bloats):
-    monkeypatch.setattr(restore, "_huge_pages_for_everybody", lambda: True)
+    monkeypatch.setattr(filling, "_huge_pages_for_everybody", lambda: True)
     mm = mm_pb2.Mm(vmas=[mm_pb2.Vma(start=0x200000, end=0x600000, kind=model.ANON_PRIVATE)])
-    assert restore.huge_pages_would_bloat(mm, pageplan.from_list(runs)) is bloats
+    assert filling.huge_pages_would_bloat(mm, pageplan.from_list(runs)) is bloats
     mm.vmas[0].madvise.append("hg")
-    assert not restore.huge_pages_would_bloat(mm, pageplan.from_list(runs))
+    assert not filling.huge_pages_would_bloat(mm, pageplan.from_list(runs))

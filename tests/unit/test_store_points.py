@@ -124,6 +124,40 @@ def test_pages_outside_present_are_dropped_and_missing_ones_refused(store):
         assert reader.read("mm/42", [(4, 1), (3, 1), (14, 1)]) == page(4, 1) + bytes(PAGE) + page(14)
 
 
+def test_one_space_is_made_out_of_another(store):
+    """What fork shares: only what differs is read, and nothing that differs is left out."""
+    mine, theirs = bytearray(pages(range(600))), bytearray(pages(range(600)))
+    for number in (3, 4, 5, 70, 599):
+        mine[number * PAGE : (number + 1) * PAGE] = page(number, 1)
+    mine[9 * PAGE : 10 * PAGE] = theirs[10 * PAGE : 11 * PAGE] = bytes(PAGE)
+    with store.writer("sim") as writer:
+        for space, data in (("mm/1", theirs), ("mm/2", mine)):
+            writer.put(space, [(0, 600)], Memory(bytes(data)))
+        writer.drain()
+        writer.close_space("mm/1", [(0, 600)])
+        writer.close_space("mm/2", [(0, 300), (310, 290)])
+        point = writer.commit(PointMeta(**META))
+    with store.reader(point) as reader:
+        write, drop = reader.changes("mm/2", "mm/1")
+        assert write == [(3, 3), (10, 1), (70, 1), (599, 1)]
+        assert drop == [(9, 1), (300, 10)]
+        assert reader.changes("mm/1", "mm/1") == ([], [])
+        assert reader.changes("mm/1", "nothing")[0] == [(0, 10), (11, 589)]
+        got = {}
+
+        def note(runs, data):
+            at = 0
+            for first, count in runs:
+                for number in range(first, first + count):
+                    got[number] = bytes(data[at : at + PAGE])
+                    at += PAGE
+
+        assert reader.fill("mm/2", note, [(2, 3), (5, 1), (9, 1), (300, 20)]) == 14
+        wanted = [2, 3, 4, 5, *range(310, 320)]
+        assert got == {number: bytes(mine[number * PAGE : (number + 1) * PAGE]) for number in wanted}
+        assert reader.fill("mm/2", note, []) == 0
+
+
 def test_a_space_that_is_not_closed_is_gone_and_one_put_must_be_closed(store):
     first = take(store, pages(range(20)))
     with store.writer("sim", first) as writer:

@@ -13,6 +13,7 @@ Restore (checkpoint.restore calls, in this order):
     check(ctx)                                         nothing touched yet
     arena_hole(mms, size)
     shmem.open_shared(ctx, name)                       also by the descriptors: one object for all
+    early(ctx, origins); settle(ctx, stub, process)    the tree: what forks share, put in place before they fork
     restore_mm(ctx, stub, process)                     per process, its descriptors are installed already
     finish(ctx)                                        after the last process: late seals, closes
     release(ctx)                                       closes what check() opened when nothing is restored
@@ -30,6 +31,7 @@ from checkpoint.resources.memory.dump import (
     reader,
     space_name,
 )
+from checkpoint.resources.memory.inherited import early, settle
 from checkpoint.resources.memory.mappings import AddressSpace, look, look_sharing, read_mappings
 from checkpoint.resources.memory.restore import arena_hole, check, finish, release, restore_mm
 
@@ -40,6 +42,7 @@ __all__ = [
     "arena_hole",
     "check",
     "dump_mm",
+    "early",
     "finish",
     "look",
     "look_sharing",
@@ -49,6 +52,7 @@ __all__ = [
     "reader",
     "release",
     "restore_mm",
+    "settle",
     "shmem",
     "space_name",
 ]

@@ -2,56 +2,45 @@
 
 Owns `check`, `arena_hole`, `restore_mm` and `finish`. The order inside one process matters:
 
-1. Everything of the stub but the arena is unmapped; the vdso comes first, since its address is only a hint
-   to the kernel.
-2. Every VMA is mapped at its place. MAP_FIXED_NOREPLACE: a collision is an error, never a silent overwrite.
+1. Everything of the stub but the arena is unmapped; vdso and writable anonymous memory come first, in some processes
+   before they fork (inherited.py).
+2. Every other VMA is mapped at its place. MAP_FIXED_NOREPLACE: a collision is an error, never a silent overwrite.
    VMAs that are not writable but have changed pages are made writable over those pages only, so that a large
    reservation is not charged. Huge page advice comes before the pages.
-3. Pages are written from the source's threads. A zero page over a file is written too: the source leaves
+3. Their pages are written from the source's threads. A zero page over a file is written too: the source leaves
    zeros out.
 4. Final protection, advice, guard pages, locks, names; brk, auxv, executable; mseal and mlockall last.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from checkpoint.kernel import uffd
-from checkpoint.kernel.mem import MissingPages
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import Runs
-from checkpoint.resources.memory import identity, mapped, set_mm, shmem, vdso
+from checkpoint.resources.memory import filling, identity, inherited, mapped, set_mm, shmem, vdso
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2, task_pb2
 from snapshotter.base.errors import RestoreConflictError, VerificationError, wrap_os_error
 from snapshotter.base.pages import PAGE_SIZE, Run
 
 if TYPE_CHECKING:
-    from checkpoint.parasite import Batch, Ref, StubTask
+    from checkpoint.parasite import StubTask
 
 _FILES = "memory.files"
 _ARENA_LOW = 1 << 32
 _GUARD_GAP = 2 << 20
 """Kept free around every VMA: the kernel keeps 1 MiB below a stack free when it chooses addresses."""
 _ZEROS_AT_ONCE = 256
-_WORTH_A_USERFAULTFD = 4 << 20
 
 _READ_WRITE = model.PROT_READ | model.PROT_WRITE
-_MADV_EARLY = {"hg": 14, "nh": 15}
 _MADV_LATE = {"dc": 10, "dd": 16, "wf": 18, "mg": 12, "sr": 2, "rr": 1}
 _MADV_GUARD_INSTALL = 102
 _MLOCK_ONFAULT = 1
-_PR_SET_THP_DISABLE = 41
-_HUGE_SIZE = 2 << 20
-_HUGE_NR_PAGES = _HUGE_SIZE // PAGE_SIZE
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 
 
@@ -115,51 +104,19 @@ def restore_mm(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -
     """Give a stub the memory of a process. Its descriptors are installed already; it has one thread yet."""
     mm = ctx.mm(process)
     try:
-        stub.unmap_all_but_arena()
-        vdso.map_vdso(stub, mm)
         pages = pageplan.from_list(ctx.source.runs(process.mm))
         _verify_pages(process.mm, mm, pages)
-        sparse = huge_pages_would_bloat(mm, pages)
-        if sparse:
-            stub.call("prctl", _PR_SET_THP_DISABLE, 1, 0, 0, 0)
-        _map_all(ctx, stub, mm, pages)
-        with _missing_pages(stub, mm, pages, huge=not sparse and _huge_pages_for_everybody()) as missing:
-            ctx.pages_written += _fill(ctx, stub, process.mm, mm, pages, missing)
-        if sparse:
-            stub.call("prctl", _PR_SET_THP_DISABLE, 0, 0, 0, 0)
+        if ctx.holds.get(process.pid) != process.mm:
+            inherited.settle(ctx, stub, process)
+        rest = inherited.rest_of(mm.vmas)
+        with filling.huge_pages_held_back(stub, mm, pages):
+            _map_all(ctx, stub, mm, rest, pages)
+            ctx.pages_written += _fill(ctx, stub, process.mm, rest, pages)
         _finish_vmas(stub, mm, pages)
     except OSError as error:
         raise wrap_os_error(error, "cannot rebuild its memory", where=f"process {process.pid}") from error
     set_mm.set_mm(ctx, stub, mm)
     _lock_down(stub, mm)
-
-
-def huge_pages_would_bloat(mm: mm_pb2.Mm, pages: Runs) -> bool:
-    """Whether filling would make huge pages of which much was never there.
-
-    Only where the system gives huge pages to everybody ("always"), nothing of the job asked for them, and less than
-    nine tenths of the huge pages that the fill would touch are pages of the image.
-    """
-    if any("hg" in vma.madvise for vma in mm.vmas) or not _huge_pages_for_everybody():
-        return False
-    whole = [
-        (-(-vma.start // _HUGE_SIZE) * _HUGE_NR_PAGES, vma.end // _HUGE_SIZE * _HUGE_NR_PAGES)
-        for vma in mm.vmas
-        if vma.kind in {model.ANON_PRIVATE, model.DEV_ZERO_PRIVATE} and "nh" not in vma.madvise
-    ]
-    inside = pageplan.intersect(pages, pageplan.normalise(np.asarray(whole, dtype=np.int64).reshape(-1, 2)))
-    touched = inside.copy()
-    touched[:, 0] -= touched[:, 0] % _HUGE_NR_PAGES
-    touched[:, 1] += -touched[:, 1] % _HUGE_NR_PAGES
-    return 10 * pageplan.count(inside) < 9 * pageplan.count(pageplan.normalise(touched))
-
-
-def _huge_pages_for_everybody() -> bool:
-    try:
-        with open("/sys/kernel/mm/transparent_hugepage/enabled", "rb") as file:
-            return b"[always]" in file.read()
-    except OSError:
-        return False
 
 
 def finish(ctx: RestoreContext) -> None:
@@ -188,9 +145,11 @@ def _verify_pages(space: str, mm: mm_pb2.Mm, pages: Runs) -> None:
         )
 
 
-def _map_all(ctx: RestoreContext, stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
+def _map_all(
+    ctx: RestoreContext, stub: StubTask, mm: mm_pb2.Mm, rest: Iterable[mm_pb2.Vma], pages: Runs
+) -> None:
     groups: dict[tuple[int, str, bool], list[mm_pb2.Vma]] = {}
-    for vma in mm.vmas:
+    for vma in rest:
         if vma.kind in model.KERNEL_KINDS:
             continue
         writable = vma.writable_fd and not vma.flags & model.MAP_PRIVATE
@@ -205,11 +164,11 @@ def _map_all(ctx: RestoreContext, stub: StubTask, mm: mm_pb2.Mm, pages: Runs) ->
     for (file, name, writable), vmas in groups.items():
         if file < 0 and not name:
             for vma in vmas:
-                _map_one(batch, vma, -1, pages)
+                filling.map_one(batch, vma, -1, pages)
             continue
         remote_fd = ctx.give(batch, _local_fd(ctx, mm, file, name, writable=writable))
         for vma in vmas:
-            _map_one(batch, vma, remote_fd, pages)
+            filling.map_one(batch, vma, remote_fd, pages)
         batch.call("close", remote_fd)
     stub.run(batch)
 
@@ -231,92 +190,21 @@ def _local_fd(ctx: RestoreContext, mm: mm_pb2.Mm, file: int, name: str, *, writa
     return found
 
 
-def _map_one(batch: Batch, vma: mm_pb2.Vma, fd: int | Ref, pages: Runs) -> None:
-    length = vma.end - vma.start
-    flags = vma.flags | model.MAP_FIXED_NOREPLACE
-    if fd != -1:
-        flags &= ~model.MAP_ANONYMOUS
-    batch.call("mmap", vma.start, length, vma.prot, flags, fd, vma.offset if fd != -1 else 0)
-    for flag, advice in _MADV_EARLY.items():
-        if flag in vma.madvise:
-            batch.call("madvise", vma.start, length, advice, ok=(errno.EINVAL,))
-    hull = _hull(vma, pages)
-    if hull is not None and vma.prot & _READ_WRITE != _READ_WRITE:
-        batch.call("mprotect", hull[0], hull[1] - hull[0], _READ_WRITE)
-
-
-def _hull(vma: mm_pb2.Vma, pages: Runs) -> tuple[int, int] | None:
-    """First to last byte of the VMA's pages in the image; None without any."""
-    if vma.kind not in model.PRIVATE_KINDS or not len(pages):
-        return None
-    first, end = vma.start // PAGE_SIZE, vma.end // PAGE_SIZE
-    low = int(np.searchsorted(pages[:, 1], first, side="right"))
-    high = int(np.searchsorted(pages[:, 0], end, side="left"))
-    if low >= high:
-        return None
-    return max(int(pages[low, 0]), first) * PAGE_SIZE, min(int(pages[high - 1, 1]), end) * PAGE_SIZE
-
-
-def _fill(
-    ctx: RestoreContext, stub: StubTask, space: str, mm: mm_pb2.Mm, pages: Runs, missing: MissingPages | None
-) -> int:
-    """Write the pages; returns how many."""
+def _fill(ctx: RestoreContext, stub: StubTask, space: str, rest: Iterable[mm_pb2.Vma], pages: Runs) -> int:
+    """Write the pages of the other VMAs; returns how many."""
+    private = list(model.private_vmas(rest))
+    wanted = pageplan.intersect(pages, pageplan.of_vmas(private))
     over_files = pageplan.intersect(
-        pages, pageplan.of_vmas(v for v in mm.vmas if v.kind in model.OVER_FILE_KINDS)
+        wanted, pageplan.of_vmas(v for v in private if v.kind in model.OVER_FILE_KINDS)
     )
     handed: list[Run] = []
-    lock = threading.Lock()
-    mem = stub.mem
-
-    def write(runs: Sequence[Run], data: memoryview) -> None:
-        mem.write_runs(runs, data, missing=missing)
-        with lock:
-            handed.extend(runs)
-
-    nr_pages = ctx.source.fill(space, write)
+    nr_pages = filling.fill(ctx, stub, space, pageplan.to_list(wanted), seen=handed.extend)
     for first, nr_zero in pageplan.to_list(pageplan.subtract(over_files, pageplan.from_list(handed))):
         for at in range(first, first + nr_zero, _ZEROS_AT_ONCE):
             size = min(_ZEROS_AT_ONCE, first + nr_zero - at)
-            mem.write_runs([(at, size)], memoryview(bytes(size * PAGE_SIZE)))
+            stub.mem.write_runs([(at, size)], memoryview(bytes(size * PAGE_SIZE)))
             nr_pages += size
     return nr_pages
-
-
-@contextlib.contextmanager
-def _missing_pages(
-    stub: StubTask, mm: mm_pb2.Mm, pages: Runs, *, huge: bool
-) -> Iterator[MissingPages | None]:
-    """For putting the pages of anonymous memory in place; None where that is not to be had, or not worth it.
-
-    Only the stub has this memory, and it stands still: nobody waits for a page. What gets huge pages (`huge`: from the
-    system, without asking) is left out: they come with the first write, and a page put in place is a small one.
-    """
-    hulls = [
-        hull
-        for vma in mm.vmas
-        if vma.kind == model.ANON_PRIVATE
-        and "hg" not in vma.madvise
-        and (not huge or "nh" in vma.madvise)
-        and (hull := _hull(vma, pages)) is not None
-    ]
-    if sum(end - start for start, end in hulls) < _WORTH_A_USERFAULTFD:
-        yield None
-        return
-    try:
-        descriptor = stub.make_descriptor("userfaultfd", os.O_CLOEXEC | uffd.UFFD_USER_MODE_ONLY)
-    except OSError:  # not built in, or a container's filter
-        yield None
-        return
-    registered = []
-    try:
-        with contextlib.suppress(OSError):
-            uffd.enable_plain(descriptor)
-            for start, end in hulls:
-                uffd.register_missing(descriptor, start, end)
-                registered.append((start // PAGE_SIZE, (end - start) // PAGE_SIZE))
-        yield MissingPages(descriptor, registered)
-    finally:
-        os.close(descriptor)
 
 
 def _finish_vmas(stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
@@ -325,7 +213,7 @@ def _finish_vmas(stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
         if vma.kind in model.KERNEL_KINDS or "dp" in vma.madvise:
             continue
         length = vma.end - vma.start
-        if vma.prot & _READ_WRITE != _READ_WRITE and _hull(vma, pages) is not None:
+        if vma.prot & _READ_WRITE != _READ_WRITE and filling.hull(vma, pages) is not None:
             batch.call("mprotect", vma.start, length, vma.prot)
         for flag, advice in _MADV_LATE.items():
             if flag in vma.madvise:
