@@ -196,8 +196,8 @@ def _mm(mm: mm_pb2.Mm) -> None:
 
 
 def _shmem(shmem: mm_pb2.Shmem) -> None:
-    _require(shmem.kind in {0, 1, 2, 3}, f"shared memory of kind {shmem.kind}")
-    if shmem.kind == mm_pb2.Shmem.NAMED:
+    _require(shmem.kind in {0, 1, 2, 3, 4}, f"shared memory of kind {shmem.kind}")
+    if shmem.kind in {mm_pb2.Shmem.NAMED, mm_pb2.Shmem.KEPT}:
         _require(shmem.name.startswith(b"/"), "named shared memory without a path")
     _require(b"\0" not in shmem.name, "a NUL in the name of shared memory")
     _require(len(shmem.origin) <= 64, f"an origin of {len(shmem.origin)} bytes")

@@ -187,9 +187,38 @@ def test_nothing_stays_open(sharing):
     restore.plan(point.image, point.image_names(), point)
     assert os.listdir("/proc/self/fd") == before
     data.unlink()
-    with pytest.raises(RestoreConflictError, match="gone"):
+    restore.plan(point.image, point.image_names(), point)
+    assert os.listdir("/proc/self/fd") == before
+    data.with_suffix(".library").unlink()
+    with pytest.raises(RestoreConflictError, match="cannot be found"):
         memory_store.rollback(point)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_small_file_that_is_gone_is_made_again(sharing):
+    child, point, data = sharing
+    data.write_bytes(b"later".ljust(4096))
+    memory_store.rollback(point)
+    assert data.read_bytes()[:5] == b"later", "what is there is the job's, as it is"
+    data.chmod(0o640)
+    later = memory_store.take(child.pid)
+    for again in (later, later, point):  # any number of times, the one made last included
+        kill_all(child.pid)
+        if again is later:
+            data.unlink()
+        result = memory_store.rollback(again)
+        assert any("made again" in text for text in result.warnings) == (again is later)
+        assert data.stat().st_mode & 0o7777 == 0o640
+        assert data.read_bytes()[:5] == b"later"
+    (data.parent / "go").touch()
+    wait_until((data.parent / "done").exists, "the job has written")
+    assert data.read_bytes()[:4] == b"mine"
+    kill_all(child.pid)
+    other = data.with_name("other")
+    other.write_bytes(b"somebody's".ljust(4096))
+    other.replace(data)
+    with pytest.raises(RestoreConflictError, match="was replaced by another"):
+        memory_store.rollback(later)
 
 
 def test_what_is_written_to_a_shared_file_meanwhile_is_said(sharing):

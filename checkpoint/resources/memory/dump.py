@@ -89,8 +89,10 @@ def address_space(
         TargetGoneError, UnsupportedError: see mappings.read_space.
     """
 
-    def register(path: str, stat: os.stat_result, link: bytes, named: bool) -> str:
-        return shmem.register(ctx, path, stat, link, named=named).image_name
+    def register(path: str, stat: os.stat_result, link: bytes, role: mm_pb2.Shmem.Kind | None) -> str:
+        if role == mm_pb2.Shmem.KEPT and shmem.keeps_enough(ctx):
+            return ""
+        return shmem.register(ctx, path, stat, link, role=role).image_name
 
     space = read_space(pid, register if frozen else None, hidden, known=known)
     for text in space.warnings if frozen else ():
@@ -178,7 +180,7 @@ def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace) -> str:
     """Add the image of an address space; returns its name. The process is frozen."""
     _note_named(ctx, space)
     image = mm_pb2.Mm(format_version=FORMAT_VERSION, vmas=space.vmas)
-    image.files.extend(space.files)  # type: ignore[arg-type]
+    image.files.extend(space.files)
     _dump_fields(image, proc.pid)
     _dump_exe(ctx, image, proc.pid)
     image.auxv = _read(proc.pid, "auxv")[:_MAX_AUXV_BYTES]
@@ -193,13 +195,15 @@ def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace) -> str:
 
 
 def _note_named(ctx: DumpContext, space: AddressSpace) -> None:
-    """A file that one process maps shared and writable as memory is that for the others too, who only read it."""
+    """What a file is that one process maps shared and writable, it is for the others too, who only read it."""
     for vma in space.vmas:
         if vma.kind in {model.FILE_SHARED, model.FILE_PRIVATE}:
             name = shmem.registered(ctx, vma.shared_dev, vma.shared_ino)
             if name:
                 vma.kind = model.SHMEM_FILE if vma.kind == model.FILE_SHARED else model.SHMEM_PRIVATE
                 vma.shmem, vma.file = name, 0
+            elif vma.kind == model.FILE_SHARED:
+                space.files[vma.file].kept = shmem.kept(ctx, vma.shared_dev, vma.shared_ino)
 
 
 def _read(pid: int, name: str) -> bytes:

@@ -3,7 +3,8 @@
 Owns those descriptors of snap's. `check` opens each before anything is touched, `descriptor` gives it to the mapping:
 in between nobody can put another file under the path. A file that is mapped shared must be the very inode, since
 the job writes into it (and snap opens it with root's rights); one that is mapped privately, or executed, may also be
-another copy of the same build.
+another copy of the same build. A small one that is mapped shared and gone is made again from the point (shmem.py), once the old job
+is dead.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 
 from checkpoint.model import vma as model
 from checkpoint.resources import paths
-from checkpoint.resources.memory import identity
+from checkpoint.resources.memory import identity, shmem
 from checkpoint.restore_context import RestoreContext
 from images import common_pb2, mm_pb2
 from snapshotter.base.errors import RestoreConflictError
@@ -39,7 +40,9 @@ def check(ctx: RestoreContext, mm: mm_pb2.Mm) -> None:
         _keep(ctx, mm.files[index], identity.open_same(mm.files[index], "is mapped by the job and"))
     for index, (reach, writable) in sorted(shared.items()):
         wanted = mm.files[index]
-        path_fd = paths.locate(wanted, had="mapped")
+        path_fd = _locate_shared(ctx, wanted)
+        if path_fd < 0:
+            continue
         try:
             _check_shared(ctx, wanted, path_fd, reach, writable=writable)
         except BaseException:
@@ -48,6 +51,28 @@ def check(ctx: RestoreContext, mm: mm_pb2.Mm) -> None:
         _keep(ctx, wanted, path_fd, writable=writable)
     if not mm.exe_shmem:
         _keep(ctx, mm.exe, identity.open_same(mm.exe, "is the job's executable and"))
+
+
+def _locate_shared(ctx: RestoreContext, wanted: common_pb2.FileIdentity) -> int:
+    """An O_PATH descriptor; -1: it is gone, and `descriptor` will make it again.
+
+    Raises:
+        RestoreConflictError: it is gone for good, or another has its path.
+    """
+    try:
+        return paths.locate(wanted, had="mapped")
+    except RestoreConflictError as conflict:
+        if not wanted.kept:
+            raise
+        try:
+            path_fd = shmem.find_kept(ctx, wanted.kept)
+        except (OSError, RestoreConflictError):
+            raise conflict from None
+    if path_fd < 0:
+        ctx.warn(
+            f"{paths.shown(wanted.path)} is gone; it is made again, with the content that it had at the point"
+        )
+    return path_fd
 
 
 def _check_shared(
@@ -85,8 +110,11 @@ def _keep(
 
 
 def descriptor(ctx: RestoreContext, wanted: common_pb2.FileIdentity, *, writable: bool = False) -> int:
-    """Snap's descriptor of a file that `check` opened; `release` closes it."""
-    return _opened(ctx)[_key(wanted, writable)]
+    """Snap's descriptor of a file that `check` opened, or found to be gone; `release` closes it."""
+    opened, key = _opened(ctx), _key(wanted, writable)
+    if key not in opened and wanted.kept:
+        opened[key] = shmem.open_description(ctx, wanted.kept, os.O_RDWR if writable else os.O_RDONLY)
+    return opened[key]
 
 
 def release(ctx: RestoreContext) -> None:

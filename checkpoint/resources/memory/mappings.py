@@ -6,7 +6,8 @@ every mapping that cannot be dumped. Reads /proc only; never stops or touches a 
 Files: a mapping whose path still leads to the same inode is kept by identity. One whose file was deleted, or
 whose path leads elsewhere (replaced by an upgrade, another mount namespace), is stored with its content as a
 Shmem. So is a file of a tmpfs that is mapped shared and writable (shm_open, named semaphores): it is memory of the
-job's that happens to have a name.
+job's that happens to have a name. A small file of a disk that is mapped so is kept by identity, and its content besides, in case it
+is gone at the rollback: Java's and Valgrind's counters in /tmp are removed when they end, Java's by any other Java.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from checkpoint.kernel.tasks import children, task_ids
 from checkpoint.model import vma as model
 from checkpoint.model.vma import Mapping
 from checkpoint.resources.memory import identity
-from images import mm_pb2
+from images import common_pb2, mm_pb2
 from snapshotter.base.errors import Finding, TargetGoneError, UnsupportedError, wrap_os_error
 
 _LOOKS = 5
 _ZERO_DEVICE = os.makedev(1, 5)
 _KCMP_VM = 1
 _TMPFS_MAGIC = 0x01021994
+_DISKS = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0x794C7630})
+"""ext4, XFS, Btrfs, F2FS, ZFS and overlays: reading there waits for no process, which might be the frozen job's."""
+KEPT_MAX_BYTES = 1 << 20
 
 Range = tuple[int, int]
-Register = Callable[[str, os.stat_result, bytes, bool], str]
-"""(path that opens the object, its stat, the link's text, whether that path leads to it) -> image name of the Shmem."""
+Register = Callable[[str, os.stat_result, bytes, "mm_pb2.Shmem.Kind | None"], str]
+"""(path that opens the object, its stat, the link's text, NAMED or KEPT if that path leads to it) -> image name of the Shmem."""
 
 
 @dataclass(slots=True)
@@ -42,7 +46,7 @@ class AddressSpace:
 
     pid: int
     vmas: list[mm_pb2.Vma] = field(default_factory=list)
-    files: list[object] = field(default_factory=list)
+    files: list[common_pb2.FileIdentity] = field(default_factory=list)
     """FileIdentity, indexed by Vma.file."""
     mappings: list[Mapping] = field(default_factory=list)
     """The lines the VMAs came from, one each."""
@@ -329,7 +333,8 @@ def _with_file(
         return None
     vma.readable_fd = True
     vma.writable_fd = mapping.shared and "mw" in mapping.flags
-    named = found and vma.writable_fd and _on_tmpfs(link_path)
+    role = _role(link_path, stat) if found and vma.writable_fd else None
+    named = role == mm_pb2.Shmem.NAMED
     if found and not named:
         vma.kind = model.FILE_SHARED if mapping.shared else model.FILE_PRIVATE
         vma.flags = model.map_flags(mapping, anonymous=False)
@@ -337,6 +342,8 @@ def _with_file(
             index[key] = len(space.files)
             space.files.append(identity.make(link, stat, open_path=link_path))
         vma.file = index[key]
+        if role is not None and register is not None:
+            register(link_path, stat, link, role)
         return None
     is_zero = link == b"/dev/zero (deleted)"
     if not mapping.shared:
@@ -351,14 +358,18 @@ def _with_file(
         )
     if register is not None:
         try:
-            vma.shmem = register(link_path, stat, link, named)
+            vma.shmem = register(link_path, stat, link, role)
         except UnsupportedError as error:
             return error.what, error.hint
     return None
 
 
-def _on_tmpfs(path: str) -> bool:
+def _role(path: str, stat: os.stat_result) -> mm_pb2.Shmem.Kind | None:
+    """What becomes of the content of a file with a path that is mapped shared and writable; None: the file alone has it."""
     try:
-        return descriptors.filesystem_type(path) == _TMPFS_MAGIC
+        system = descriptors.filesystem_type(path)
     except OSError:
-        return False
+        return None
+    if system == _TMPFS_MAGIC:
+        return mm_pb2.Shmem.NAMED
+    return mm_pb2.Shmem.KEPT if system in _DISKS and stat.st_size <= KEPT_MAX_BYTES else None

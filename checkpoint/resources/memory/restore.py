@@ -68,6 +68,7 @@ def _check_objects(ctx: RestoreContext, space: str, mm: mm_pb2.Mm) -> None:
     names = {vma.shmem for vma in mm.vmas if vma.kind in model.SHMEM_KINDS}
     if mm.exe_shmem:
         names.add(mm.exe_shmem)
+    names.update(file.kept for file in mm.files if file.kept)
     for name in names:
         if name not in ctx.names:
             raise VerificationError(f"maps shared memory {name!r}, which the point lacks", where=space)

@@ -9,7 +9,8 @@ Restore: shared anonymous memory is mapped by snap itself and opened through /pr
 looks the same in /proc/PID/maps afterwards; a memfd is a memfd of the same name; a deleted file is a
 nameless file in the same directory (O_TMPFILE), or a memfd where that cannot be. One that has a name is written into
 the very inode that it was, for whoever else has it; when that is gone it is made at its path, and marked (an
-attribute that only root can set) as what it stands for, so that the point can be taken back once more.
+attribute that only root can set) as what it stands for, so that the point can be taken back once more. A small file of a disk
+(KEPT) is only ever made again, never written into: the disk has its content as long as it is there.
 
 Refused: hugetlb memfds and secret memory (vma.refusal names those that are mapped; for_fd those that are
 not).
@@ -47,6 +48,8 @@ _SEAL_SEAL, _SEAL_FUTURE_WRITE = 0x1, 0x10
 _NAMED = "memory.named"
 _HANDED = "memory.handed"
 _MARK = "trusted.snap.origin"
+_KEPT_MAX = 64
+_WITH_PATH = frozenset({mm_pb2.Shmem.NAMED, mm_pb2.Shmem.KEPT})
 _PUNCH_HOLE = 0x3  # with FALLOC_FL_KEEP_SIZE
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_HUGETLB = 1, 2, 4
 
@@ -96,7 +99,12 @@ def registry(ctx: DumpContext) -> Registry:
 
 
 def register(
-    ctx: DumpContext, open_path: str, stat: os.stat_result, link: bytes, *, named: bool = False
+    ctx: DumpContext,
+    open_path: str,
+    stat: os.stat_result,
+    link: bytes,
+    *,
+    role: mm_pb2.Shmem.Kind | None = None,
 ) -> SharedObject:
     """Register an object once; later calls give the same one.
 
@@ -105,7 +113,7 @@ def register(
         open_path: a /proc link that opens it (map_files or fd).
         stat: of the object.
         link: what the link reads, such as b"/memfd:name (deleted)".
-        named: it is a file whose path leads to it.
+        role: NAMED or KEPT if it is a file whose path leads to it.
 
     Raises:
         UnsupportedError: it is of a kind that cannot be rebuilt.
@@ -118,8 +126,8 @@ def register(
             fd = os.open(open_path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise wrap_os_error(error, "cannot open a shared memory object", where=open_path) from error
-        if named:
-            image.kind, image.name = mm_pb2.Shmem.NAMED, link
+        if role is not None:
+            image.kind, image.name = role, link
             image.origin = _mark_of(fd) or _own_origin(stat)
         else:
             image.seals = _seals(fd)
@@ -130,9 +138,21 @@ def register(
 
 
 def registered(ctx: DumpContext, dev: int, ino: int) -> str:
-    """Image name of an object that was registered already, by its inode; "" if it was not."""
+    """Image name of an object that was registered already, by its inode; "" if it was not, or is KEPT."""
     found = registry(ctx).objects.get((dev, ino))
-    return found.image_name if found is not None else ""
+    return found.image_name if found is not None and found.image.kind != mm_pb2.Shmem.KEPT else ""
+
+
+def kept(ctx: DumpContext, dev: int, ino: int) -> str:
+    """Image name of a file of a disk whose content was registered as KEPT; "" if there is none."""
+    found = registry(ctx).objects.get((dev, ino))
+    return found.image_name if found is not None and found.image.kind == mm_pb2.Shmem.KEPT else ""
+
+
+def keeps_enough(ctx: DumpContext) -> bool:
+    """Whether the point has the content of as many KEPT files as it may: each costs a descriptor of snap's."""
+    kinds = [shared.image.kind for shared in registry(ctx).objects.values()]
+    return kinds.count(mm_pb2.Shmem.KEPT) >= _KEPT_MAX
 
 
 def for_fd(ctx: DumpContext, pid: int, fd: int, stat: os.stat_result) -> str:
@@ -250,14 +270,14 @@ def open_shared(ctx: RestoreContext, name: str) -> int:
     assert isinstance(made, dict)
     if name not in made:
         image = ctx.image(name, mm_pb2.Shmem)
-        fd, fresh = _named(ctx, name, image) if image.kind == mm_pb2.Shmem.NAMED else (_create(image), True)
+        fd, fresh = _named(ctx, name, image) if image.kind in _WITH_PATH else (_create(image), True)
         made[name] = fd
         try:
             os.ftruncate(fd, image.size_bytes)
             _fill(ctx, name, image, fd)
             if fresh and image.kind != mm_pb2.Shmem.ANON:
                 os.fchown(fd, image.uid, image.gid)
-                os.fchmod(fd, image.mode & (0o1777 if image.kind == mm_pb2.Shmem.NAMED else 0o7777))
+                os.fchmod(fd, image.mode & (0o1777 if image.kind in _WITH_PATH else 0o7777))
             # F_SEAL_WRITE must stand before anything maps the object; nothing could be mapped writable under
             # it.
             _add_seals(ctx, name, late=False)
@@ -440,6 +460,26 @@ def _find_named(image: mm_pb2.Shmem) -> int | None:
         where=where,
         hint="move it away, or let its owner unlink it; the rollback makes the job's again",
     )
+
+
+def find_kept(ctx: RestoreContext, name: str) -> int:
+    """An O_PATH descriptor of what a rollback has made in place of a KEPT file; -1: nothing is there, and it can be made.
+
+    Raises:
+        OSError, RestoreConflictError: neither.
+    """
+    image = ctx.image(name, mm_pb2.Shmem)
+    try:
+        path_fd = paths.find(image.name)
+    except FileNotFoundError:
+        os.close(_directory_of(image))
+        return -1
+    if stat_module.S_ISREG(os.fstat(path_fd).st_mode) and image.origin:
+        with contextlib.suppress(OSError):
+            if os.getxattr(f"/proc/self/fd/{path_fd}", _MARK) == image.origin:
+                return path_fd
+    os.close(path_fd)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
 def _directory_of(image: mm_pb2.Shmem) -> int:
