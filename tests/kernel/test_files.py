@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import struct
 import termios
 import time
@@ -153,6 +154,43 @@ def test_fifo(again, tmp_path):
     assert os.read(r[3], 100) == b"through"
     os.write(r[4], b"again")
     assert os.read(r[3], 100) == b"again"
+
+
+@pytest.mark.parametrize("now", ["gone", "another", "another's"])
+def test_a_fifo_that_was_removed_is_made_again(tmp_path, now):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    path.chmod(0o640)
+    tmp_path.chmod(0o777)
+    os.chown(path, 1234, 2345)
+
+    def prepare():
+        os.write(os.open(path, os.O_RDWR), b"through")
+
+    with child(prepare) as pid:
+        ctx = dump(pid)
+    for _ in range(2):  # what was made is found the next time
+        if now == "gone":
+            path.unlink()
+        else:
+            other = tmp_path / "other"
+            os.mkfifo(other)
+            other.chmod(0o640)
+            if now == "another":
+                os.chown(other, 1234, 2345)
+            other.replace(path)
+        if now == "another's":
+            with pytest.raises(RestoreConflictError, match="was replaced by another"):
+                Restored(ctx, pid)
+            continue
+        r = Restored(ctx, pid)
+        assert os.read(r[3], 100) == b"through"
+        assert any(now in text for text in r.warnings)
+        node = path.stat()
+        assert stat.S_ISFIFO(node.st_mode)
+        assert (node.st_uid, node.st_gid, node.st_mode & 0o7777) == (1234, 2345, 0o640)
+        assert os.path.samestat(os.fstat(r[3]), node)
+        r.opening.close()
 
 
 def test_a_pipe_to_the_outside_is_recorded():

@@ -8,7 +8,8 @@ then no open blocks, and each end is reopened from that.
 
 A pipe that a process outside the job has open too is connected to again, while that process lives
 (outside.py); its bytes are then what they are now, and the recorded ones are not written. So it is with a FIFO
-that somebody outside still has open. A FIFO whose name was deleted is made again without one (nameless.py).
+that somebody outside still has open. A FIFO that is gone is made again under its name (fifo.py), one whose name was deleted
+without (nameless.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_DIRECT
 from checkpoint.resources import nameless, paths
-from checkpoint.resources.files import kind, outside
+from checkpoint.resources.files import fifo, kind, outside
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class PipeKind(kind.Kind):
             if not seen.link.startswith(b"pipe:"):
                 buffer.is_fifo = True
                 buffer.fifo.CopyFrom(kind.identity_of(seen))
+                buffer.fifo.uid, buffer.fifo.gid = seen.stat.st_uid, seen.stat.st_gid
             with job.borrow(seen) as fd:
                 buffer.size_bytes = fcntl.fcntl(fd, descriptors.F_GETPIPE_SZ)
         if not description.pipe.read_end or buffer.data:
@@ -70,7 +72,7 @@ class PipeKind(kind.Kind):
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         buffer = opening.pipes[description.pipe.id]
         if buffer.is_fifo and not buffer.fifo.deleted:
-            os.close(paths.locate(buffer.fifo))
+            fifo.check(buffer.fifo, opening.warn)
             return
         if buffer.is_fifo:
             nameless.make(opening.ctx, buffer.fifo)
@@ -132,7 +134,7 @@ def _make(opening: Opening, buffer: files_pb2.PipeBuffer) -> tuple[int, int]:
         if buffer.fifo.deleted:
             both = paths.reopen(nameless.make(opening.ctx, buffer.fifo), flags, paths.shown(buffer.fifo.path))
         else:
-            both = paths.open_identity(buffer.fifo, flags)
+            both = fifo.reopen(buffer.fifo, flags)
         ends = (both, os.dup(both))
         if not buffer.fifo.deleted and _is_in_use(opening, buffer, both):
             return ends
