@@ -174,6 +174,7 @@ def test_a_fifo_that_was_removed_is_made_again(tmp_path, now):
             path.unlink()
         else:
             other = tmp_path / "other"
+            os.link(path, tmp_path / f"kept{path.stat().st_ino}")  # so that its inode is not used again
             os.mkfifo(other)
             other.chmod(0o640)
             if now == "another":
