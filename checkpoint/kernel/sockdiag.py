@@ -1,10 +1,11 @@
-"""Asks the kernel for its lists of sockets (sock_diag netlink: unix_diag.h, inet_diag.h).
+"""Asks the kernel for its lists of sockets, and to forget one (sock_diag netlink: unix_diag.h, inet_diag.h).
 
-Owns the encoding of the request and the parsing of the answers; sees the network namespace of snap only.
+Owns the encoding of the requests and the parsing of the answers; sees the network namespace of snap only.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from snapshotter.base.errors import UnsupportedError
 
 NETLINK_SOCK_DIAG = 4
-SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST_DUMP = 0x1 | 0x300
+SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
+_NLM_F_REQUEST_DUMP, _NLM_F_REQUEST_ACK = 0x1 | 0x300, 0x1 | 0x4
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _SHOW_NAME, _SHOW_VFS, _SHOW_PEER, _SHOW_ICONS, _SHOW_RQLEN = 0x1, 0x2, 0x4, 0x8, 0x10
 _ATTR_NAME, _ATTR_VFS, _ATTR_PEER, _ATTR_ICONS, _ATTR_RQLEN, _ATTR_SHUTDOWN = 0, 1, 2, 3, 4, 6
@@ -100,7 +101,7 @@ def udp_shutdowns(family: int) -> dict[int, int]:
 
     Sockets that were never bound are not among them. Raises OSError: the kernel has no udp_diag.
     """
-    request = struct.pack("=BBBBI", family, socket.IPPROTO_UDP, 0, 0, 0xFFFFFFFF) + bytes(_INET_ID_BYTES)
+    request = _inet_request(family, socket.IPPROTO_UDP, bytes(_INET_ID_BYTES))
     return dict(map(parse_inet_shutdown, _ask(request)))
 
 
@@ -113,9 +114,68 @@ def parse_inet_shutdown(body: bytes) -> tuple[int, int]:
     return ino, sides[0] if sides else 0
 
 
-def _ask(request: bytes) -> Iterator[bytes]:
-    """The bodies of the messages that answer a dump request. OSError: the kernel's own."""
-    header = struct.pack("=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
+@dataclass(frozen=True, slots=True)
+class TcpSocketInfo:
+    """One TCP socket. `identity` is the kernel's struct inet_diag_sockid. `ino` is 0 when nobody has it open any more."""
+
+    family: int
+    state: int
+    host: bytes
+    ino: int
+    identity: bytes
+
+
+def parse_tcp_message(body: bytes) -> TcpSocketInfo:
+    """One struct inet_diag_msg (72 bytes)."""
+    family, state = body[0], body[1]
+    host = body[8 : 8 + (16 if family == socket.AF_INET6 else 4)]
+    (ino,) = struct.unpack_from("=I", body, _INET_MESSAGE_BYTES - 4)
+    return TcpSocketInfo(family, state, host, ino, body[4 : 4 + _INET_ID_BYTES])
+
+
+def tcp_sockets(port: int) -> list[TcpSocketInfo]:
+    """TCP sockets of this network namespace with that local port, those that linger in TIME_WAIT included. OSError: the kernel
+    does not say.
+    """
+    found = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        packed = struct.pack(">H", port)
+        request = _inet_request(family, socket.IPPROTO_TCP, packed + bytes(_INET_ID_BYTES - 2))
+        found += [parse_tcp_message(body) for body in _ask(request) if body[4:6] == packed]
+    return found
+
+
+def destroy(info: TcpSocketInfo) -> None:
+    """Let the kernel forget a TCP socket (`ss --kill`); the other side gets a reset.
+
+    Raises:
+        OSError: EOPNOTSUPP or EINVAL: it cannot (CONFIG_INET_DIAG_DESTROY); ENOENT: it is gone already; EPERM.
+    """
+    request = _inet_request(info.family, socket.IPPROTO_TCP, info.identity)
+    for _ in _ask(request, SOCK_DESTROY, _NLM_F_REQUEST_ACK):
+        pass
+
+
+def can_destroy() -> bool:
+    """Whether `destroy` would work here: tried on a socket that cannot be."""
+    nobody = struct.pack(">HH", 1, 1) + bytes(_INET_ID_BYTES - 4)
+    try:
+        destroy(TcpSocketInfo(socket.AF_INET, 0, b"", 0, nobody))
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return True
+
+
+def _inet_request(family: int, protocol: int, identity: bytes) -> bytes:
+    """A struct inet_diag_req_v2."""
+    return struct.pack("=BBBBI", family, protocol, 0, 0, 0xFFFFFFFF) + identity
+
+
+def _ask(
+    request: bytes, kind: int = SOCK_DIAG_BY_FAMILY, flags: int = _NLM_F_REQUEST_DUMP
+) -> Iterator[bytes]:
+    """The bodies of the messages that answer a request, by rule one for a dump. OSError: the kernel's own."""
+    header = struct.pack("=IHHII", 16 + len(request), kind, flags, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as link:
         link.send(header + request)
         while True:
@@ -127,6 +187,8 @@ def _ask(request: bytes) -> Iterator[bytes]:
                     return
                 if kind == _NLMSG_ERROR:
                     code = -struct.unpack_from("=i", data, offset + 16)[0]
+                    if not code:  # an acknowledgement
+                        return
                     raise OSError(code, os.strerror(code))
                 yield data[offset + 16 : offset + length]
                 offset += (length + 3) & ~3

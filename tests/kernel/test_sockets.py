@@ -131,6 +131,30 @@ def test_tcp_listener_and_udp(again):
         assert udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 200_000
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_connections_of_the_old_job_do_not_keep_its_address(family):
+    """They linger in TIME_WAIT, and those that lack SO_REUSEADDR let nobody bind."""
+
+    def serve():
+        server = socket.socket(family)
+        server.bind(("127.0.0.1" if family == socket.AF_INET else "", 0))
+        server.listen(5)
+        port = server.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        server.accept()[0].close()  # the side that closes first lingers
+        client.close()
+        return server
+
+    with child(serve) as pid:
+        ctx = dump(pid)
+    r = Restored(ctx, pid)
+    with r.socket(3) as server:
+        assert not server.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        with socket.create_connection(("127.0.0.1", server.getsockname()[1])):
+            server.accept()[0].close()
+    r.opening.close()
+
+
 def test_a_tcp_connection_that_has_ended(again):
     def prepare():
         with socket.create_server(("127.0.0.1", 0)) as server:

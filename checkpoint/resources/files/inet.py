@@ -18,7 +18,7 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors
+from checkpoint.kernel import descriptors, sockdiag
 from checkpoint.resources.files import kind, outside, sockets
 from images import files_pb2
 from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from checkpoint.resources.files.opening import Opening
 
 TCP_LISTEN, TCP_CLOSE = 10, 7
+_V4_MAPPED = bytes(10) + b"\xff\xff"
+_Address = tuple[str, int] | tuple[str, int, int, int]
 _PROTOCOLS = frozenset({"TCP", "TCPv6", "UDP", "UDPv6"})
 _TCP_INFO = 11
 _IP_FREEBIND = 15
@@ -151,13 +153,21 @@ class InetKind(kind.Kind):
         shared = any((o.level, o.name) == (socket.SOL_SOCKET, socket.SO_REUSEPORT) for o in image.options)
         if not address[1] or shared or (image.type == socket.SOCK_STREAM and image.state != TCP_LISTEN):
             return
-        links = {b"socket:[%d]" % ino for ino in _users(image, address[0], address[1])}
+        users = _users(image, address[0], address[1])
+        links = {b"socket:[%d]" % ino for state, ino in users if ino and _is_in_the_way(image, state)}
         others = outside.holders(links, opening.ctx.processes) if links else {}
         for found in others.values():
             raise RestoreConflictError(
                 f"process {found[0].pid} ({found[0].comm}) uses the address of the job's socket",
                 where=f"{address[0]} port {address[1]}",
                 hint="end it",
+            )
+        if any(_lingers(image, state) for state, _ in users) and not sockdiag.can_destroy():
+            raise RestoreConflictError(
+                "connections of the job's socket that have ended, or that the rollback would end, keep its address for a "
+                "minute (TIME_WAIT), and this kernel cannot forget them (CONFIG_INET_DIAG_DESTROY)",
+                where=f"{address[0]} port {address[1]}",
+                hint="end the job if it runs, and roll back a minute later",
             )
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
@@ -166,10 +176,12 @@ class InetKind(kind.Kind):
             early = [o for o in image.options if (o.level, o.name) in _BEFORE_BIND]
             sockets.apply_options(sock, early, opening.warn)
             address = _parsed(image.source)
+            reuse = _reuses(image)
             try:
                 if address[1] and not (image.shutdown and image.type == socket.SOCK_STREAM):
                     if image.type == socket.SOCK_STREAM:
-                        # The old job's connections may linger in TIME_WAIT.
+                        if not reuse:
+                            _forget_connections(image, address)
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     _bind(sock, address)
                 if image.state == TCP_LISTEN:
@@ -182,7 +194,6 @@ class InetKind(kind.Kind):
                     where=f"{address[0]} port {address[1]}",
                     hint="end what uses this address",
                 ) from error
-            reuse = any((o.level, o.name) == (socket.SOL_SOCKET, socket.SO_REUSEADDR) for o in early)
             if image.type == socket.SOCK_STREAM and not reuse:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             late = (o for o in image.options if (o.level, o.name) not in _BEFORE_BIND)
@@ -193,7 +204,7 @@ class InetKind(kind.Kind):
             return os.dup(sock.fileno())
 
 
-def _bind(sock: socket.socket, address: tuple[str, int] | tuple[str, int, int, int]) -> None:
+def _bind(sock: socket.socket, address: _Address) -> None:
     """To an address that the machine does not have (any more, or yet) too: a bound socket keeps its own in any case."""
     try:
         sock.bind(address)
@@ -268,8 +279,35 @@ def _connection(pid: int, ino: int) -> str | None:
     return None
 
 
-def _users(image: files_pb2.InetSocket, host: str, port: int) -> list[int]:
-    """Inodes of the sockets that stand in the way of binding this address."""
+def _is_in_the_way(image: files_pb2.InetSocket, state: int) -> bool:
+    """Whether the socket cannot be bound beside another in this state, given that somebody has that one open."""
+    return image.type != socket.SOCK_STREAM or state == TCP_LISTEN or not _reuses(image)
+
+
+def _lingers(image: files_pb2.InetSocket, state: int) -> bool:
+    """Whether one in this state, of the old job's, holds the address when nobody has it open any more: an accepted connection has
+    SO_REUSEADDR as its listener had it, and only if both have it the address is free.
+    """
+    return image.type == socket.SOCK_STREAM and state != TCP_LISTEN and not _reuses(image)
+
+
+def _reuses(image: files_pb2.InetSocket) -> bool:
+    return any((o.level, o.name) == (socket.SOL_SOCKET, socket.SO_REUSEADDR) for o in image.options)
+
+
+def _forget_connections(image: files_pb2.InetSocket, address: _Address) -> None:
+    """Those that nobody has open any more and that keep the address: in TIME_WAIT, or just ended with the old job."""
+    host = socket.inet_pton(image.family, address[0].partition("%")[0])
+    with contextlib.suppress(OSError):  # the bind says what is wrong then
+        for info in sockdiag.tcp_sockets(address[1]):
+            mapped = info.host.removeprefix(_V4_MAPPED)
+            if info.ino == 0 and (not any(host) or host in {info.host, mapped}):
+                with contextlib.suppress(FileNotFoundError):
+                    sockdiag.destroy(info)
+
+
+def _users(image: files_pb2.InetSocket, host: str, port: int) -> list[tuple[int, int]]:
+    """(state, inode) of the sockets at this address; inode 0: nobody has it open any more."""
     stream = image.type == socket.SOCK_STREAM
     name = ("tcp" if stream else "udp") + ("6" if image.family == socket.AF_INET6 else "")
     packed = socket.inet_pton(image.family, host.partition("%")[0])
@@ -285,10 +323,8 @@ def _users(image: files_pb2.InetSocket, host: str, port: int) -> list[int]:
     for line in lines:
         words = line.split()
         local, _, number = words[1].partition(":")
-        if int(number, 16) != port or (stream and int(words[3], 16) != TCP_LISTEN):
-            continue
-        if wanted == any_address or local in {wanted, any_address}:
-            found.append(int(words[9]))
+        if int(number, 16) == port and (wanted == any_address or local in {wanted, any_address}):
+            found.append((int(words[3], 16), int(words[9])))
     return found
 
 
@@ -297,7 +333,7 @@ def _address(address: tuple[object, ...]) -> bytes:
     return " ".join(str(part) for part in address).encode()
 
 
-def _parsed(text: bytes) -> tuple[str, int] | tuple[str, int, int, int]:
+def _parsed(text: bytes) -> _Address:
     words = text.decode().split()
     if len(words) == 4:
         return words[0], int(words[1]), int(words[2]), int(words[3])
