@@ -24,6 +24,7 @@ from snapshotter.base.errors import (
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD
 _VFORK_S = 1.0
+_LOOKS_AT_WHOLE = 10
 _LOOKS: tuple[Callable[[int, list[Finding]], None], ...] = (task.look, memory.look, files.look)
 
 
@@ -71,8 +72,7 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
         if not look_at_process(one, report.findings) and one == pid:
             raise TargetGoneError("ended while it was looked at", where=f"task {pid}")
     _look_at_sharing(report)
-    sharing.look_job(report.root_pid, report.tasks, report.findings)
-    files.look_job(report.pids, report.findings)
+    _look_at_whole(report, max_tasks)
     return report
 
 
@@ -84,6 +84,30 @@ def look_at_process(pid: int, findings: list[Finding]) -> bool:
         except (TargetGoneError, FileNotFoundError, ProcessLookupError):
             return False
     return True
+
+
+def _look_at_whole(report: CheckReport, max_tasks: int) -> None:
+    """What takes all of the job to judge. A child that was born meanwhile looks like somebody outside: so what is found counts
+    only if another look, at all that there are by then, finds the very same.
+    """
+    before: list[str] = []
+    for _ in range(_LOOKS_AT_WHOLE):
+        found: list[Finding] = []
+        sharing.look_job(report.root_pid, report.tasks, found)
+        files.look_job(report.pids, found)
+        if not found or list(map(str, found)) == before:
+            break
+        before = list(map(str, found))
+        now = CheckReport(report.root_pid)
+        _walk(now, max_tasks)
+        for pid, start_time_ticks in now.tasks.items():
+            if report.tasks.get(pid) != start_time_ticks:
+                look_at_process(pid, report.findings)
+        report.pids, report.tasks, report.nr_tasks = now.pids, now.tasks, now.nr_tasks
+        if now.findings:
+            found = now.findings
+            break
+    report.findings += found
 
 
 def _look_at_sharing(report: CheckReport) -> None:

@@ -208,6 +208,19 @@ def test_a_pipe_to_the_outside_is_recorded():
         assert f"process {holder}" in ctx.warnings[0]
 
 
+def test_a_child_born_at_the_look_is_not_the_outside():
+    read_end, write_end = os.pipe()
+    report: list[Finding] = []
+    with child_keeping(write_end) as pid, child_keeping(read_end) as born:
+        with child_keeping(read_end):
+            files.look_job([pid], report)  # which does not know yet that the others are the job's
+        os.close(read_end)
+        os.close(write_end)
+        ctx = dump(pid, born)
+        (pipe,) = ctx.images["files"].pipes
+        assert (list(pipe.holders), ctx.warnings, report) == ([], [], [])
+
+
 @contextlib.contextmanager
 def child_keeping(fd: int) -> Iterator[int]:
     """A child with `fd` as descriptor 3."""

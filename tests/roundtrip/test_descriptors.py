@@ -9,6 +9,7 @@ import pty
 import select
 import signal
 import socket
+import subprocess
 import sys
 import termios
 import textwrap
@@ -16,6 +17,7 @@ import textwrap
 import pytest
 
 from checkpoint.check import check
+from checkpoint.resources import files
 from snapshotter.base.errors import RestoreConflictError, UnsupportedError
 from tests import memory_store
 from tests.jobs import is_running, reap, reap_all, state, tree, wait_until
@@ -215,3 +217,47 @@ def test_a_socket_to_the_outside_is_refused_by_name():
         ours.close()
         os.kill(pid, signal.SIGKILL)
         reap(pid)
+
+
+BEARING = """
+import os, signal, socket, sys, time
+def bear(*_):
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        os.close(ours.fileno())
+        while True: time.sleep(1000)
+    kept.append(ours)
+    theirs.close()
+    os.write(1, b"b")
+kept = []
+signal.signal(signal.SIGUSR1, bear)
+os.write(1, b"r")
+while True: time.sleep(1000)
+"""
+
+
+def test_a_child_born_while_it_is_looked_at_is_not_the_outside(monkeypatch):
+    job = subprocess.Popen(
+        [sys.executable, "-c", BEARING], stdin=-3, stdout=subprocess.PIPE, start_new_session=True
+    )
+    look, left = files.look_job, [1]
+
+    def look_job(pids, report):
+        if left.pop():
+            left[:] = [0] * 10
+            os.kill(job.pid, signal.SIGUSR1)
+            assert job.stdout.read(1) == b"b"
+        look(pids, report)
+
+    try:
+        assert job.stdout.read(1) == b"r"
+        monkeypatch.setattr(files, "look_job", look_job)
+        report = check(job.pid)
+        assert report.findings == []
+        assert report.pids == tree(job.pid) != [job.pid]
+    finally:
+        for pid in tree(job.pid):
+            os.kill(pid, signal.SIGKILL)
+        job.wait()
+        job.stdout.close()
+        reap_all()

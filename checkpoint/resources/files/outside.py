@@ -181,7 +181,7 @@ def record_outside(job: FilesDump) -> None:
     for number, seen in examples.items():
         if not _has_no_path(seen.link):
             continue  # a FIFO is found by its path, by everybody
-        found = _found_by_look.get(seen.link, [])
+        found = [holder for holder in _found_by_look.get(seen.link, []) if _is_outside(job, holder)]
         if not found and len(sides[number]) == 1 and not _alone(job, seen):
             found = holders({seen.link}, job.ctx.processes).get(seen.link, [])
         buffer = job.pipes[number]
@@ -198,6 +198,18 @@ def record_outside(job: FilesDump) -> None:
                 f"task {seen.pid}, {seen.where}: process {found[0].pid} ({found[0].comm}), which is not part of the "
                 "job, has this pipe open too; a rollback connects to it again if it is still there"
             )
+
+
+def _is_outside(job: FilesDump, holder: Holder) -> bool:
+    """Whether one that the look found is there still, and no child that the job bore just then: the old pipe of one of the job's
+    own must not be taken for the outside's at a rollback.
+    """
+    if holder.pid in job.ctx.processes:
+        return False
+    try:
+        return proc.read_stat(holder.pid).start_time_ticks == holder.start_time_ticks
+    except (OSError, SnapshotterError):
+        return False
 
 
 def _alone(job: FilesDump, seen: Seen) -> bool:
