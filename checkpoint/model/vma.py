@@ -48,6 +48,11 @@ written."""
 SHMEM_KINDS = frozenset({ANON_SHARED, SHMEM_FILE, SHMEM_PRIVATE})
 KERNEL_KINDS = frozenset({VDSO, VVAR, VVAR_VCLOCK, VSYSCALL})
 
+IO_URING_HINT = (
+    "turn io_uring off in the job (node, uvloop and all that use libuv: UV_USE_IO_URING=0; MariaDB: "
+    "--innodb-use-native-aio=0)"
+)
+
 KEPT_FLAGS = ("lo", "lf", "dc", "hg", "nh", "dd", "wf", "mg", "sr", "rr", "nr", "sl", "dp")
 """VmFlags that a system call of the job made and that are made again."""
 
@@ -179,7 +184,7 @@ def _refusal(path: bytes, flags: frozenset[str], prot: int, pkey: int) -> tuple[
     if mapping.path.startswith(b"/[aio]"):
         return "a ring of asynchronous I/O (io_setup)", "let the job call io_destroy, or use threads for I/O"
     if mapping.path.startswith(b"anon_inode:[io_uring]"):
-        return "a ring of io_uring", "turn io_uring off in the job (for node: UV_USE_IO_URING=0)"
+        return "a ring of io_uring", IO_URING_HINT
     if mapping.path.startswith(b"/secretmem"):
         return (
             "secret memory (memfd_secret) that nobody but the job may read",

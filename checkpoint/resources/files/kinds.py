@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 
+from checkpoint.model.vma import IO_URING_HINT
 from checkpoint.resources.files import (
     device,
     directory,
@@ -15,6 +16,7 @@ from checkpoint.resources.files import (
     pipe,
     regular,
     signalfd,
+    sockets,
     terminal,
     timerfd,
     unixsock,
@@ -64,7 +66,7 @@ _REASONS = {
     "userfaultfd": ("is a userfaultfd", "close it first"),
     "io_uring": (
         "is an io_uring instance",
-        "let the program use its epoll or thread pool backend (UV_USE_IO_URING=0)",
+        IO_URING_HINT,
     ),
     "perf_event": ("is a perf event", "detach perf first"),
     "bpf-prog": ("is a loaded BPF program", "close it first"),
@@ -99,7 +101,8 @@ def unknown(seen: Seen) -> Finding:
             name, (f"is a kernel object that snap does not know ({name})", "close it first")
         )
     elif stat.S_ISSOCK(seen.stat.st_mode):
-        what, hint = "is a socket of a family that cannot be dumped", "close it first"
+        name = sockets.protocol_name(seen.pid, seen.fd) or "unknown"
+        what, hint = f"is a socket of a kind ({name}) that cannot be dumped yet", "close it first"
     else:
         what, hint = "is of a type that cannot be dumped", "close it first"
     return Finding(seen.pid, seen.where, what, hint)
