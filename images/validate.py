@@ -25,6 +25,9 @@ NR_OPEN_MAX = 1 << 30
 NR_TASKS_MAX = PID_MAX
 _SOCK_DGRAM = 2
 _SUN_PATH_BYTES = 108
+_IPPROTO_IP, _IPPROTO_IPV6 = 0, 41
+_SOCKADDR_BYTES = 128  # struct sockaddr_storage
+_GROUP_FILTER_BYTES = 144  # struct group_filter without its sources
 USER_END = 1 << 57  # five-level page tables
 PROCESS_SHARES = 2
 """Version of a Process that says what is shared otherwise than by rule (CLONE_FILES, CLONE_FS)."""
@@ -226,6 +229,9 @@ def _files(files: files_pb2.Files) -> None:
                     entry.target_description in known,
                     f"epoll instance {description.id} watches an unknown file description",
                 )
+        if kind == "inet":
+            for group in description.inet.groups:
+                _require(_is_filter(group), f"socket {description.id} is in no such multicast group")
         if kind == "unix":
             peer, address = description.unix.peer_ino, description.unix.address
             _require(
@@ -239,6 +245,13 @@ def _files(files: files_pb2.Files) -> None:
                     set(message.descriptions) <= known,
                     f"socket {description.id} passes an unknown descriptor",
                 )
+
+
+def _is_filter(group: files_pb2.MulticastGroup) -> bool:
+    if group.level not in {_IPPROTO_IP, _IPPROTO_IPV6} or len(group.filter) < _GROUP_FILTER_BYTES:
+        return False
+    nr_sources = int.from_bytes(group.filter[_GROUP_FILTER_BYTES - 4 : _GROUP_FILTER_BYTES], "little")
+    return len(group.filter) == _GROUP_FILTER_BYTES + nr_sources * _SOCKADDR_BYTES
 
 
 def _fdtable(table: files_pb2.FdTable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -13,7 +14,9 @@ import tempfile
 
 import pytest
 
-from checkpoint.resources.files import unixnode
+from checkpoint.kernel import options
+from checkpoint.resources.files import inet, multicast, unixnode
+from images import files_pb2
 from snapshotter.base.errors import PermissionDeniedError, RestoreConflictError, UnsupportedError
 from tests.kernel.descriptor_jobs import Restored, child, dump
 
@@ -415,3 +418,76 @@ def test_an_unfinished_datagram_is_refused(flags):
 
     with child(prepare) as pid, pytest.raises(UnsupportedError, match="unfinished datagram"):
         dump(pid)
+
+
+def _set_everything(family: int, kind: int) -> socket.socket:
+    """A socket with every option changed that can be."""
+    sock = socket.socket(family, kind)
+    for level, name in inet._OPTIONS:
+        if (level, name) in {
+            (socket.SOL_SOCKET, socket.SO_LINGER),
+            (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
+        }:
+            continue
+        before = options.read(sock.fileno(), [(level, name)])[0]
+        for value in (1, 0, 2, 60, 600):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(level, name, value)
+                if options.read(sock.fileno(), [(level, name)])[0] != before:
+                    break
+    return sock
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_every_option_that_can_be_changed_comes_back(again, family, kind):
+    wanted = inet._OF_STREAM if kind == socket.SOCK_STREAM else inet._OPTIONS
+    with _set_everything(family, kind) as expected, socket.socket(family, kind) as fresh:
+        values = [options.read(one.fileno(), wanted) for one in (expected, fresh)]
+        assert sum(one != other for one, other in zip(*values, strict=True)) > 20
+        r = again(lambda: _set_everything(family, kind))
+        with r.socket(3) as restored:
+            got = options.read(restored.fileno(), wanted)
+        wrong = {
+            name: (one, two) for name, one, two in zip(wanted, values[0], got, strict=True) if one != two
+        }
+        assert not wrong
+        assert not r.warnings
+
+
+def test_multicast_groups_come_back(again):
+    join, join_source, block = 42, 46, 43
+
+    def request(*addresses):
+        loopback = socket.if_nametoindex("lo")
+        packed = (
+            struct.pack("=H2x4s", socket.AF_INET, socket.inet_aton(one)).ljust(128, b"\0")
+            for one in addresses
+        )
+        return struct.pack("=I4x", loopback) + b"".join(packed)
+
+    def prepare():
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("", 0))
+        sock.setsockopt(socket.IPPROTO_IP, join, request("239.1.2.3"))
+        sock.setsockopt(socket.IPPROTO_IP, join, request("239.1.2.4"))
+        sock.setsockopt(socket.IPPROTO_IP, block, request("239.1.2.4", "10.9.8.7"))
+        sock.setsockopt(socket.IPPROTO_IP, join_source, request("232.1.2.3", "10.0.0.1"))
+        six = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        six.setsockopt(
+            socket.IPPROTO_IPV6,
+            socket.IPV6_JOIN_GROUP,
+            socket.inet_pton(socket.AF_INET6, "ff02::1234") + struct.pack("=I", socket.if_nametoindex("lo")),
+        )
+        return sock, six, socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    r = again(prepare)
+    image = {d.id: d.inet for d in r.opening.descriptions.values() if d.HasField("inet")}
+    found = [image[r.table[fd].description].groups for fd in (3, 4, 5)]
+    assert [len(groups) for groups in found] == [3, 1, 0]
+    assert not r.warnings
+    for fd, groups in zip((3, 4), found, strict=False):
+        again_image = files_pb2.InetSocket()
+        with r.socket(fd) as sock:
+            multicast.dump(sock, multicast.groups(), again_image)
+        assert sorted(map(str, again_image.groups)) == sorted(map(str, groups))

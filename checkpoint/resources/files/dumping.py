@@ -15,6 +15,7 @@ at worst (many eventfds share one inode) and none at all in the common case.
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
 from checkpoint.kernel.fdinfo import O_DIRECT, EpollTarget, LockLine
-from checkpoint.resources.files import kinds, outside
+from checkpoint.resources.files import kinds, multicast, outside
 from checkpoint.resources.files.kind import Seen, descriptors, see
 from checkpoint.resources.sharing import PIDFD_THREAD
 from images import files_pb2
@@ -114,6 +115,11 @@ class FilesDump:
         if self._sockets is None:
             self._sockets = sockdiag.unix_sockets()
         return self._sockets
+
+    @functools.cached_property
+    def multicast_groups(self) -> list[multicast.Group]:
+        """Every group that somebody in the network namespace is in."""
+        return multicast.groups()
 
     def udp_shutdown(self, family: int, ino: int) -> int | None:
         """Which sides of a UDP socket are shut down (1: reading, 2: writing); None: the kernel cannot say."""

@@ -1,6 +1,6 @@
 """Internet sockets without a remote end: TCP that listens or was never connected, and UDP.
 
-State: addresses, options, backlog, what was shut down. A datagram that waits in a UDP socket at the dump is dropped, as
+State: addresses, options, multicast groups, backlog, what was shut down. A datagram that waits in a UDP socket at the dump is dropped, as
 the network may drop any, and a warning says so. A datagram that is kept back by its sender (UDP_CORK) is
 refused, for its bytes cannot be read. Established TCP connections are refused: their other
 end lives on and would not follow a rollback.
@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors, sockdiag
-from checkpoint.resources.files import kind, outside, sockets
+from checkpoint.resources.files import kind, multicast, outside, sockets
 from images import files_pb2
 from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
 
@@ -46,8 +46,12 @@ _BEFORE_BIND = {
     (_IPV6, socket.IPV6_V6ONLY),
     (_IP, _IP_FREEBIND),
     (_IP, 19),
+    (_IP, 24),
+    (_IP, 51),
+    (_IPV6, 75),
+    (_IPV6, 78),
 }
-"""IP_TRANSPARENT is the last one."""
+"""IP_TRANSPARENT, _BIND_ADDRESS_NO_PORT, _LOCAL_PORT_RANGE, IPV6_TRANSPARENT, _FREEBIND are the last ones."""
 _OPTIONS = (
     *sockets.GENERIC_OPTIONS,
     (_IPV6, socket.IPV6_V6ONLY),
@@ -79,7 +83,24 @@ _OPTIONS = (
     (_IPV6, 23),  # IPV6_MTU_DISCOVER
     (_IPV6, 25),  # IPV6_RECVERR
     (_UDP, _UDP_CORK),
+    # IP_OPTIONS, _RECVOPTS, _RETOPTS, _RECVTTL, _RECVTOS, _PASSSEC, _RECVORIGDSTADDR, _MINTTL, _NODEFRAG, _CHECKSUM,
+    # _BIND_ADDRESS_NO_PORT, _RECVFRAGSIZE, _RECVERR_RFC4884, _MULTICAST_ALL, _UNICAST_IF, _LOCAL_PORT_RANGE
+    *((_IP, name) for name in (4, 6, 7, 12, 13, 18, 20, 21, 22, 23, 24, 25, 26, 49, 50, 51)),
+    # IPV6_2292PKTINFO, _HOPOPTS, _DSTOPTS, _RTHDR, _HOPLIMIT, IPV6_MULTICAST_ALL, _RECVERR_RFC4884, _FLOWINFO_SEND,
+    # _RECVHOPLIMIT, _RECVHOPOPTS, _RECVRTHDR, _RECVDSTOPTS, _RECVPATHMTU, _DONTFRAG, _RECVTCLASS, _AUTOFLOWLABEL,
+    # _ADDR_PREFERENCES, _MINHOPCOUNT, _RECVORIGDSTADDR, _TRANSPARENT, _UNICAST_IF, _RECVFRAGSIZE, _FREEBIND
+    *(
+        (_IPV6, name)
+        for name in (2, 3, 4, 5, 8, 29, 31, 33, 51, 53, 56, 58, 60, 62, 66, 70, 72, 73, 74, 75, 76, 77, 78)
+    ),
+    # TCP_MAXSEG, _SYNCNT, _LINGER2, _WINDOW_CLAMP, _THIN_LINEAR_TIMEOUTS, _NOTSENT_LOWAT, _SAVE_SYN, _FASTOPEN_CONNECT,
+    # _FASTOPEN_NO_COOKIE, _INQ, _TX_DELAY
+    *((_TCP, name) for name in (2, 7, 8, 10, 16, 25, 27, 30, 34, 36, 37)),
+    # UDP_ENCAP, _NO_CHECK6_TX, _NO_CHECK6_RX, _SEGMENT, _GRO
+    *((_UDP, name) for name in (100, 101, 102, 103, 104)),
 )
+_OF_CONNECTION = frozenset({(_TCP, socket.TCP_MAXSEG), (_TCP, socket.TCP_WINDOW_CLAMP)})
+"""What a connection has changed by itself, and keeps when it has ended."""
 
 
 _MULTICAST = frozenset(
@@ -89,6 +110,9 @@ _MULTICAST = frozenset(
         (_IPV6, socket.IPV6_MULTICAST_HOPS),
     ]
 )
+
+_OF_STREAM = tuple(option for option in _OPTIONS if option not in _MULTICAST)
+_OF_ENDED = tuple(option for option in _OF_STREAM if option not in _OF_CONNECTION)
 
 
 class InetKind(kind.Kind):
@@ -142,7 +166,11 @@ class InetKind(kind.Kind):
                         f"datagrams that wait in the UDP socket at {sock.getsockname()} are not saved"
                     )
             # A TCP socket cannot set what concerns multicast, but an accepted one has the TTL of its first packet.
-            wanted = tuple(o for o in _OPTIONS if sock.type != socket.SOCK_STREAM or o not in _MULTICAST)
+            if sock.type != socket.SOCK_STREAM:
+                wanted = _OPTIONS
+                multicast.dump(sock, job.multicast_groups, image)
+            else:
+                wanted = _OF_ENDED if image.shutdown else _OF_STREAM
             for level, name, value in sockets.changed_options(sock, wanted):
                 image.options.add(level=level, name=name, value=value)
 
@@ -198,6 +226,7 @@ class InetKind(kind.Kind):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             late = (o for o in image.options if (o.level, o.name) not in _BEFORE_BIND)
             sockets.apply_options(sock, late, opening.warn)
+            multicast.join(sock, image, opening.warn)
             if image.shutdown & _BOTH_SIDES:
                 with contextlib.suppress(OSError):  # ENOTCONN, yet it is shut down
                     sock.shutdown((image.shutdown & _BOTH_SIDES) - 1)

@@ -6,7 +6,6 @@ be read at all.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import functools
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from checkpoint.kernel import options
 from snapshotter.base.errors import Finding, UnsupportedError, wrap_os_error
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ _FORCED = {socket.SO_SNDBUF: SO_SNDBUFFORCE, socket.SO_RCVBUF: SO_RCVBUFFORCE}
 _SO_BINDTODEVICE = 25
 _SO_GET_FILTER = 26
 _SO_TIMESTAMPING, _SO_PASSPIDFD = 37, 76
-_OPTION_MAX_BYTES = 64
 
 GENERIC_OPTIONS: tuple[tuple[int, int], ...] = tuple(
     (_SOL, name)
@@ -60,6 +59,19 @@ GENERIC_OPTIONS: tuple[tuple[int, int], ...] = tuple(
         _SO_BINDTODEVICE,
         SO_PEEK_OFF,
         11,  # SO_NO_CHECK
+        1,  # SO_DEBUG
+        40,  # SO_RXQ_OVFL
+        45,  # SO_SELECT_ERR_QUEUE
+        47,  # SO_MAX_PACING_RATE
+        60,  # SO_ZEROCOPY
+        61,  # SO_TXTIME
+        63,  # SO_TIMESTAMP_NEW
+        64,  # SO_TIMESTAMPNS_NEW
+        69,  # SO_PREFER_BUSY_POLL
+        70,  # SO_BUSY_POLL_BUDGET
+        74,  # SO_TXREHASH
+        75,  # SO_RCVMARK
+        83,  # SO_PASSRIGHTS
         72,  # SO_BUF_LOCK: after the buffers' sizes, which lock them
     )
 )
@@ -69,7 +81,14 @@ _MAY_FAIL = frozenset(
     {
         (_SOL, _SO_TIMESTAMPING),
         (_SOL, _SO_PASSPIDFD),
+        *((_SOL, name) for name in (1, 47, 60, 61, 69, 70, 75)),
         (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
+        (socket.IPPROTO_TCP, socket.TCP_MAXSEG),
+        (socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP),
+        (socket.IPPROTO_IP, 4),  # IP_OPTIONS
+        (socket.IPPROTO_IP, 50),  # IP_UNICAST_IF
+        (socket.IPPROTO_IPV6, 76),  # IPV6_UNICAST_IF
+        (socket.IPPROTO_UDP, 100),  # UDP_ENCAP
         (socket.IPPROTO_IP, socket.IP_MULTICAST_IF),
         (socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF),
     }
@@ -99,27 +118,23 @@ def borrowed_socket(fd: int) -> Iterator[socket.socket]:
 
 
 @functools.cache
-def _defaults(
-    family: int, kind: int, protocol: int, names: tuple[tuple[int, int], ...]
-) -> dict[tuple[int, int], bytes]:
-    """What a fresh socket answers; without the options that this type of socket does not have."""
-    found = {}
+def _defaults(family: int, kind: int, protocol: int, names: tuple[tuple[int, int], ...]) -> bytes:
+    """What a fresh socket answers."""
     with socket.socket(family, kind, protocol) as fresh:
-        for level, name in names:
-            with contextlib.suppress(OSError):
-                found[level, name] = fresh.getsockopt(level, name, _OPTION_MAX_BYTES)
-    return found
+        return options.answers(fresh.fileno(), names)
 
 
 def changed_options(
     sock: socket.socket, names: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[int, int, bytes]]:
     """(level, name, value) of the options that differ from those of a fresh socket of the same type."""
-    for (level, name), default in _defaults(sock.family, sock.type, sock.proto, names).items():
-        with contextlib.suppress(OSError):
-            value = sock.getsockopt(level, name, _OPTION_MAX_BYTES)
-            if value != default:
-                yield level, name, value
+    defaults = _defaults(sock.family, sock.type, sock.proto, names)
+    given = options.answers(sock.fileno(), names)
+    if given == defaults:
+        return
+    for pair, default, value in zip(names, options.values(defaults), options.values(given), strict=True):
+        if default is not None and value is not None and value != default:
+            yield *pair, value
 
 
 def refuse_filter(sock: socket.socket, seen: Seen) -> None:
@@ -141,13 +156,13 @@ def refuse_filter(sock: socket.socket, seen: Seen) -> None:
 
 
 def apply_options(
-    sock: socket.socket, options: Iterable[files_pb2.SocketOption], warn: Callable[[str], None]
+    sock: socket.socket, recorded: Iterable[files_pb2.SocketOption], warn: Callable[[str], None]
 ) -> None:
     """Sets recorded options. Buffer sizes are forced past the sysctl limits; the kernel doubles them again.
 
     Those that the system may have lost the means for (a congestion control, an interface) are warned about.
     """
-    for option in options:
+    for option in recorded:
         name, value = option.name, option.value
         if option.level == _SOL and name in _FORCED:
             value = (int.from_bytes(value, "little") // 2).to_bytes(4, "little")
