@@ -200,6 +200,7 @@ class Assembly:
                 flags = THREAD_FLAGS & ~(0 if step.files else CLONE_FILES) & ~(0 if step.fs else CLONE_FS)
                 make = functools.partial(self.ctx.threads[step.maker].clone_thread, step.tid, flags)
                 self.ctx.threads[step.tid] = self._until_free(step.tid, make)
+            cgroups.restore_threads(self.ctx, process)
 
     # -- state --------------------------------------------------------------------------------------------------
 

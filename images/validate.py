@@ -30,7 +30,7 @@ _SOCKADDR_BYTES = 128  # struct sockaddr_storage
 _GROUP_FILTER_BYTES = 144  # struct group_filter without its sources
 USER_END = 1 << 57  # five-level page tables
 PROCESS_SHARES = 2
-"""Version of a Process that says what is shared otherwise than by rule (CLONE_FILES, CLONE_FS)."""
+"""Version of a Process that says what is shared otherwise than by rule (CLONE_FILES, CLONE_FS, control groups)."""
 _TABLE = re.compile(r"fdtable/[1-9][0-9]{0,9}")
 
 
@@ -112,7 +112,7 @@ def process_version(process: Message) -> int:
         return 1
     exceptional = process.fs_of or process.files not in {"", f"fdtable/{process.pid}"}
     if exceptional or any(
-        thread.files or thread.fs_of or thread.HasField("fs") for thread in process.threads
+        thread.files or thread.fs_of or thread.HasField("fs") or thread.cgroups for thread in process.threads
     ):
         return PROCESS_SHARES
     return 1

@@ -1,7 +1,8 @@
 """Control groups: in which group of each hierarchy a process is, and back into it.
 
 The groups themselves, with their limits, are the system's and not made again: a process whose group is gone runs in
-snap's own, and a warning says so. Source: cgroups(7), Documentation/admin-guide/cgroup-v2.rst.
+snap's own, and a warning says so. A thread may be in another group than its process (version 1; threaded groups of version 2).
+Source: cgroups(7), Documentation/admin-guide/cgroup-v2.rst.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import proc
+from checkpoint.kernel import proc, threads
+from checkpoint.kernel.tasks import task_ids
 from images import task_pb2
 
 if TYPE_CHECKING:
     from checkpoint.restore_context import RestoreContext
+
+_apart: set[int] = set()
+"""Processes of which some thread was in another group than the others at the last look. The frozen window reads the groups of each
+thread only there.
+"""
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
@@ -58,30 +65,63 @@ def parse_mounts(data: bytes) -> dict[str, Mount]:
     return found
 
 
+def look(pid: int) -> None:
+    """Note whether its threads are in one group."""
+    tids = task_ids(pid)
+    paths = [f"/proc/{pid}/task/{tid}/cgroup" for tid in tids]
+    if len(tids) > 1 and len(set(threads.read_files(paths)) - {None}) > 1:
+        _apart.add(pid)
+    else:
+        _apart.discard(pid)
+
+
 def dump(pid: int, message: task_pb2.Process) -> None:
-    """Add the groups of a process."""
-    for controllers, path in parse(proc.read_task_file(pid, "cgroup")).items():
+    """Add the groups of a process, and of those threads that are in others."""
+    whole = proc.read_task_file(pid, "cgroup")
+    for controllers, path in parse(whole).items():
         message.cgroups.add(controllers=controllers, path=os.fsencode(path))
+    if pid not in _apart:
+        return
+    paths = [f"/proc/{pid}/task/{thread.tid}/cgroup" for thread in message.threads]
+    for thread, data in zip(message.threads, threads.read_files(paths), strict=True):
+        if data is not None and data != whole:
+            for controllers, path in parse(data).items():
+                thread.cgroups.add(controllers=controllers, path=os.fsencode(path))
 
 
 def restore(ctx: RestoreContext, process: task_pb2.Process) -> None:
     """Move a stub, before it has any memory to be charged for, into the groups of its process."""
-    moves = plan(
-        {group.controllers: os.fsdecode(group.path) for group in process.cgroups},
-        parse(proc.read_task_file(process.pid, "cgroup")),
-        parse_mounts(proc.read_task_file(os.getpid(), "mountinfo")),
-    )
-    for path, folder in moves:
+    _move(ctx, process.pid, process.cgroups, f"/proc/{process.pid}/cgroup", of_thread=False)
+
+
+def restore_threads(ctx: RestoreContext, process: task_pb2.Process) -> None:
+    """Move those threads that were in other groups than their process."""
+    for thread in process.threads:
+        if thread.cgroups:
+            path = f"/proc/{process.pid}/task/{thread.tid}/cgroup"
+            _move(ctx, thread.tid, thread.cgroups, path, of_thread=True)
+
+
+def _move(
+    ctx: RestoreContext, tid: int, groups: Iterable[task_pb2.ControlGroup], own: str, *, of_thread: bool
+) -> None:
+    wanted = {group.controllers: os.fsdecode(group.path) for group in groups}
+    with open(own, "rb") as file:
+        now = parse(file.read())
+    for controllers, path, folder in plan(
+        wanted, now, parse_mounts(proc.read_task_file(os.getpid(), "mountinfo"))
+    ):
         try:
             if folder is None:
                 raise FileNotFoundError(2, "its hierarchy is not mounted here")
             if _is_frozen(folder):
                 raise BlockingIOError(11, "it is frozen")
-            with open(f"{folder}/cgroup.procs", "w", encoding="ascii") as file:
-                file.write(str(process.pid))
+            name = ("tasks" if controllers else "cgroup.threads") if of_thread else "cgroup.procs"
+            with open(f"{folder}/{name}", "w", encoding="ascii") as file:
+                file.write(str(tid))
         except OSError as error:
             ctx.warn(
-                f"task {process.pid}: not moved into its control group {path} ({error.strerror}); it has the limits of "
+                f"task {tid}: not moved into its control group {path} ({error.strerror}); it has the limits of "
                 "snap's own"
             )
 
@@ -100,17 +140,17 @@ def _is_frozen(folder: str) -> bool:
 
 def plan(
     wanted: Mapping[str, str], own: Mapping[str, str], mounts: Mapping[str, Mount]
-) -> Iterable[tuple[str, str | None]]:
-    """Where a process must be moved: (path of the group, its folder or None when it cannot be reached)."""
+) -> Iterable[tuple[str, str, str | None]]:
+    """Where a task must be moved: (controllers, path of the group, its folder or None when it cannot be reached)."""
     for controllers, path in wanted.items():
         if own.get(controllers) == path or controllers not in own:
             continue
         mount = mounts.get(controllers)
         if mount is None or ".." in path.split("/"):
-            yield path, None
+            yield controllers, path, None
         elif mount.root == "/":
-            yield path, f"{mount.point}/{path.lstrip('/')}"
+            yield controllers, path, f"{mount.point}/{path.lstrip('/')}"
         elif path == mount.root or path.startswith(f"{mount.root}/"):
-            yield path, f"{mount.point}{path[len(mount.root) :]}"
+            yield controllers, path, f"{mount.point}{path[len(mount.root) :]}"
         else:
-            yield path, None
+            yield controllers, path, None

@@ -76,6 +76,7 @@ def look(pid: int, report: list[Finding]) -> None:
     _look_personality(pid, report)
     _look_namespaces(pid, report)
     directories.look(pid, report)
+    cgroups.look(pid)
     for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
         try:
             of_thread = status if tid == pid else proc.read_status(pid, tid)

@@ -30,8 +30,8 @@ def test_only_what_differs_is_moved():
     wanted = {**parse(CGROUP), "cpu,cpuacct": "/x/deep", "gone": "/a"}
     own = {"name=systemd": "/", "memory": "/", "cpu,cpuacct": "/x", "": "/user.slice/s c"}
     assert list(plan(wanted, own, mounts)) == [
-        ("/jobs/a:b", "/sys/fs/cgroup/memory/jobs/a:b"),
-        ("/x/deep", "/sys/fs/cgroup/cpu/deep"),
+        ("memory", "/jobs/a:b", "/sys/fs/cgroup/memory/jobs/a:b"),
+        ("cpu,cpuacct", "/x/deep", "/sys/fs/cgroup/cpu/deep"),
     ]
 
 
@@ -39,4 +39,4 @@ def test_what_cannot_be_reached():
     mounts = parse_mounts(MOUNTINFO)
     own = {"memory": "/", "cpu,cpuacct": "/x", "name=systemd": "/"}
     wanted = {"memory": "/../../etc", "cpu,cpuacct": "/y", "name=systemd": "/s"}
-    assert [folder for _, folder in plan(wanted, own, mounts)] == [None, None, None]
+    assert [folder for _, _, folder in plan(wanted, own, mounts)] == [None, None, None]
