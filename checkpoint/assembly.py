@@ -21,7 +21,17 @@ from checkpoint.model import inherited, tree
 from checkpoint.parasite import StubTask, spawn_root_stub
 from checkpoint.parasite.stub import CLONE_FILES, CLONE_FS, CLONE_PARENT, THREAD_FLAGS
 from checkpoint.plan import RestorePlan
-from checkpoint.resources import cgroups, directories, files, memory, prctl, registers, signals, task
+from checkpoint.resources import (
+    cgroups,
+    directories,
+    files,
+    memory,
+    policies,
+    prctl,
+    registers,
+    signals,
+    task,
+)
 from checkpoint.restore_context import RestoreContext
 from checkpoint.uninterrupted import signals_wait
 from images import task_pb2
@@ -228,6 +238,7 @@ class Assembly:
                 batch = stub.batch()
                 task.restore_thread_early(batch, thread)
                 task.restore_thread_late(self.ctx, batch, process, thread)
+                policies.restore(stub, thread, self.ctx.warn)
                 stub.run(batch)
 
     def _one_of_each_table(self) -> Iterator[int]:

@@ -30,7 +30,7 @@ _SOCKADDR_BYTES = 128  # struct sockaddr_storage
 _GROUP_FILTER_BYTES = 144  # struct group_filter without its sources
 USER_END = 1 << 57  # five-level page tables
 PROCESS_SHARES = 2
-"""Version of a Process that says what is shared otherwise than by rule (CLONE_FILES, CLONE_FS, control groups)."""
+"""Version of a Process that says what is shared otherwise than by rule (CLONE_FILES, CLONE_FS, control groups), and policies."""
 _TABLE = re.compile(r"fdtable/[1-9][0-9]{0,9}")
 
 
@@ -93,6 +93,12 @@ def _thread(thread: task_pb2.Thread) -> None:
         len(thread.regs) in {0, REGS_SIZE_BYTES}, f"thread {tid} has {len(thread.regs)} bytes of registers"
     )
     _require(len(thread.xstate) <= XSTATE_MAX_BYTES, f"thread {tid} has {len(thread.xstate)} bytes of xstate")
+    policy = len(thread.memory_policy)
+    _require(policy == 0 or 4 <= policy <= 132, f"thread {tid} has a memory policy of {policy} bytes")
+    _require(
+        {thread.store_bypass, thread.indirect_branch} <= {0, 4, 8},
+        f"thread {tid} has no such guard (PR_SPEC)",
+    )
     _require(len(thread.comm) <= 16, f"thread {tid} has a name of {len(thread.comm)} bytes")
     _require(thread.rseq_size <= PAGE_SIZE, f"thread {tid} has {thread.rseq_size} bytes of rseq")
     _require(len(thread.credentials.groups) <= 65536, f"thread {tid} has too many groups")
@@ -110,9 +116,16 @@ def process_version(process: Message) -> int:
     """The oldest version of a Process that can say what is in this one."""
     if not isinstance(process, task_pb2.Process):
         return 1
-    exceptional = process.fs_of or process.files not in {"", f"fdtable/{process.pid}"}
+    exceptional = process.fs_of or process.mce_kill or process.files not in {"", f"fdtable/{process.pid}"}
     if exceptional or any(
-        thread.files or thread.fs_of or thread.HasField("fs") or thread.cgroups for thread in process.threads
+        thread.files
+        or thread.fs_of
+        or thread.HasField("fs")
+        or thread.cgroups
+        or thread.memory_policy
+        or thread.store_bypass
+        or thread.indirect_branch
+        for thread in process.threads
     ):
         return PROCESS_SHARES
     return 1
@@ -123,6 +136,7 @@ def _shares(process: task_pb2.Process, tids: set[int]) -> None:
     _require(
         process.format_version >= process_version(process), "it shares what its version has no place for"
     )
+    _require(process.mce_kill <= 2, f"mce_kill {process.mce_kill}")
     _require(process.fs_of <= PID_MAX and process.fs_of != process.pid, f"fs_of {process.fs_of}")
     firsts = {thread.fs_of for thread in process.threads if thread.fs_of == thread.tid}
     for at, thread in enumerate(process.threads):

@@ -22,6 +22,7 @@ from checkpoint.resources import (
     credentials,
     directories,
     limits,
+    policies,
     prctl,
     registers,
     scheduling,
@@ -190,6 +191,12 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
     own = _ask_thread(batch)
     asked = _ask_process(batch, process, process.status)
     answers = leader.infect().run(batch)
+    if answers[asked.ldt] > 0:
+        raise UnsupportedError(
+            "has segments of its own (modify_ldt)",
+            where=f"task {pid}",
+            hint="wine and its like cannot be dumped",
+        )
     each = leader.infect().batch()
     asked_each = _ask_thread(each)
     others = visit(leader.infect(), process.threads[1:], each)
@@ -205,6 +212,11 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
 
     def answer() -> None:
         _answer_process(answers, asked, message)
+        label = policies.security_label(pid)
+        if label != policies.security_label("self"):
+            ctx.warn(
+                f"task {pid}: its security label {label!r} is not kept; a rollback gives it that of snap"
+            )
         given = [(answers, own), *((results, asked_each) for results in others)]
         for task, thread, (results, questions) in zip(process.threads, message.threads, given, strict=True):
             _answer_thread(task, thread, results, questions)
@@ -241,6 +253,7 @@ class _AskedThread:
     tid_address: Buffer
     death_signal: Buffer
     tsc_mode: Buffer
+    policies: policies.Asked
     securebits: Ref
     slack: Ref
     personality: Ref
@@ -257,6 +270,7 @@ def _ask_thread(batch: Batch) -> _AskedThread:
         tid_address,
         death_signal,
         tsc_mode,
+        policies.ask(batch),
         batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0),
         batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0),
         batch.call("personality", _PERSONALITY_QUERY),
@@ -281,6 +295,7 @@ def _answer_thread(task: FrozenTask, thread: task_pb2.Thread, results: Results, 
     thread.scheduling.CopyFrom(scheduling.dump(facts))
     thread.scheduling.timer_slack_ns = max(results[asked.slack], 0)
     thread.seccomp_mode = facts.status.seccomp
+    policies.answer(results, asked.policies, facts, thread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +312,8 @@ class _Asked:
     mdwe: Ref
     io_flusher: Ref
     memory_merge: Ref
+    mce_kill: Ref
+    ldt: Ref
     xcomp: Buffer
 
 
@@ -315,6 +332,8 @@ def _ask_process(batch: Batch, process: FrozenProcess, status: Status) -> _Asked
         batch.call("prctl", prctl.GET_MDWE, 0, 0, 0, 0, check=False),
         batch.call("prctl", prctl.GET_IO_FLUSHER, 0, 0, 0, 0, check=False),
         batch.call("prctl", prctl.GET_MEMORY_MERGE, 0, 0, 0, 0, check=False),
+        batch.call("prctl", prctl.MCE_KILL_GET, 0, 0, 0, 0, check=False),
+        batch.call("modify_ldt", 0, batch.buffer(8), 8, check=False),
         xcomp,
     )
 
@@ -330,6 +349,8 @@ def _answer_process(results: Results, asked: _Asked, message: task_pb2.Process) 
     message.mdwe = max(results[asked.mdwe], 0)
     message.io_flusher = results[asked.io_flusher] > 0
     message.memory_merge = results[asked.memory_merge] > 0
+    if results[asked.mce_kill] in range(prctl.MCE_KILL_DEFAULT):
+        message.mce_kill = results[asked.mce_kill] + 1
     message.xcomp_permitted = _u64(results.bytes(asked.xcomp))
 
 
@@ -344,9 +365,13 @@ def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
 
 
 def restore_permissions(batch: Batch, process: task_pb2.Process) -> None:
-    """What the process has asked the CPU for (AMX). Before threads and alternate stacks, which must be large enough."""
+    """What the process has asked the CPU for: AMX, before alternate stacks, which must be large enough; broken memory. Before
+    threads, which inherit both.
+    """
     if process.xcomp_permitted >> _XFEATURE_XTILEDATA & 1:
         batch.call("arch_prctl", _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
+    if process.mce_kill:
+        batch.call("prctl", prctl.MCE_KILL, prctl.MCE_KILL_SET, process.mce_kill - 1, 0, 0)
 
 
 def restore_loginuid(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -> None:

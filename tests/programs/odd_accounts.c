@@ -1,9 +1,10 @@
 /* What is easily forgotten: the login uid of the audit log, which sides of UDP sockets are shut down, the time of the last change of
- * a deleted file, two pidfds of one process that has ended. */
+ * a deleted file, two pidfds of one process that has ended, where memory comes from, what broken memory does. */
 #include "selfcheck.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -61,8 +62,20 @@ int main(int argc, char **argv)
     fstat(first, &one);
     fstat(second, &other);
     int same = one.st_ino == other.st_ino;
+    unsigned long nodes = 1, nodes_now = 0;
+    int mode = -1, numa = syscall(SYS_set_mempolicy, 2 /* MPOL_BIND */, &nodes, 64) == 0;
+    int mce = prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0) == 0;
     check_ready();
     check_wait();
+
+    if (numa) {
+        unsigned long wide[16] = {0};
+        CHECK(syscall(SYS_get_mempolicy, &mode, wide, 1024, 0, 0) == 0, "get_mempolicy: %d", errno);
+        nodes_now = wide[0];
+        CHECK(mode == 2 && nodes_now == 1, "memory policy %d of nodes %#lx", mode, nodes_now);
+    }
+    if (mce)
+        CHECK(prctl(PR_MCE_KILL_GET, 0, 0, 0, 0) == PR_MCE_KILL_EARLY, "machine check policy %d", prctl(PR_MCE_KILL_GET, 0, 0, 0, 0));
 
     login(login_now, sizeof(login_now));
     CHECK(strcmp(login_before, login_now) == 0, "login uid %s, was %s", login_now, login_before);
