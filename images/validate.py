@@ -26,6 +26,8 @@ NR_TASKS_MAX = PID_MAX
 _SOCK_DGRAM = 2
 _SUN_PATH_BYTES = 108
 _IPPROTO_IP, _IPPROTO_IPV6 = 0, 41
+_SO_ATTACH_FILTER = (1, 26)
+_FILTER_MAX_BYTES = 8 * 4096  # BPF_MAXINSNS
 _SOCKADDR_BYTES = 128  # struct sockaddr_storage
 _GROUP_FILTER_BYTES = 144  # struct group_filter without its sources
 USER_END = 1 << 57  # five-level page tables
@@ -242,6 +244,13 @@ def _files(files: files_pb2.Files) -> None:
                 _require(
                     entry.target_description in known,
                     f"epoll instance {description.id} watches an unknown file description",
+                )
+        if kind in {"inet", "unix"}:
+            for option in getattr(description, kind).options:
+                _require(
+                    (option.level, option.name) != _SO_ATTACH_FILTER
+                    or (len(option.value) % 8 == 0 and 0 < len(option.value) <= _FILTER_MAX_BYTES),
+                    f"socket {description.id} has a filter of {len(option.value)} bytes",
                 )
         if kind == "inet":
             for group in description.inet.groups:

@@ -15,7 +15,8 @@ import tempfile
 import pytest
 
 from checkpoint.kernel import options
-from checkpoint.resources.files import inet, multicast, unixnode
+from checkpoint.resources import files
+from checkpoint.resources.files import inet, multicast, sockets, unixnode
 from images import files_pb2
 from snapshotter.base.errors import PermissionDeniedError, RestoreConflictError, UnsupportedError
 from tests.kernel.descriptor_jobs import Restored, child, dump
@@ -393,17 +394,54 @@ def test_socket_options_come_back(again):
     assert r.warnings == []
 
 
-@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
-def test_an_attached_filter_is_refused_by_name(family):
-    def prepare():
-        sock = socket.socket(family, socket.SOCK_DGRAM)
-        code = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF))  # BPF_RET
-        program = struct.pack("=H6xQ", 1, ctypes.addressof(code))
-        sock.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
-        return sock, code
+def _attach(sock, *instructions, locked=False):
+    """SO_ATTACH_FILTER."""
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in instructions))
+    program = struct.pack("=H6xQ", len(instructions), ctypes.addressof(code))
+    sock.setsockopt(socket.SOL_SOCKET, 26, program)
+    if locked:
+        sock.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
 
-    with child(prepare) as pid, pytest.raises(UnsupportedError, match="packet filter of 1 instructions"):
-        dump(pid)
+
+def test_an_attached_filter_comes_back(again):
+    """It lets the first byte's worth of each datagram through; what waited is not cut."""
+
+    def prepare():
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        one.send(b"before")
+        _attach(other, (0x06, 0, 0, 1), locked=True)  # BPF_RET 1
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        udp.bind(("127.0.0.1", 0))
+        _attach(udp, (0x06, 0, 0, 8 + 2))  # the UDP header counts
+        return one, other, udp
+
+    r = again(prepare)
+    with r.socket(3) as one, r.socket(4) as other, r.socket(5) as udp:
+        one.send(b"after")
+        assert other.recv(100) == b"before"
+        assert other.recv(100) == b"a"
+        with pytest.raises(PermissionError):
+            _attach(other, (0x06, 0, 0, 9))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"long", udp.getsockname())
+        assert udp.recv(100) == b"lo"
+        assert udp.getsockopt(socket.SOL_SOCKET, 44) == 0
+
+
+def test_a_bpf_program_is_refused_by_name(monkeypatch):
+    """Loading one takes more than every machine allows: the kernel's answer for it is what counts."""
+    monkeypatch.setattr(sockets, "_filter_length", lambda _sock: None)
+    with child(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as pid:
+        (finding,) = files_findings(pid)
+        assert "BPF program" in finding.what
+        with pytest.raises(UnsupportedError, match="BPF program"):
+            dump(pid)
+
+
+def files_findings(pid):
+    found = []
+    files.look(pid, found)
+    return found
 
 
 @pytest.mark.parametrize("flags", [0, socket.MSG_MORE])

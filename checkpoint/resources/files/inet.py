@@ -122,8 +122,9 @@ class InetKind(kind.Kind):
         return seen.link.startswith(b"socket:") and sockets.protocol_name(seen.pid, seen.fd) in _PROTOCOLS
 
     def refusal(self, seen: Seen) -> Finding | None:
-        if not sockets.protocol_name(seen.pid, seen.fd).startswith("TCP"):
-            return None
+        filtered = sockets.look_at_filter(seen)
+        if filtered is not None or not sockets.protocol_name(seen.pid, seen.fd).startswith("TCP"):
+            return filtered
         remote = _connection(seen.pid, seen.stat.st_ino)
         if remote is None:
             return None
@@ -138,7 +139,6 @@ class InetKind(kind.Kind):
         image = description.inet
         image.ino = seen.stat.st_ino
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
-            sockets.refuse_filter(sock, seen)
             image.family, image.type, image.protocol = sock.family, sock.type, sock.proto
             image.state = TCP_CLOSE
             image.source = _address(sock.getsockname())
@@ -171,7 +171,10 @@ class InetKind(kind.Kind):
                 multicast.dump(sock, job.multicast_groups, image)
             else:
                 wanted = _OF_ENDED if image.shutdown else _OF_STREAM
-            for level, name, value in sockets.changed_options(sock, wanted):
+            for level, name, value in (
+                *sockets.changed_options(sock, wanted),
+                *sockets.dump_filter(sock, seen),
+            ):
                 image.options.add(level=level, name=name, value=value)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
@@ -224,7 +227,8 @@ class InetKind(kind.Kind):
                 ) from error
             if image.type == socket.SOCK_STREAM and not reuse:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-            late = (o for o in image.options if (o.level, o.name) not in _BEFORE_BIND)
+            late = [o for o in image.options if (o.level, o.name) not in _BEFORE_BIND]
+            late.sort(key=lambda o: (o.level == socket.SOL_SOCKET and o.name in sockets.LATE) * o.name)
             sockets.apply_options(sock, late, opening.warn)
             multicast.join(sock, image, opening.warn)
             if image.shutdown & _BOTH_SIDES:

@@ -1,7 +1,7 @@
 """What unix and internet sockets share: protocol names, options that differ from a fresh socket's, attached filters.
 
-Refused: a filter (SO_ATTACH_FILTER, SO_ATTACH_BPF): what it lets through is the program's to say, and an eBPF one cannot
-be read at all.
+A classic filter (SO_ATTACH_FILTER) can be read and is attached again, last, so that it does not filter what is put back. Refused: an
+eBPF program (SO_ATTACH_BPF), which cannot be read. Programs that choose among sockets of one port (SO_ATTACH_REUSEPORT_CBPF) are not to be seen.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import errno
 import functools
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import options
+from checkpoint.kernel.descriptors import pidfd_getfd
+from checkpoint.resources.sharing import PIDFD_THREAD
 from snapshotter.base.errors import Finding, UnsupportedError, wrap_os_error
 
 if TYPE_CHECKING:
@@ -29,7 +32,10 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 _SOL = socket.SOL_SOCKET
 _FORCED = {socket.SO_SNDBUF: SO_SNDBUFFORCE, socket.SO_RCVBUF: SO_RCVBUFFORCE}
 _SO_BINDTODEVICE = 25
-_SO_GET_FILTER = 26
+SO_ATTACH_FILTER, _SO_LOCK_FILTER = 26, 44
+_INSTRUCTION_BYTES = 8
+LATE = frozenset({SO_PEEK_OFF, SO_ATTACH_FILTER, _SO_LOCK_FILTER})
+"""Options that are set once the queue is full, in the order of their numbers."""
 _SO_TIMESTAMPING, _SO_PASSPIDFD = 37, 76
 
 GENERIC_OPTIONS: tuple[tuple[int, int], ...] = tuple(
@@ -61,6 +67,7 @@ GENERIC_OPTIONS: tuple[tuple[int, int], ...] = tuple(
         11,  # SO_NO_CHECK
         1,  # SO_DEBUG
         40,  # SO_RXQ_OVFL
+        _SO_LOCK_FILTER,
         45,  # SO_SELECT_ERR_QUEUE
         47,  # SO_MAX_PACING_RATE
         60,  # SO_ZEROCOPY
@@ -137,22 +144,70 @@ def changed_options(
             yield *pair, value
 
 
-def refuse_filter(sock: socket.socket, seen: Seen) -> None:
-    """UnsupportedError when a filter is attached."""
+def look_at_filter(seen: Seen) -> Finding | None:
+    """Whether a socket of a process that may be running has a program attached that cannot be read."""
+    try:
+        pidfd = _pidfd(seen.pid)
+        try:
+            fd = pidfd_getfd(pidfd, seen.fd)
+        finally:
+            os.close(pidfd)
+    except OSError:
+        return None  # closed or ended meanwhile, or not ours to see: the dump will say so
+    with socket.socket(fileno=fd) as sock:
+        return None if _filter_length(sock) is not None else _unreadable(seen)
+
+
+def _pidfd(task: int) -> int:
+    try:
+        return os.pidfd_open(task)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOENT}:
+            raise
+        return os.pidfd_open(task, PIDFD_THREAD)  # a thread with a table of its own
+
+
+def _filter_length(sock: socket.socket) -> int | None:
+    """How many instructions the filter has; None: a BPF program, which cannot be read."""
     # With length 0 the kernel only counts the filter's instructions. (With another it would count in instructions
     # what is given in bytes, and write beyond the end.)
     length = ctypes.c_uint32(0)
-    if _libc.getsockopt(sock.fileno(), _SOL, _SO_GET_FILTER, None, ctypes.byref(length)) == 0:
-        if not length.value:
-            return
-        what = f"has a packet filter of {length.value} instructions attached"
-    elif ctypes.get_errno() == errno.EACCES:
-        what = "has a BPF program attached"
-    else:
-        return
+    if _libc.getsockopt(sock.fileno(), _SOL, SO_ATTACH_FILTER, None, ctypes.byref(length)) == 0:
+        return length.value
+    return None if ctypes.get_errno() == errno.EACCES else 0
+
+
+def _unreadable(seen: Seen) -> Finding:
     hint = "let the program detach it (SO_DETACH_FILTER) first"
-    finding = Finding(seen.pid, seen.where, what, hint)
-    raise UnsupportedError(what, where=f"task {seen.pid}, {seen.where}", hint=hint, findings=(finding,))
+    return Finding(seen.pid, seen.where, "has a BPF program attached", hint)
+
+
+def dump_filter(sock: socket.socket, seen: Seen) -> Iterator[tuple[int, int, bytes]]:
+    """The filter that is attached, as an option. UnsupportedError for an eBPF program."""
+    count = _filter_length(sock)
+    if count is None:
+        finding = _unreadable(seen)
+        raise UnsupportedError(
+            finding.what, where=f"task {seen.pid}, {seen.where}", hint=finding.hint, findings=(finding,)
+        )
+    if not count:
+        return
+    length = ctypes.c_uint32(count)
+    program = ctypes.create_string_buffer(count * _INSTRUCTION_BYTES)
+    if _libc.getsockopt(sock.fileno(), _SOL, SO_ATTACH_FILTER, program, ctypes.byref(length)) != 0:
+        raise wrap_os_error(
+            OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())), "cannot read a filter"
+        )
+    yield _SOL, SO_ATTACH_FILTER, program.raw
+
+
+def _attach_filter(sock: socket.socket, program: bytes) -> None:
+    code = ctypes.create_string_buffer(program, len(program))
+    sock.setsockopt(
+        _SOL,
+        SO_ATTACH_FILTER,
+        struct.pack("=H6xQ", len(program) // _INSTRUCTION_BYTES, ctypes.addressof(code)),
+    )
 
 
 def apply_options(
@@ -164,6 +219,9 @@ def apply_options(
     """
     for option in recorded:
         name, value = option.name, option.value
+        if option.level == _SOL and name == SO_ATTACH_FILTER:
+            _attach_filter(sock, value)
+            continue
         if option.level == _SOL and name in _FORCED:
             value = (int.from_bytes(value, "little") // 2).to_bytes(4, "little")
             try:

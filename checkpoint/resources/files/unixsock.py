@@ -64,6 +64,9 @@ class UnixKind(kind.Kind):
             "UNIX"
         )
 
+    def refusal(self, seen: Seen) -> Finding | None:
+        return sockets.look_at_filter(seen)
+
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         info = job.sockets.get(seen.stat.st_ino)
         if info is None:
@@ -86,9 +89,9 @@ class UnixKind(kind.Kind):
             image.address, image.node_ino = _name(info.name), info.vfs_ino
             self._bound(seen, info, image)
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
-            sockets.refuse_filter(sock, seen)
             image.orphan = info.type == socket.SOCK_DGRAM and not info.peer and _has_peer(sock)
-            for level, name, value in sockets.changed_options(sock, sockets.GENERIC_OPTIONS):
+            changed = sockets.changed_options(sock, sockets.GENERIC_OPTIONS)
+            for level, name, value in (*changed, *sockets.dump_filter(sock, seen)):
                 image.options.add(level=level, name=name, value=value)
 
     @staticmethod
@@ -192,7 +195,7 @@ class UnixKind(kind.Kind):
     def fill(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
         image = description.unix
         with sockets.borrowed_socket(fd) as sock:
-            options = (o for o in image.options if o.name != sockets.SO_PEEK_OFF)
+            options = (o for o in image.options if o.name not in sockets.LATE)
             sockets.apply_options(sock, options, opening.warn)
             if image.queue:
                 self._refill(opening, description, sock)
@@ -214,7 +217,7 @@ class UnixKind(kind.Kind):
                 unixghost.reach(opening, image, functools.partial(_send, opening, sender, message, to))
 
     def settle(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
-        """Last pass, once all queues are full: one-way connections, shutdown, SO_PEEK_OFF."""
+        """Last pass, once all queues are full: one-way connections, shutdown, SO_PEEK_OFF, filters."""
         image = description.unix
         far = opening.far_ends.pop(description.id, None)
         with sockets.borrowed_socket(fd) as sock:
@@ -226,8 +229,8 @@ class UnixKind(kind.Kind):
                 peer = opening.unix_by_ino[image.peer_ino]
                 if not _is_pair(image, peer.unix):
                     unixghost.reach(opening, peer.unix, functools.partial(sock.connect, peer.unix.address))
-            options = (o for o in image.options if o.name == sockets.SO_PEEK_OFF)
-            sockets.apply_options(sock, options, opening.warn)
+            options = (o for o in image.options if o.name in sockets.LATE)
+            sockets.apply_options(sock, sorted(options, key=lambda o: o.name), opening.warn)
 
 
 def _is_pair(image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket) -> bool:
