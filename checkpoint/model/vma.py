@@ -49,8 +49,8 @@ SHMEM_KINDS = frozenset({ANON_SHARED, SHMEM_FILE, SHMEM_PRIVATE})
 KERNEL_KINDS = frozenset({VDSO, VVAR, VVAR_VCLOCK, VSYSCALL})
 
 IO_URING_HINT = (
-    "turn io_uring off in the job (node, uvloop and all that use libuv: UV_USE_IO_URING=0; MariaDB: "
-    "--innodb-use-native-aio=0)"
+    "start the program without io_uring: sysctl kernel.io_uring_disabled=2 turns it off for all (node and uvloop do without "
+    "then); MariaDB has --innodb-use-native-aio=0"
 )
 
 KEPT_FLAGS = ("lo", "lf", "dc", "hg", "nh", "dd", "wf", "mg", "sr", "rr", "nr", "sl", "dp")
