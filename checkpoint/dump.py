@@ -18,6 +18,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,6 +47,11 @@ _NS_PER_S = 1_000_000_000
 _FREEZE_TRIES = 5
 _MIN_STAGED_BYTES = 4 << 20
 _MAPPINGS_FRESH_NS = 50_000_000
+_WORTH_WATCHING = 512
+"""Pages: with fewer, reading some twice is cheaper than waiting."""
+_LEAST_WATCH_S, _MOST_WATCH_S = 0.02, 0.1
+_WATCH_S_PER_PAGE = 8e-6
+"""About what a page costs to read, compress and store."""
 
 Commit = Callable[[DumpResult], None]
 
@@ -87,6 +93,20 @@ def dump(
     with tracker.session(pid, found.tasks, nonce) as session:
         take = _Take(ctx, session, found, tracker.name)
         return take.run(commit, started)
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One round of pre-copy of one process."""
+
+    pid: int
+    start: int
+    space: memory.AddressSpace
+    present: Runs
+    due: Runs
+    """What the sink lacks of the present pages, as far as is known at the beginning."""
+    known: Precopied | None
+    """What the rounds before have read."""
 
 
 class _Take:
@@ -142,16 +162,25 @@ class _Take:
         ctx = self.ctx
         direct = {pid for pid in self.found.tasks if fdinfo.has_direct_io(pid)}
         for number in range(ctx.options.max_rounds):
-            nr_pages = 0
+            found: list[_Round] = []
             for pid, start in self.found.tasks.items():
                 if pid in direct:
                     # A device may write into a page that was already read, unseen by any page table.
                     continue
                 with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
-                    nr_pages += self.precopy_process(pid, start)
+                    found += self.begin_round(pid, start)
+            nr_pages = sum(pageplan.count(one.due) for one in found)
+            if nr_pages > _WORTH_WATCHING:
+                # What the job writes all the time it has written again after that.
+                time.sleep(min(max(nr_pages * _WATCH_S_PER_PAGE, _LEAST_WATCH_S), _MOST_WATCH_S))
+            nr_hot = 0
+            for one in found:
+                with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
+                    nr_hot += self.end_round(one, watched=nr_pages > _WORTH_WATCHING)
             ctx.sink.drain(hurry=False)
             ctx.stats.rounds = number + 1
-            self.expected_bytes = max(_MIN_STAGED_BYTES, min(nr_pages * PAGE_SIZE // 4, 256 << 20))
+            expected = (nr_hot + nr_pages // 4) * PAGE_SIZE
+            self.expected_bytes = max(_MIN_STAGED_BYTES, min(expected, 256 << 20))
             if nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes and number > 0:
                 break
             if number == 0 and nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes // 8:
@@ -168,17 +197,17 @@ class _Take:
     def note_mappings(self, pid: int, space: memory.AddressSpace) -> None:
         self.mappings[pid] = (time.monotonic_ns(), space.mappings)
 
-    def precopy_process(self, pid: int, start: int) -> int:
-        """One round of one process; the number of pages that were read."""
+    def begin_round(self, pid: int, start: int) -> list[_Round]:
+        """Begin one round of one process: what is due in it; nothing when it is not to be read while it runs."""
         ctx = self.ctx
         try:
             space = memory.address_space(ctx, pid, frozen=False)
         except UnsupportedError:
-            return 0  # mappings came and went while they were looked at; the frozen window will tell
+            return []  # mappings came and went while they were looked at; the frozen window will tell
         written = self.written(pid, space)
         faults.point("dump.armed")
         if not self.session.tracks(pid):
-            return 0
+            return []
         known = self.precopied.get(pid)
         self.note_mappings(pid, space)
         if known is None:
@@ -189,19 +218,34 @@ class _Take:
         else:
             plan = memory.page_plan(ctx, space, None)
             to_read = due(plan, written, known)
-        readers = known.readers if known is not None else []
-        nr_pages = pageplan.count(to_read)
-        if nr_pages > plausible_pages(pid):
+        if pageplan.count(to_read) > plausible_pages(pid):
             # A large mapping that went away between two looks counts as content.
             self.precopied[pid] = Precopied(start, complete=False)
-            return 0
+            return []
+        # Until the end of the round what the tracker said is nowhere but here.
+        self.precopied[pid] = Precopied(start, complete=False)
+        return [_Round(pid, start, space, plan.present, to_read, known)]
+
+    def end_round(self, one: _Round, *, watched: bool) -> int:
+        """Read what was due, but for what the job has written again at once: it would only be read once more, and what was stored
+        of it would be of no point. Returns how many pages that is.
+        """
+        ctx, pid, known = self.ctx, one.pid, one.known
+        hot = pageplan.EMPTY
+        if watched:
+            written = self.written(pid, one.space)
+            hot = one.present if written is None else pageplan.normalise(written)
+        to_read = pageplan.subtract(one.due, hot)
+        nr_pages = pageplan.count(to_read)
+        readers = known.readers if known is not None else []
         if nr_pages:
             reader = memory.reader(ProcMem(pid), may_go=True)
             ctx.sink.put(memory.space_name(pid), pageplan.to_list(to_read), reader)
             readers = [*readers, reader]
-        self.precopied[pid] = Precopied(start, known is None or known.complete, plan.present, readers)
+        covered = pageplan.subtract(one.present, hot)
+        self.precopied[pid] = Precopied(one.start, known is None or known.complete, covered, readers)
         ctx.stats.pages_dirty += nr_pages
-        return nr_pages
+        return pageplan.count(pageplan.intersect(hot, one.present))
 
     def written(
         self, pid: int, space: memory.AddressSpace, frozen: FrozenProcess | None = None

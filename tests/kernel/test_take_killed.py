@@ -61,10 +61,10 @@ def test_killed_at(name, start, job):
 
 def test_killed_at_random_instants(start, job):
     watched = start()
+    take_whole(job)
     began = time.monotonic()
     take_whole(job)
-    take_whole(job)
-    usual_s = (time.monotonic() - began) / 2
+    usual_s = time.monotonic() - began
     seed = random.randrange(1 << 30)
     chance = random.Random(seed)
     ends = collections.Counter()
@@ -73,7 +73,10 @@ def test_killed_at_random_instants(start, job):
         pause = chance.random() * usual_s
         time.sleep(pause)
         os.kill(child, signal.SIGKILL)
-        ends[reap(child)] += 1
+        ended = reap(child)
+        ends[ended] += 1
+        if ended == 0:  # the machine has become quicker
+            usual_s *= 0.9
         watched.unharmed(f"after random kill {nr} (seed {seed}, {pause:.4f} s of {usual_s:.4f} s)")
     assert set(ends) <= {signal.SIGKILL, 0}, said(job).read_text()
     assert ends[signal.SIGKILL] > NR_KILLS // 2, ends

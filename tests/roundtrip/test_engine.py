@@ -34,7 +34,7 @@ def test_counter_goes_on_from_the_point(start, tmp_path):
     at = number(tmp_path / "n")
     wait_until(lambda: number(tmp_path / "n") > at + 50, "counting on after the take")
     kill(pid)
-    (tmp_path / "n").unlink()
+    (tmp_path / "n").write_text("")
     result = memory_store.rollback(point)
     assert result.root_pid == pid
     first = wait_until(lambda: number(tmp_path / "n"), "counting again")
