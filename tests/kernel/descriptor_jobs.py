@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 from checkpoint.context import DumpContext, DumpOptions
+from checkpoint.kernel import proc
 from checkpoint.kernel.fdinfo import parse_fdinfo
 from checkpoint.resources import files
 from checkpoint.resources.files.opening import Opening
@@ -48,7 +49,9 @@ def child(prepare: Callable[[], object]) -> Iterator[int]:
 def dump(*pids: int) -> DumpContext:
     ctx = DumpContext(root_pid=pids[0], sink=None, parent=None, options=DumpOptions())
     for pid in pids:
-        ctx.processes[pid] = SimpleNamespace(pid=pid, is_zombie=False, start_time_ticks=0, threads=[])
+        ctx.processes[pid] = SimpleNamespace(
+            pid=pid, is_zombie=False, start_time_ticks=0, threads=[], stat=proc.read_stat(pid)
+        )
         ctx.images[f"process/{pid}"] = task_pb2.Process(pid=pid)
     files.dump_files(ctx)
     return ctx

@@ -18,12 +18,16 @@ from collections.abc import Iterator
 import pytest
 
 from checkpoint.kernel import descriptors as sys
+from checkpoint.kernel import proc
+from checkpoint.kernel.descriptors import CLONE_FILES, CLONE_FS
 from checkpoint.kernel.fdinfo import O_DIRECT, O_PATH
-from checkpoint.resources import files
+from checkpoint.kernel.tasks import children
+from checkpoint.resources import files, sharing
 from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
 from tests.kernel.descriptor_jobs import Restored, child, dump
 
 pytestmark = pytest.mark.requires("kcmp", "pidfd_getfd")
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 def test_regular_files_share_offset_and_keep_flags(again, tmp_path):
@@ -499,3 +503,48 @@ def test_a_fifo_that_an_outsider_keeps_open_keeps_what_is_in_it(tmp_path, left):
             left = b""
         assert not left and any(str(path) in text for text in r.warnings)
         r.opening.close()
+
+
+def clone(flags: int) -> int:
+    """Like fork; the child ends with its parent."""
+    made = libc.syscall(56, flags | signal.SIGCHLD, 0, 0, 0, 0)
+    if made == 0:
+        libc.prctl(1, signal.SIGKILL)
+        if not flags & CLONE_FILES:
+            os.close(900)  # of child(), which waits for its end
+        signal.pause()
+    return made
+
+
+def findings(root: int, *pids: int) -> list[str]:
+    found: list[Finding] = []
+    tasks = {pid: proc.read_stat(pid).start_time_ticks for pid in (root, *pids)}
+    sharing.look_job(root, tasks, found)
+    return [str(finding) for finding in found]
+
+
+@pytest.mark.parametrize(
+    ("flag", "what"), [(CLONE_FILES, "descriptor table: is shared"), (CLONE_FS, "root and umask: is shared")]
+)
+def test_a_table_that_is_shared_with_the_outside_is_refused(flag, what):
+    with child(lambda: clone(flag)) as pid:
+        (below,) = children(pid, [pid])
+        assert findings(pid, below) == []
+        (outside,) = findings(pid)
+        assert what in outside and f"with process {below}, which is not part of the job" in outside
+        (outside,) = findings(below)
+        assert f"with process {pid}" in outside
+
+
+def test_who_shares_is_found_and_written_down():
+    def prepare():
+        clone(CLONE_FILES)
+        clone(CLONE_FS)
+
+    with child(prepare) as pid:
+        files_too, fs_too = sorted(children(pid, [pid]))
+        ctx = dump(pid, files_too, fs_too)
+    assert ctx.images[f"process/{files_too}"].files == ctx.images[f"process/{pid}"].files == f"fdtable/{pid}"
+    assert ctx.images[f"process/{fs_too}"].files == f"fdtable/{fs_too}"
+    assert [ctx.images[f"process/{one}"].fs_of for one in (pid, files_too, fs_too)] == [0, 0, pid]
+    assert f"fdtable/{files_too}" not in ctx.images

@@ -94,8 +94,8 @@ def late(ctx: RestoreContext, opening: Opening) -> None:
             if description.HasField("owner") or description.flags & os.O_ASYNC:
                 _owner(ctx, opening, description)
             for lock in entry.locks:
-                taker = ctx.processes.get(lock.pid)
-                stub = ctx.stubs[lock.pid] if taker and taker.files == name else ctx.threads[tid]
+                taker = ctx.stubs.get(lock.pid)
+                stub = taker if taker and ctx.processes[lock.pid].files == name else ctx.threads[tid]
                 _lock(stub, description, "fcntl", entry.fd, _F_SETLK, flock_struct(lock))
     _lock_descriptions(ctx, opening)
     for description in opening.image.descriptions:
