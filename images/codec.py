@@ -53,7 +53,14 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind("mm", re.compile(rf"mm/{_NUMBER}"), mm_pb2.Mm, MAX_BYTES),
     Kind("shmem", re.compile(rf"shmem/{_NUMBER}"), mm_pb2.Shmem, MIB),
-    Kind("files", re.compile(r"files"), files_pb2.Files, MAX_BYTES),
+    Kind(
+        "files",
+        re.compile(r"files"),
+        files_pb2.Files,
+        MAX_BYTES,
+        validate.FILES_LEASES,
+        validate.files_version,
+    ),
     Kind("fdtable", re.compile(rf"fdtable/{_NUMBER}"), files_pb2.FdTable, 64 * MIB),
 )
 """Every kind there is. 100 threads with 11 KiB of xstate are 1.2 MiB; a queue or a pipe holds at most what

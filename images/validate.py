@@ -33,6 +33,9 @@ _GROUP_FILTER_BYTES = 144  # struct group_filter without its sources
 USER_END = 1 << 57  # five-level page tables
 PROCESS_SHARES = 2
 """Version of a Process that says what is shared otherwise than by rule (CLONE_FILES, CLONE_FS, control groups), and policies."""
+FILES_LEASES = 2
+"""Version of Files with leases among the locks."""
+_LOCKS = frozenset({"FLOCK", "OFDLCK", "LEASE"})
 _TABLE = re.compile(r"fdtable/[1-9][0-9]{0,9}")
 
 
@@ -224,7 +227,16 @@ def _shmem(shmem: mm_pb2.Shmem) -> None:
     _require(len(shmem.name) <= PATH_MAX_BYTES + 16, f"a name of {len(shmem.name)} bytes")
 
 
+def files_version(files: Message) -> int:
+    """The oldest version of Files that can say what is in this one."""
+    if not isinstance(files, files_pb2.Files):
+        return 1
+    locks = (lock for description in files.descriptions for lock in description.locks)
+    return FILES_LEASES if any(lock.kind == "LEASE" for lock in locks) else 1
+
+
 def _files(files: files_pb2.Files) -> None:
+    _require(files.format_version >= files_version(files), "leases, which its version has not")
     ids = [description.id for description in files.descriptions]
     _require(len(set(ids)) == len(ids), "a file description is listed twice")
     pipes = {pipe.id for pipe in files.pipes}
@@ -235,6 +247,8 @@ def _files(files: files_pb2.Files) -> None:
     known = set(ids)
     sockets = {description.unix.ino for description in files.descriptions if description.HasField("unix")}
     for description in files.descriptions:
+        for lock in description.locks:
+            _require(lock.kind in _LOCKS, f"file description {description.id} has a lock of no kind")
         kind = description.WhichOneof("kind")
         _require(kind is not None, f"file description {description.id} has no kind")
         if kind == "pipe":

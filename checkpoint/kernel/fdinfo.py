@@ -52,6 +52,8 @@ class LockLine:
     start: int
     end: int | None
     mandatory: bool
+    breaking: bool = False
+    """A lease that its owner has been told to give up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,15 @@ def parse_fdinfo(data: bytes) -> FdInfo:
             kind, mode, access, pid, start, end = found.groups()
             last = None if end == b"EOF" else int(end)
             locks.append(
-                LockLine(kind.decode(), access == b"WRITE", int(pid), int(start), last, mode == b"MANDATORY")
+                LockLine(
+                    kind.decode(),
+                    access == b"WRITE",
+                    int(pid),
+                    int(start),
+                    last,
+                    mode == b"MANDATORY",
+                    kind == b"LEASE" and mode != b"ACTIVE",
+                )
             )
         else:
             name, _, value = line.partition(b":")

@@ -5,9 +5,9 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 
-#define NR 5
+#define NR 6
 #define LINE 512
-static const char *const names[NR] = {"parent's", "child's", "read", "posix", "ofd"};
+static const char *const names[NR] = {"parent's", "child's", "read", "posix", "ofd", "leased"};
 static struct {
     char before[16 * LINE], after[16 * LINE];
     atomic_int ready;
@@ -57,6 +57,8 @@ int main(int argc, char **argv)
     struct flock lock = {.l_type = F_RDLCK, .l_start = 100, .l_len = 0}, ofd = {.l_type = F_WRLCK, .l_start = 3, .l_len = 4};
     MUST(fcntl(fds[3], F_SETLK, &lock));
     MUST(fcntl(fds[4], F_OFD_SETLK, &ofd));
+    signal(SIGIO, SIG_IGN);
+    MUST(fcntl(fds[5], F_SETLEASE, F_WRLCK));
     pid_t child = MUST(fork());
     if (child == 0) {
         struct flock mine = {.l_type = F_WRLCK, .l_start = 7, .l_len = 1};
@@ -74,6 +76,9 @@ int main(int argc, char **argv)
     check_wait();
     look(shared->after, fds);
     CHECK(strcmp(shared->before, shared->after) == 0, "locks were\n%sand are\n%s", shared->before, shared->after);
+    CHECK(fcntl(fds[5], F_GETLEASE) == F_WRLCK && fcntl(fds[5], F_GETOWN) == getpid(), "lease %d of %d", fcntl(fds[5], F_GETLEASE),
+          fcntl(fds[5], F_GETOWN));
+    CHECK(fcntl(fds[5], F_SETLEASE, F_UNLCK) == 0, "the lease cannot be given up: %d", errno);
     kill(child, SIGKILL);
     CHECK(waitpid(child, NULL, 0) == child, "the child is gone");
     return check_done();

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from checkpoint.resources.sharing import Tables
 
 _BORROWED_MAX = 256
-_DESCRIPTION_LOCKS = frozenset({"FLOCK", "OFDLCK"})
+_DESCRIPTION_LOCKS = frozenset({"FLOCK", "OFDLCK", "LEASE"})
 
 
 class FilesDump:
@@ -199,7 +199,9 @@ class FilesDump:
         for lock in seen.info.locks:
             if lock.kind in _DESCRIPTION_LOCKS:
                 description.locks.append(_lock(lock))
-        if seen.info.flags & os.O_ASYNC or kind.field in {"unix", "inet", "pipe", "terminal"}:
+        # Who takes a lease becomes the owner, if there is none.
+        leased = any(lock.kind == "LEASE" for lock in seen.info.locks)
+        if leased or seen.info.flags & os.O_ASYNC or kind.field in {"unix", "inet", "pipe", "terminal"}:
             self._owner(seen, description)
         self._unfinished.append(description.id)
         return description.id

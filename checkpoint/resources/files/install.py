@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _NR_MAX = 0xFFFFFFFF
 _F_SETFD, _F_SETLK = 2, 6
+_OF_DESCRIPTION = frozenset({"FLOCK", "LEASE"})
 _TIOCSCTTY, _TIOCSPGRP, _TCSETS2 = 0x540E, 0x5410, 0x402C542B
 
 
@@ -108,11 +109,13 @@ def late(ctx: RestoreContext, opening: Opening) -> None:
 
 
 def _lock_descriptions(ctx: RestoreContext, opening: Opening) -> None:
-    """flock(2): the lock is the description's, but /proc/locks has the process that took it, if that still has it open."""
+    """flock(2) and leases are the description's, but /proc/locks has the process that took them, if that still has it open; of a
+    lease that process may be told to give it up.
+    """
     locked = {
         number: description
         for number, description in opening.descriptions.items()
-        if any(lock.kind == "FLOCK" for lock in description.locks)
+        if any(lock.kind in _OF_DESCRIPTION for lock in description.locks)
     }
     if not locked:
         return
@@ -124,16 +127,22 @@ def _lock_descriptions(ctx: RestoreContext, opening: Opening) -> None:
     for number, description in locked.items():
         found = places.get(number, {})
         for lock in description.locks:
-            if lock.kind != "FLOCK":
+            if lock.kind not in _OF_DESCRIPTION:
                 continue
-            how = flock_operation(lock)
+            how, lease = flock_operation(lock), fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK
             if found:
                 stub, fd = found.get(lock.pid) or next(iter(found.values()))
-                _lock(stub, description, "flock", fd, how)
+                if lock.kind == "LEASE":
+                    _lock(stub, description, "fcntl", fd, fcntl.F_SETLEASE, lease)
+                else:
+                    _lock(stub, description, "flock", fd, how)
                 continue
             # It is in a queue, or in a thread's own table.
             try:
-                fcntl.flock(opening.fds[number], how)
+                if lock.kind == "LEASE":
+                    fcntl.fcntl(opening.fds[number], fcntl.F_SETLEASE, lease)
+                else:
+                    fcntl.flock(opening.fds[number], how)
             except OSError as error:
                 raise _locked_meanwhile(error, description) from error
 

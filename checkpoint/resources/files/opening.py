@@ -105,7 +105,7 @@ class Opening:
                 if description.HasField("unix"):
                     unixsock.KIND.settle(self, description, self.fds[number])
                 for lock in description.locks:
-                    if lock.kind != "FLOCK":
+                    if lock.kind == "OFDLCK":
                         _lock(description, lock, self.fds[number])
             self._close_extra()
         except BaseException:

@@ -38,8 +38,9 @@ class RegularKind(kind.Kind):
         return stat.S_ISREG(seen.stat.st_mode) and not seen.path_only
 
     def refusal(self, seen: Seen) -> Finding | None:
-        if any(lock.kind == "LEASE" for lock in seen.info.locks):
-            return Finding(seen.pid, seen.where, "has a lease (F_SETLEASE)", "release it before the dump")
+        if any(lock.breaking for lock in seen.info.locks):
+            what = "has a lease (F_SETLEASE) that somebody waits for"
+            return Finding(seen.pid, seen.where, what, "take the point when it has been given up")
         if system := pseudo.system_of(seen):
             return pseudo.refusal(seen, system)
         if seen.stat.st_nlink == 0 or _leads(seen):
