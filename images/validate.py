@@ -235,6 +235,19 @@ def files_version(files: Message) -> int:
     return FILES_LEASES if any(lock.kind == "LEASE" for lock in locks) else 1
 
 
+def _uring(ring: files_pb2.Uring) -> None:
+    for entries, data, size in ((ring.sq_entries, ring.sqes, 64), (ring.cq_entries, ring.cqes, 16)):
+        # A power of two; the kernel's own limit is 65536.
+        _require(0 < entries <= 65536 and not entries & (entries - 1), f"a ring of {entries} entries")
+        _require(len(data) == size * entries, f"{len(data)} bytes in a ring of {entries} entries")
+    _require(
+        (ring.sq_tail - ring.sq_head) % (1 << 32) <= ring.sq_entries, "a ring with more in it than it holds"
+    )
+    _require(
+        (ring.cq_tail - ring.cq_head) % (1 << 32) <= ring.cq_entries, "a ring with more in it than it holds"
+    )
+
+
 def _files(files: files_pb2.Files) -> None:
     _require(files.format_version >= files_version(files), "leases, which its version has not")
     ids = [description.id for description in files.descriptions]
@@ -251,6 +264,8 @@ def _files(files: files_pb2.Files) -> None:
             _require(lock.kind in _LOCKS, f"file description {description.id} has a lock of no kind")
         kind = description.WhichOneof("kind")
         _require(kind is not None, f"file description {description.id} has no kind")
+        if kind == "uring":
+            _uring(description.uring)
         if kind == "pipe":
             _require(description.pipe.id in pipes, f"file description {description.id} is of an unknown pipe")
         if kind == "epoll":

@@ -39,6 +39,7 @@ VDSO, VVAR, VVAR_VCLOCK, VSYSCALL = (
     mm_pb2.Vma.VSYSCALL,
 )
 DEV_ZERO_PRIVATE = mm_pb2.Vma.DEV_ZERO_PRIVATE
+URING = mm_pb2.Vma.URING
 
 PRIVATE_KINDS = frozenset({ANON_PRIVATE, FILE_PRIVATE, SHMEM_PRIVATE, DEV_ZERO_PRIVATE})
 """Kinds whose changed pages are in the mm's own page space."""
@@ -49,8 +50,8 @@ SHMEM_KINDS = frozenset({ANON_SHARED, SHMEM_FILE, SHMEM_PRIVATE})
 KERNEL_KINDS = frozenset({VDSO, VVAR, VVAR_VCLOCK, VSYSCALL})
 
 IO_URING_HINT = (
-    "start the program without io_uring: sysctl kernel.io_uring_disabled=2 turns it off for all (node and uvloop do without "
-    "then); MariaDB has --innodb-use-native-aio=0"
+    "start the program without io_uring: sysctl kernel.io_uring_disabled=2 turns it off for all; MariaDB has "
+    "--innodb-use-native-aio=0"
 )
 
 KEPT_FLAGS = ("lo", "lf", "dc", "hg", "nh", "dd", "wf", "mg", "sr", "rr", "nr", "sl", "dp")
@@ -183,8 +184,8 @@ def _refusal(path: bytes, flags: frozenset[str], prot: int, pkey: int) -> tuple[
         return "a System V shared memory segment", "use POSIX shared memory or memfd_create instead of shmget"
     if mapping.path.startswith(b"/[aio]"):
         return "a ring of asynchronous I/O (io_setup)", "let the job call io_destroy, or use threads for I/O"
-    if mapping.path.startswith(b"anon_inode:[io_uring]"):
-        return "a ring of io_uring", IO_URING_HINT
+    if mapping.path == b"anon_inode:[io_uring]":
+        return None  # its descriptor says what is wrong with it (files/uring.py)
     if mapping.path.startswith(b"/secretmem"):
         return (
             "secret memory (memfd_secret) that nobody but the job may read",

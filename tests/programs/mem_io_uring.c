@@ -1,4 +1,4 @@
-/* An io_uring ring: named, refused, left alone. */
+/* An io_uring ring that is not as libuv has them: named, refused, left alone. */
 // snap-test: refused io_uring
 #include "selfcheck.h"
 #include <linux/io_uring.h>

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import stat
 
-from checkpoint.model.vma import IO_URING_HINT
 from checkpoint.resources.files import (
     device,
     directory,
@@ -20,6 +19,7 @@ from checkpoint.resources.files import (
     terminal,
     timerfd,
     unixsock,
+    uring,
 )
 from checkpoint.resources.files.kind import Kind, Seen
 from snapshotter.base.errors import Finding
@@ -37,6 +37,7 @@ KINDS: tuple[Kind, ...] = (
     signalfd.KIND,
     epoll.KIND,
     inotify.KIND,
+    uring.KIND,
     unixsock.KIND,
     inet.KIND,
 )
@@ -48,6 +49,7 @@ _ANONYMOUS: tuple[Kind, ...] = (
     signalfd.KIND,
     epoll.KIND,
     inotify.KIND,
+    uring.KIND,
     pidfd.KIND,
 )
 _BY_TYPE: dict[int, tuple[Kind, ...]] = {
@@ -64,10 +66,6 @@ BY_FIELD: dict[str, Kind] = {kind.field: kind for kind in KINDS}
 _REASONS = {
     "fanotify": ("is a fanotify group", "close it first"),
     "userfaultfd": ("is a userfaultfd", "close it first"),
-    "io_uring": (
-        "is an io_uring instance",
-        IO_URING_HINT,
-    ),
     "perf_event": ("is a perf event", "detach perf first"),
     "bpf-prog": ("is a loaded BPF program", "close it first"),
     "bpf-map": ("is a BPF map", "close it first"),

@@ -23,7 +23,7 @@ from checkpoint.kernel import descriptors
 from checkpoint.kernel.tasks import children, task_ids
 from checkpoint.model import vma as model
 from checkpoint.model.vma import Mapping
-from checkpoint.resources.memory import identity
+from checkpoint.resources.memory import identity, rings
 from images import common_pb2, mm_pb2
 from snapshotter.base.errors import Finding, TargetGoneError, UnsupportedError, wrap_os_error
 
@@ -102,6 +102,7 @@ def _key(mapping: Mapping) -> tuple[object, ...]:
 def look(pid: int, report: list[Finding]) -> None:
     """Name every mapping of a process that cannot be dumped."""
     mappings = read_mappings(pid)
+    rings.look(pid, mappings, report)
     for mapping in mappings:
         found = model.refusal(mapping) or _file_refusal(pid, mapping)
         if found is not None:
@@ -186,7 +187,7 @@ def _kind_refusal(mapping: Mapping, stat: os.stat_result) -> tuple[str, str] | N
 
 
 def _has_file(mapping: Mapping) -> bool:
-    if model.kernel_kind(mapping) is not None:
+    if model.kernel_kind(mapping) is not None or mapping.path == rings.NAME:
         return False
     return mapping.shared or not (not mapping.path or mapping.path.startswith(b"["))
 
@@ -243,6 +244,9 @@ def _read_space(
             if model.kernel_kind(mapping) == model.VSYSCALL:
                 continue
             vma = _plain(mapping, start, end)
+            if mapping.path == rings.NAME:
+                vma.kind, vma.flags, vma.offset = model.URING, model.MAP_SHARED, mapping.offset
+                vma.shared_ino = mapping.ino
             if found is None and _has_file(mapping):
                 found = _with_file(space, vma, mapping, register, files, index)
             space.vmas.append(vma)

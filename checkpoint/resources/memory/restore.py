@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import Runs
-from checkpoint.resources.memory import filling, identity, inherited, mapped, set_mm, shmem, vdso
+from checkpoint.resources.memory import filling, identity, inherited, mapped, rings, set_mm, shmem, vdso
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2, task_pb2
 from snapshotter.base.errors import RestoreConflictError, VerificationError, wrap_os_error
@@ -113,6 +113,7 @@ def restore_mm(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -
         with filling.huge_pages_held_back(stub, mm, pages):
             _map_all(ctx, stub, mm, rest, pages)
             ctx.pages_written += _fill(ctx, stub, process.mm, rest, pages)
+        rings.map_all(ctx, stub, mm)
         _finish_vmas(stub, mm, pages)
     except OSError as error:
         raise wrap_os_error(error, "cannot rebuild its memory", where=f"process {process.pid}") from error
@@ -151,7 +152,7 @@ def _map_all(
 ) -> None:
     groups: dict[tuple[int, str, bool], list[mm_pb2.Vma]] = {}
     for vma in rest:
-        if vma.kind in model.KERNEL_KINDS:
+        if vma.kind in model.KERNEL_KINDS or vma.kind == model.URING:
             continue
         writable = vma.writable_fd and not vma.flags & model.MAP_PRIVATE
         if vma.kind in {model.FILE_PRIVATE, model.FILE_SHARED}:
