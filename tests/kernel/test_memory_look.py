@@ -193,12 +193,14 @@ def children():
         os.waitpid(pid, 0)
 
 
-def test_io_uring_is_refused_by_name(children):
+def test_a_ring_of_io_uring_without_a_descriptor_is_refused_by_name(children):
     def prepare():
         params = ctypes.create_string_buffer(120)
         fd = libc.syscall(425, 4, params)
         assert fd >= 0
-        return mmap.mmap(fd, 4096, mmap.MAP_SHARED)
+        size, protection = ctypes.c_size_t(4096), mmap.PROT_READ | mmap.PROT_WRITE
+        assert libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, ctypes.c_long(0)) != -1
+        os.close(fd)
 
     read = ctypes.create_string_buffer(120)
     fd = libc.syscall(425, 4, read)
