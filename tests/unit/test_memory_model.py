@@ -67,7 +67,6 @@ def test_smaps_of_anything(data):
     [
         (b"/SYSV00000000 (deleted)", "rd wr sh", "System V"),
         (b"/[aio] (deleted)", "rd wr sh", "asynchronous"),
-        (b"anon_inode:[io_uring]", "rd wr sh", "io_uring"),
         (b"/secretmem (deleted)", "rd wr sh", "secret"),
         (b"/anon_hugepage (deleted)", "rd wr ht", "huge pages"),
         (b"/dev/mem", "rd wr io pf", "device"),
