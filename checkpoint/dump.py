@@ -171,8 +171,10 @@ class _Take:
                     found += self.begin_round(pid, start)
             nr_pages = sum(pageplan.count(one.due) for one in found)
             if nr_pages > _WORTH_WATCHING:
-                # What the job writes all the time it has written again after that.
-                time.sleep(min(max(nr_pages * _WATCH_S_PER_PAGE, _LEAST_WATCH_S), _MOST_WATCH_S))
+                # What the job writes all the time it has written again after that. A point in full is not kept waiting.
+                full = nr_pages == sum(pageplan.count(one.present) for one in found)
+                most = _LEAST_WATCH_S if full else _MOST_WATCH_S
+                time.sleep(min(max(nr_pages * _WATCH_S_PER_PAGE, _LEAST_WATCH_S), most))
             nr_hot = 0
             for one in found:
                 with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
