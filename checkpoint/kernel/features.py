@@ -128,6 +128,14 @@ def _pidfd_getfd() -> None:
         os.close(pidfd)
 
 
+def _pidfd_thread() -> None:
+    os.close(sys.pidfd_open(os.getpid(), sys.PIDFD_THREAD))
+
+
+def _udp_diag() -> None:
+    sockdiag.udp_shutdowns(socket.AF_INET)
+
+
 def _map_files() -> None:
     folder = "/proc/self/map_files"
     name = os.listdir(folder)[0]
@@ -236,6 +244,8 @@ PROBES: dict[str, tuple[Callable[[], None], str]] = {
     "unix_diag": (_unix_diag, "jobs with unix sockets"),
     "kcmp": (_kcmp, "finding what tasks share"),
     "pidfd_getfd": (_pidfd_getfd, "fetching and handing over descriptors"),
+    "pidfd_thread": (_pidfd_thread, "threads that have a descriptor table of their own"),
+    "udp_diag": (_udp_diag, "UDP sockets that were shut down for writing"),
     "pidfd_send_signal": (_pidfd_send_signal, "signals that cannot hit a reused pid"),
     "map_files": (_map_files, "reading mapped files that were deleted"),
     "children": (_children_list, "finding the tasks of a job"),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc, threads
-from checkpoint.kernel.sys import KCMP_FILES, KCMP_FS
+from checkpoint.kernel.sys import KCMP_FILES, KCMP_FS, PIDFD_THREAD
 from checkpoint.kernel.tasks import is_dead, task_ids
 from checkpoint.model import tree
 from checkpoint.model.sharing import SharingError, ThreadTables, plan_threads, shared_only
@@ -31,8 +31,6 @@ from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext
 
-PIDFD_THREAD = os.O_EXCL
-"""Of pidfd_open(2), Linux 6.9: for a thread that is no process."""
 _WHAT = {KCMP_FILES: "descriptor table", KCMP_FS: "working directory, root and umask"}
 _FLAG = {KCMP_FILES: "CLONE_FILES", KCMP_FS: "CLONE_FS"}
 _HINT = "start the job anew, or take the point of what shares it too"

@@ -1,5 +1,6 @@
 /* What is easily forgotten: the login uid of the audit log, which sides of UDP sockets are shut down, the time of the last change of
  * a deleted file, two pidfds of one process that has ended, where memory comes from, what broken memory does. */
+// snap-test: requires udp_diag
 #include "selfcheck.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>

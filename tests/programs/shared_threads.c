@@ -1,5 +1,6 @@
 /* Threads that do not share with their process: descriptors of their own with a pipe's content, a lock and other files under the same
  * numbers; a working directory and umask of their own; and threads that share those with each other. */
+// snap-test: requires pidfd_thread
 #include "selfcheck.h"
 #include <linux/kcmp.h>
 #include <pthread.h>

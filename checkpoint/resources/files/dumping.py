@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Self
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
 from checkpoint.kernel.fdinfo import O_DIRECT, EpollTarget, LockLine
+from checkpoint.kernel.sys import PIDFD_THREAD
 from checkpoint.resources.files import kinds, multicast, outside
 from checkpoint.resources.files.kind import Seen, descriptors, see
-from checkpoint.resources.sharing import PIDFD_THREAD
 from images import files_pb2
 from snapshotter.base.errors import SnapshotterError, UnsupportedError, wrap_os_error
 

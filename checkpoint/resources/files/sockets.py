@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import options
 from checkpoint.kernel.descriptors import pidfd_getfd
-from checkpoint.resources.sharing import PIDFD_THREAD
+from checkpoint.kernel.sys import PIDFD_THREAD
 from snapshotter.base.errors import Finding, UnsupportedError, wrap_os_error
 
 if TYPE_CHECKING:
