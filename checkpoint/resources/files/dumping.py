@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
-from checkpoint.kernel.fdinfo import O_DIRECT, EpollTarget, LockLine
+from checkpoint.kernel.fdinfo import EpollTarget, LockLine
 from checkpoint.kernel.sys import PIDFD_THREAD
 from checkpoint.resources.files import kinds, multicast, outside
 from checkpoint.resources.files.kind import Seen, descriptors, see
@@ -46,6 +46,8 @@ class FilesDump:
         self.shared = shared
         self.image = files_pb2.Files(format_version=1)
         self.pipes: dict[int, files_pb2.PipeBuffer] = {}
+        self.packet_pipes: set[int] = set()
+        """Pipes with a write end in packet mode (O_DIRECT)."""
         self.tables: dict[int, dict[int, int]] = {}
         """First task that has a table -> descriptor -> description id."""
         self.examples: dict[int, Seen] = {}
@@ -143,14 +145,6 @@ class FilesDump:
     def _pipe_numbers(self) -> dict[int, int]:
         numbers: dict[int, int] = self.ctx.resources.setdefault("files.pipes", {})
         return numbers
-
-    def pipe_in_packets(self, pipe: int) -> bool:
-        """Whether any write end of the pipe has O_DIRECT, packet mode."""
-        return any(
-            d.pipe.id == pipe and d.pipe.write_end and d.flags & O_DIRECT
-            for d in self.image.descriptions
-            if d.HasField("pipe")
-        )
 
     def find_epoll_target(self, epoll: Seen, target: EpollTarget, nth: int) -> int | None:
         """The description that an epoll entry watches."""

@@ -47,6 +47,8 @@ class PipeKind(kind.Kind):
         end.id = job.pipe_id(seen)
         end.read_end = seen.info.readable
         end.write_end = seen.info.writable
+        if end.write_end and seen.info.flags & O_DIRECT:
+            job.packet_pipes.add(end.id)
 
     def finish(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         """The first description of a pipe that can be read from fetches its contents."""
@@ -63,7 +65,7 @@ class PipeKind(kind.Kind):
         with job.borrow(seen) as fd:
             nr_bytes = descriptors.nr_readable(fd)
             if nr_bytes:
-                packets = job.pipe_in_packets(description.pipe.id)
+                packets = description.pipe.id in job.packet_pipes
                 pieces = _copy(fd, nr_bytes, buffer.size_bytes, packets)
                 buffer.data = b"".join(pieces)
                 if packets:
