@@ -113,6 +113,55 @@ def test_listening_accepted_and_bound_sockets(again, tmp_path):
         assert bound.recv(100, socket.MSG_DONTWAIT) == b"next"
 
 
+def test_a_socket_renamed_since_it_was_bound_is_reached_by_its_new_name(again, tmp_path):
+    first, path = str(tmp_path / "sock.new"), str(tmp_path / "sock")
+
+    def prepare():
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(first)
+        os.rename(first, path)
+        server.listen(7)
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(path)
+        accepted, _ = server.accept()
+        client.sendall(b"request")
+        mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        mailbox.bind(first)
+        os.rename(first, path + ".mail")
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sender.connect(path + ".mail")
+        sender.send(b"datagram")
+        return server, client, accepted, mailbox, sender
+
+    r = again(prepare)
+    assert sorted(os.listdir(tmp_path)) == ["sock", "sock.mail"]
+    with r.socket(3) as server, r.socket(4) as client, r.socket(5) as accepted:
+        assert server.getsockname() == first == client.getpeername()
+        assert accepted.recv(100) == b"request"
+        with socket.socket(socket.AF_UNIX) as fresh:
+            fresh.connect(path)
+            server.accept()[0].close()
+    with r.socket(6) as mailbox, r.socket(7) as sender:
+        assert mailbox.recv(100, socket.MSG_DONTWAIT) == b"datagram"
+        sender.send(b"next")
+        assert mailbox.recv(100, socket.MSG_DONTWAIT) == b"next"
+
+
+def test_what_has_the_name_that_a_socket_was_bound_under_is_a_conflict(tmp_path):
+    def prepare():
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(tmp_path / "new"))
+        os.rename(tmp_path / "new", tmp_path / "sock")
+        return server
+
+    with child(prepare) as pid:
+        ctx = dump(pid)
+    (tmp_path / "new").write_text("somebody's")
+    with pytest.raises(RestoreConflictError, match=r"new.*cannot bind the job's socket"):
+        Restored(ctx, pid)
+    assert (tmp_path / "new").read_text() == "somebody's"
+
+
 def test_tcp_listener_and_udp(again):
     ports: list[int] = []
 

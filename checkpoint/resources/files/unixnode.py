@@ -10,6 +10,7 @@ socket's. Old nodes are removed below the directory's descriptor, which was open
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -32,14 +33,31 @@ def has_path(image: files_pb2.UnixSocket) -> bool:
     return bool(image.address) and not image.address.startswith(b"\0")
 
 
+def is_renamed(image: files_pb2.UnixSocket) -> bool:
+    """Whether its node has got another name since it was bound, in the same directory; only absolute addresses can."""
+    return (
+        image.HasField("bound")
+        and image.address.startswith(b"/")
+        and os.path.basename(image.bound.path) != os.path.basename(image.address)
+    )
+
+
+def way_to(image: files_pb2.UnixSocket) -> bytes:
+    """The path or abstract name under which it can be reached."""
+    path: bytes = image.bound.path if is_renamed(image) else image.address
+    return path
+
+
 def check(image: files_pb2.UnixSocket) -> None:
     """Whether the directory of a bound socket is there. Touches nothing.
 
     Raises:
-        RestoreConflictError: it is gone, or a link has come into its path.
+        RestoreConflictError: it is gone, or a link has come into its path; something has the name that it is to be bound under.
     """
-    with contextlib.closing(_Directory(image)):
-        pass
+    with contextlib.closing(_Directory(image)) as directory, contextlib.suppress(FileNotFoundError):
+        if is_renamed(image):
+            os.stat(os.path.basename(image.address), dir_fd=directory.fd, follow_symlinks=False)
+            raise _in_the_way(image.address, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))
 
 
 def bind(sock: socket.socket, image: files_pb2.UnixSocket) -> None:
@@ -126,8 +144,15 @@ def _make(sock: socket.socket, image: files_pb2.UnixSocket, directory: _Director
         os.chdir(base)  # of this thread alone
         node = directory.node()
         if node is not None and image.HasField("bound"):
-            _unlink_dead(image.address, directory, node, sock.type)
+            _unlink_dead(way_to(image), directory, node, sock.type)
         _bind(sock, image.address)
+        if is_renamed(image):
+            os.rename(
+                os.path.basename(image.address),
+                directory.name,
+                src_dir_fd=directory.fd,
+                dst_dir_fd=directory.fd,
+            )
 
     os.fchmod(sock.fileno(), mode)
     try:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import array
 import contextlib
 import functools
+import itertools
 import os
 import socket
 import stat
@@ -54,6 +55,8 @@ _MESSAGE_MAX_BYTES = 8 << 20
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _FILL_SNDBUF_BYTES = 1 << 30
 _TMPFS_MAGIC = 0x01021994
+_ENTRIES_MAX = 4096
+"""Of a directory that is searched for a node while the job stands still."""
 
 
 class UnixKind(kind.Kind):
@@ -102,11 +105,15 @@ class UnixKind(kind.Kind):
             folder, name = os.path.split(image.address)
             if not folder.startswith(b"/"):
                 folder = os.path.join(b"/proc/%d/cwd" % seen.pid, folder)
-            path = os.path.join(os.path.realpath(folder), name)
-            node = os.lstat(path)
+            folder = os.path.realpath(folder)
+            path = os.path.join(folder, name)
+            node = _node_at(info, path)
+            if node is None and image.address.startswith(b"/"):
+                path = _renamed(info, folder)
+                node = os.lstat(path) if path else None
         except OSError:
             return
-        if not _is_node(info, node, path):
+        if node is None:
             return
         if not image.address.startswith(b"/") and not path.endswith(b"/" + image.address):
             raise _unsupported(
@@ -213,7 +220,7 @@ class UnixKind(kind.Kind):
             return
         for message in image.queue:
             with _sender_at(opening, image.type, message.address) as sender, _roomy(sender):
-                to = sock.getsockname()
+                to = unixnode.way_to(image) or sock.getsockname()
                 unixghost.reach(opening, image, functools.partial(_send, opening, sender, message, to))
 
     def settle(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
@@ -228,7 +235,9 @@ class UnixKind(kind.Kind):
             if image.type == socket.SOCK_DGRAM and image.peer_ino:
                 peer = opening.unix_by_ino[image.peer_ino]
                 if not _is_pair(image, peer.unix):
-                    unixghost.reach(opening, peer.unix, functools.partial(sock.connect, peer.unix.address))
+                    unixghost.reach(
+                        opening, peer.unix, functools.partial(sock.connect, unixnode.way_to(peer.unix))
+                    )
             options = (o for o in image.options if o.name in sockets.LATE)
             sockets.apply_options(sock, sorted(options, key=lambda o: o.name), opening.warn)
 
@@ -241,6 +250,29 @@ def _is_pair(image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket) -> bool:
 def _name(name: bytes) -> bytes:
     """An address without the NUL that ends a path; in an abstract one every byte counts."""
     return name if name.startswith(b"\0") else name.rstrip(b"\0")
+
+
+def _node_at(info: sockdiag.UnixSocketInfo, path: bytes) -> os.stat_result | None:
+    """What is at a path, if it is the socket's node."""
+    try:
+        node = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return node if _is_node(info, node, path) else None
+
+
+def _renamed(info: sockdiag.UnixSocketInfo, folder: bytes) -> bytes:
+    """Where the node of a socket is that was bound under another name in this directory (Java's attach socket); b"": not here."""
+    device = os.makedev(info.vfs_dev >> 20, info.vfs_dev & 0xFFFFF)
+    if os.lstat(folder).st_dev != device:
+        return b""
+    with os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, _ENTRIES_MAX):
+            if entry.inode() & 0xFFFFFFFF == info.vfs_ino and stat.S_ISSOCK(
+                entry.stat(follow_symlinks=False).st_mode
+            ):
+                return entry.path
+    return b""
 
 
 def _is_node(info: sockdiag.UnixSocketInfo, node: os.stat_result, path: bytes) -> bool:
@@ -417,7 +449,7 @@ def _connected(
     with socket.socket(socket.AF_UNIX, image.type) as client, contextlib.ExitStack() as stack:
         if client_side is not None and client_side.address:
             unixghost.bind(opening, client, client_side)
-        connect = functools.partial(client.connect, addressed.address)
+        connect = functools.partial(client.connect, unixnode.way_to(addressed))
         listener = opening.unix_listeners.get((addressed.address, addressed.node_ino))
         if listener is not None:
             served = stack.enter_context(sockets.borrowed_socket(opening.open(listener.id)))
