@@ -163,20 +163,32 @@ def _check_ids(ctx: RestoreContext, found: Survey) -> None:
     ours = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
         ctx.processes
     )
+    deadline = time.monotonic() + ctx.options.reap_timeout_s
     for wanted in sorted(ours):
         if wanted >= pid_max:
             raise RestoreConflictError(
                 f"pid {wanted} is beyond kernel.pid_max ({pid_max})",
                 hint=f"sysctl kernel.pid_max={wanted + 1}",
             )
-        holder = holder_of(wanted)
-        if holder is not None and holder.pid not in found.old:
+        holder = _holder_that_stays(wanted, found, deadline)
+        if holder is not None:
             raise RestoreConflictError(
                 f"pid {wanted} is needed but held by {holder}, which is not the job",
                 hint="end it, or wait until it has ended, then roll back",
             )
     # Mostly a zombie that init has not reaped yet.
-    await_no_stray(ours, found.old, time.monotonic() + ctx.options.reap_timeout_s)
+    await_no_stray(ours, found.old, deadline)
+
+
+def _holder_that_stays(pid: int, found: Survey, deadline: float) -> Holder | None:
+    """Who has that number and is not the old job; a zombie is given time to be reaped: what a rollback that failed has left."""
+    while True:
+        holder = holder_of(pid)
+        if holder is None or holder.pid in found.old:
+            return None
+        if holder.state not in "ZX" or time.monotonic() > deadline:
+            return holder
+        time.sleep(_POLL_S)
 
 
 def await_no_stray(
