@@ -178,8 +178,11 @@ class PackWriter:
         """Has the kernel begin to write what was written here; waits while the disk's queue is full."""
         native.start_writeback(self._fd, offset, size)
 
-    def seal(self) -> None:
-        """Footer, fsync, rename. The directory's fsync is the caller's, once for all its packs."""
+    def seal(self, *, keep_cached: bool = True) -> None:
+        """Footer, fsync, rename. The directory's fsync is the caller's, once for all its packs.
+
+        `keep_cached` False: its pages leave the page cache, where they would be in place of what others read.
+        """
         locs = np.concatenate(
             [np.zeros(0, dtype="<u8")]
             + [
@@ -203,6 +206,9 @@ class PackWriter:
         with wrapped("cannot make a pack durable", self._temp):
             fsync(self._fd)
             faults.point("store.pack_synced")
+            if not keep_cached:
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(self._fd)
             self._fd = -1
             self._temp.rename(self._path)

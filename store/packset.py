@@ -34,6 +34,9 @@ from store.pack import (
 MAX_OPEN = 256
 _WRITEBACK_FROM = 64 << 10
 """Smaller frames are left to the fsync."""
+_CACHED_BYTES = 1 << 30
+"""So much of one take stays in the page cache, for a rollback soon. More would only be in the way of what others read, and
+fresh pages for it cost more than writing them."""
 
 
 class PackReaders:
@@ -143,6 +146,7 @@ class PackSet:
         self._to_disk: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._disk: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._sealing_bytes = 0
 
     def _new_pack(self) -> PackWriter:
         for _ in range(64):
@@ -181,7 +185,8 @@ class PackSet:
         if len(data) >= _WRITEBACK_FROM:
             self._later(partial(pack.start_writeback, offset, len(data)))
         if ready:
-            self._later(pack.seal)
+            self._later(partial(pack.seal, keep_cached=self._sealing_bytes < _CACHED_BYTES))
+            self._sealing_bytes += pack.size
         return pack.id, number
 
     def _later(self, work: Callable[[], None]) -> None:
