@@ -203,8 +203,9 @@ class _Take:
     def begin_round(self, pid: int, start: int) -> list[_Round]:
         """Begin one round of one process: what is due in it; nothing when it is not to be read while it runs."""
         ctx = self.ctx
+        looked = memory.take_looked(pid)
         try:
-            space = memory.address_space(ctx, pid, frozen=False)
+            space = memory.address_space(ctx, pid, frozen=False, known=looked)
         except UnsupportedError:
             return []  # mappings came and went while they were looked at; the frozen window will tell
         written = self.written(pid, space)
@@ -213,6 +214,8 @@ class _Take:
             return []
         known = self.precopied.get(pid)
         self.note_mappings(pid, space)
+        if looked:  # of an instant that nobody has noted: read again before the freeze
+            self.mappings[pid] = (0, space.mappings)
         if known is None:
             if written is not None and not self._usable(pid, start):
                 written = None

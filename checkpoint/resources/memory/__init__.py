@@ -32,7 +32,13 @@ from checkpoint.resources.memory.dump import (
     space_name,
 )
 from checkpoint.resources.memory.inherited import early, settle
-from checkpoint.resources.memory.mappings import AddressSpace, look, look_sharing, read_mappings
+from checkpoint.resources.memory.mappings import (
+    AddressSpace,
+    look,
+    look_sharing,
+    read_mappings,
+    take_looked,
+)
 from checkpoint.resources.memory.restore import arena_hole, check, finish, release, restore_mm
 
 __all__ = [
@@ -55,4 +61,5 @@ __all__ = [
     "settle",
     "shmem",
     "space_name",
+    "take_looked",
 ]

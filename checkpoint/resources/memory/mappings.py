@@ -99,9 +99,18 @@ def _key(mapping: Mapping) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+_looked: dict[int, list[Mapping]] = {}
+"""pid -> what smaps said at the last look."""
+
+
+def take_looked(pid: int) -> list[Mapping]:
+    """What smaps said at the look, once: it spares pre-copy its first reading. Empty: nothing is known."""
+    return _looked.pop(pid, [])
+
+
 def look(pid: int, report: list[Finding]) -> None:
     """Name every mapping of a process that cannot be dumped."""
-    mappings = read_mappings(pid)
+    mappings = _looked[pid] = read_mappings(pid)
     rings.look(pid, mappings, report)
     for mapping in mappings:
         found = model.refusal(mapping) or _file_refusal(pid, mapping)
