@@ -25,6 +25,7 @@ from typing import Literal, Self
 from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
 from checkpoint.hurry import hurried
 from checkpoint.kernel import interrupted, proc, ptrace, threads
+from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.tasks import children_of, task_ids
 from checkpoint.kernel.threads import ThreadFacts
@@ -90,6 +91,7 @@ class FrozenTree:
 
     def freeze(self) -> None:
         """Stop every task of the tree and read what it was doing."""
+        ksys.allow_descriptors()
         deadline = time.monotonic() + self.timeout_s
         for _ in range(_MAX_PASSES):
             tree = self._look()

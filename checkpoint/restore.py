@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 from checkpoint import environment
 from checkpoint.assembly import ARENA_BYTES, Assembly
+from checkpoint.kernel import sys as ksys
 from checkpoint.plan import RestorePlan, decode, make_plan
 from checkpoint.replace import replace
 from checkpoint.resources import directories, files, memory, nameless, task
@@ -28,8 +28,6 @@ from snapshotter.base.errors import SnapshotterError, wrap_os_error
 from snapshotter.base.pages import PageSource
 
 __all__ = ["RestoreOptions", "RestoreResult", "plan", "restore"]
-
-_DESCRIPTORS = 1 << 16
 
 
 def plan(
@@ -104,7 +102,7 @@ def _prepare(
     images: Callable[[str], bytes], names: Sequence[str], source: PageSource, options: RestoreOptions
 ) -> tuple[RestoreContext, environment.Survey, RestorePlan]:
     ctx = decode(images, names, source, options)
-    _allow_descriptors()
+    ksys.allow_descriptors()  # every mapped file is open at once from the check on
     try:
         environment.check_machine(ctx)
         environment.check_rights(ctx)
@@ -122,14 +120,6 @@ def _prepare(
         _release(ctx)
         raise
     return ctx, found, planned
-
-
-def _allow_descriptors() -> None:
-    """Every mapped file is open at once from the check on."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _release(ctx: RestoreContext) -> None:

@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import json
 import os
-import resource
 import socket
 import stat
 import subprocess
@@ -275,9 +274,7 @@ def _hand_over(leash: socket.socket, path: Path) -> None:
 
 def _spawn(words: list[str], fds: list[int]) -> int:
     """Run the keeper with these descriptors under the same numbers; its pid."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    ksys.allow_descriptors()
     try:
         done = subprocess.run(
             [str(BINARY), *words],

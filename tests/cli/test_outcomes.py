@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -378,3 +379,23 @@ def test_interrupted_half_way(counter, fault):
     assert not {pid for pid in tree(os.getpid()) if is_running(pid)} - before
     counter.rollback()
     goes_on(counter)
+
+
+def test_more_processes_than_descriptors_are_allowed(job):
+    """The usual limit of a shell is 1024, and each process of a job takes several."""
+    nr_processes = 60
+    script = f"import os, signal, sys\nfor _ in range({nr_processes - 1}):\n    os.fork() or signal.pause()\n"
+    script += "open(os.path.join(sys.argv[1], 'ready'), 'w').close()\nsignal.pause()\n"
+    job.start([sys.executable, "-S", "-c", script]).wait_ready()
+    before = sorted(tree(job.pid))
+    assert len(before) == nr_processes
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (nr_processes, hard))
+
+    snap("take", job.pid, store=job.store, preexec_fn=few)
+    snap("take", job.pid, "--kill", store=job.store, preexec_fn=few)
+    job.wait_gone()
+    snap("rollback", "latest", store=job.store, preexec_fn=few)
+    assert sorted(tree(job.pid)) == before

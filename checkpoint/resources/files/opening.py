@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
-import resource
 import struct
 from typing import TYPE_CHECKING
 
@@ -93,7 +92,6 @@ class Opening:
 
     def open_all(self) -> None:
         """Opens everything; closes it all again if anything fails."""
-        _allow_descriptors(2 * len(self.descriptions) + 256)
         try:
             for number in self.descriptions:
                 self.open(number)
@@ -157,14 +155,6 @@ def _field(description: files_pb2.Description) -> str:
             hint="use the snap version that took the point",
         )
     return field
-
-
-def _allow_descriptors(count: int) -> None:
-    """Raises our own soft limit where it is too low for this job."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def _set_flags(description: files_pb2.Description, fd: int) -> None:
