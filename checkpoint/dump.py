@@ -34,7 +34,7 @@ from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping, private_vmas
 from checkpoint.parasite import prepare
 from checkpoint.precopy import Precopied, due, plausible_pages
-from checkpoint.resources import files, memory, registers, sysv, task
+from checkpoint.resources import files, memory, policies, registers, sysv, task
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from checkpoint.uninterrupted import stops_wait
@@ -189,6 +189,10 @@ class _Take:
             if number == 0 and nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes // 8:
                 break
         for pid in self.found.tasks:
+            if nr_bound := policies.mappings_with_a_policy(pid):
+                ctx.warn(
+                    f"task {pid}: the memory policy of {nr_bound} mappings (mbind) is not part of the point"
+                )
             prepare(pid)
         for pid in self.precopied:
             # Read once more just before the freeze, so that smaps need not be read in it.

@@ -1,11 +1,12 @@
 """Small policies that a thread keeps with the kernel: where its memory comes from, how it is guarded against speculation.
 
-Also the security label of a process (AppArmor, SELinux), which cannot be given back and is named in a warning. Not to be seen from
-anywhere, and therefore not kept: Landlock rules; the policies of single mappings (mbind) are not kept either.
+Also the security label of a process (AppArmor, SELinux), which cannot be given back, and the policies of single mappings (mbind),
+which are not kept: both are named in warnings. Not to be seen from anywhere, and therefore not kept: Landlock rules.
 """
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import os
@@ -105,3 +106,29 @@ def security_label(pid: int | str) -> str:
             return os.fsdecode(file.read(4096).rstrip(b"\0\n"))
     except OSError:
         return ""
+
+
+def mappings_with_a_policy(pid: int) -> int:
+    """How many mappings have another memory policy (mbind(2)) than most of the process has; 0 where there is but one node.
+
+    The kernel's default in other words ("local", as OpenBLAS asks for) is none. The file walks all pages, as smaps does: for a job that runs.
+    """
+    if not _has_many_nodes():
+        return 0
+    try:
+        with open(f"/proc/{pid}/numa_maps", "rb") as file:
+            lines = (line.split() for line in file)
+            found = collections.Counter(words[1] for words in lines if len(words) > 1)
+    except OSError:
+        return 0
+    usual = {b"default", b"local", *(policy for policy, _ in found.most_common(1))}
+    return sum(count for policy, count in found.items() if policy not in usual)
+
+
+@functools.cache
+def _has_many_nodes() -> bool:
+    try:
+        with open("/sys/devices/system/node/online", encoding="ascii") as file:
+            return file.read().strip() not in {"", "0"}
+    except OSError:
+        return False

@@ -1,5 +1,8 @@
 """What a thread's status says of its guards, and which values an image may have."""
 
+import ctypes
+import mmap
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -57,3 +60,21 @@ def test_policies_need_the_new_version():
     process = task_pb2.Process(pid=42, ppid=1, pgid=42, sid=42, mce_kill=2)
     process.threads.add(tid=42)
     assert parse("process/42", serialise("process/42", process)).format_version == 2
+
+
+def test_mappings_with_a_policy_of_their_own(monkeypatch):
+    """mbind works with the one node that there is, but says nothing; with more it is told."""
+    area = mmap.mmap(-1, 8 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    nodes = ctypes.c_ulong(1)
+    mbind = ctypes.CDLL(None, use_errno=True).syscall
+    bind = ctypes.c_long(2)  # MPOL_BIND
+    size = ctypes.c_long(4 * mmap.PAGESIZE)
+    failed = mbind(
+        ctypes.c_long(237), ctypes.c_long(address), size, bind, ctypes.byref(nodes), ctypes.c_long(8), 0
+    )
+    if failed or not os.path.exists("/proc/self/numa_maps"):
+        pytest.skip("this kernel has no memory policies (CONFIG_NUMA)")
+    assert policies.mappings_with_a_policy(os.getpid()) == 0
+    monkeypatch.setattr(policies, "_has_many_nodes", lambda: True)
+    assert policies.mappings_with_a_policy(os.getpid()) == 1
