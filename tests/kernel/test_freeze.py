@@ -31,8 +31,10 @@ for _ in range(5):
     threading.Thread(target=lambda: [time.sleep(0.001) for _ in iter(int, 1)], daemon=True).start()
 subprocess.Popen(["sleep", "1000"])
 subprocess.Popen(["sh", "-c", "while :; do /bin/true; done"])
-if os.fork() == 0:
+child = os.fork()
+if child == 0:
     os._exit(3)
+os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it stays a zombie
 open(os.path.join(sys.argv[1], "ready"), "w").close()
 time.sleep(1000)
 """
