@@ -262,8 +262,11 @@ def test_eventfd_timerfd_signalfd(again):
         sys.signalfd(1 << (signal.SIGUSR2 - 1), 0)
 
     r = again(prepare)
-    assert os.read(r[3], 8) == struct.pack("=Q", 1)
-    assert r.info(3).eventfd_count == 6
+    if r.info(3).eventfd_semaphore is None:  # before Linux 6.5: a warning says so
+        assert os.read(r[3], 8) == struct.pack("=Q", 7)
+    else:
+        assert os.read(r[3], 8) == struct.pack("=Q", 1)
+        assert r.info(3).eventfd_count == 6
     with pytest.raises(BlockingIOError):
         os.read(r[4], 8)
     timer = r.info(5).timer

@@ -43,8 +43,17 @@ def running(*command, **options):
 @pytest.fixture
 def sleeper():
     with running("sleep", "1000") as job:
-        until(lambda: b"sleep" in proc.comm(job.pid) and proc.wchan(job.pid) not in {"0", ""})
+        # Not merely asleep: it may be waiting for a page of its program.
+        until(lambda: b"sleep" in proc.comm(job.pid) and system_call(job.pid) in SLEEPS)
         yield job
+
+
+SLEEPS = {"230", "219", "35"}
+"""clock_nanosleep, restart_syscall, nanosleep."""
+
+
+def system_call(pid):
+    return pathlib.Path(f"/proc/{pid}/syscall").read_text().split()[0]
 
 
 def facts(pid):
@@ -66,7 +75,7 @@ def test_call_runs_in_the_target(sleeper):
         assert task.call("getppid") == os.getpid()
     assert facts(sleeper.pid) == before
     until(lambda: proc.read_stat(sleeper.pid).state == "S")
-    assert pathlib.Path(f"/proc/{sleeper.pid}/syscall").read_text().split()[0] in {"230", "219", "35"}
+    assert system_call(sleeper.pid) in SLEEPS
 
 
 def test_batch_passes_results_buffers_and_bytes(sleeper):
