@@ -15,12 +15,11 @@ from checkpoint.model import vma as model
 from images import mm_pb2
 
 _EARLY_ADVICE = frozenset({"hg", "nh"})
-_READ_WRITE = model.PROT_READ | model.PROT_WRITE
 
 
 def is_inheritable(vma: mm_pb2.Vma) -> bool:
     """Whether its pages are put in place before its process forks, if that pays."""
-    writable = vma.prot & _READ_WRITE == _READ_WRITE
+    writable = vma.prot & model.READ_WRITE == model.READ_WRITE
     return vma.kind == model.ANON_PRIVATE and writable and "dp" not in vma.madvise
 
 

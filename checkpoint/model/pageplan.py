@@ -51,10 +51,6 @@ class PagePlan:
         """For PageSink.close_space; made when iterated, which can wait until after the thaw."""
         yield from to_list(self.present)
 
-    def to_read_runs(self) -> list[Run]:
-        """For PageSink.put."""
-        return to_list(self.to_read)
-
 
 def count(runs: Runs) -> int:
     """Number of pages."""

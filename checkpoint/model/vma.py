@@ -21,6 +21,7 @@ TASK_SIZE = (1 << 47) - PAGE_SIZE
 """End of the user address space without 5-level paging, which nothing uses unless it asks for it."""
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+READ_WRITE = PROT_READ | PROT_WRITE
 MAP_SHARED, MAP_PRIVATE, MAP_DROPPABLE = 0x1, 0x2, 0x8
 MAP_FIXED, MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_NORESERVE = 0x10, 0x20, 0x100, 0x4000
 MAP_FIXED_NOREPLACE = 0x100000

@@ -27,7 +27,6 @@ from snapshotter.base.pages import PAGE_SIZE, Run
 if TYPE_CHECKING:
     from checkpoint.parasite import Batch, Ref, StubTask
 
-_READ_WRITE = model.PROT_READ | model.PROT_WRITE
 _MADV_EARLY = {"hg": 14, "nh": 15}
 _PR_SET_THP_DISABLE = 41
 _HUGE_SIZE = 2 << 20
@@ -55,8 +54,8 @@ def map_one(batch: Batch, vma: mm_pb2.Vma, fd: int | Ref, pages: Runs) -> None:
         if flag in vma.madvise:
             batch.call("madvise", vma.start, length, advice, ok=(errno.EINVAL,))
     found = hull(vma, pages)
-    if found is not None and vma.prot & _READ_WRITE != _READ_WRITE:
-        batch.call("mprotect", found[0], found[1] - found[0], _READ_WRITE)
+    if found is not None and vma.prot & model.READ_WRITE != model.READ_WRITE:
+        batch.call("mprotect", found[0], found[1] - found[0], model.READ_WRITE)
 
 
 def hull(vma: mm_pb2.Vma, pages: Runs) -> tuple[int, int] | None:

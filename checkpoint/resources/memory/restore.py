@@ -37,7 +37,6 @@ _GUARD_GAP = 2 << 20
 """Kept free around every VMA: the kernel keeps 1 MiB below a stack free when it chooses addresses."""
 _ZEROS_AT_ONCE = 256
 
-_READ_WRITE = model.PROT_READ | model.PROT_WRITE
 _MADV_LATE = {"dc": 10, "dd": 16, "wf": 18, "mg": 12, "sr": 2, "rr": 1}
 _MADV_GUARD_INSTALL = 102
 _MLOCK_ONFAULT = 1
@@ -215,7 +214,7 @@ def _finish_vmas(stub: StubTask, mm: mm_pb2.Mm, pages: Runs) -> None:
         if vma.kind in model.KERNEL_KINDS or "dp" in vma.madvise:
             continue
         length = vma.end - vma.start
-        if vma.prot & _READ_WRITE != _READ_WRITE and filling.hull(vma, pages) is not None:
+        if vma.prot & model.READ_WRITE != model.READ_WRITE and filling.hull(vma, pages) is not None:
             batch.call("mprotect", vma.start, length, vma.prot)
         for flag, advice in _MADV_LATE.items():
             if flag in vma.madvise:
