@@ -14,6 +14,7 @@ know (checkpoint/resources). Invariants:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import time
@@ -52,6 +53,10 @@ _WORTH_WATCHING = 512
 _LEAST_WATCH_S, _MOST_WATCH_S = 0.02, 0.1
 _WATCH_S_PER_PAGE = 8e-6
 """About what a page costs to read, compress and store."""
+_AHEAD_FROM, _AHEAD_PART = 32768, 16
+"""Of so many pages to read, this part is read without watching, so that the sink has work while others are watched."""
+_TAIL_PAGES = 12288
+"""What the sink may still have to read when the next step begins: some 30 ms of it."""
 
 Commit = Callable[[DumpResult], None]
 
@@ -107,6 +112,8 @@ class _Round:
     """What the sink lacks of the present pages, as far as is known at the beginning."""
     known: Precopied | None
     """What the rounds before have read."""
+    ahead: tuple[memory.MmReader, ...] = ()
+    """Who reads the part that was not watched, which is not in `due` any more."""
 
 
 class _Take:
@@ -171,16 +178,18 @@ class _Take:
                 with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
                     found += self.begin_round(pid, start)
             nr_pages = sum(pageplan.count(one.due) for one in found)
+            if nr_pages > _AHEAD_FROM:
+                found = [self.read_ahead(one) for one in found]
             if nr_pages > _WORTH_WATCHING:
                 # What the job writes all the time it has written again after that. A point in full is not kept waiting.
-                full = nr_pages == sum(pageplan.count(one.present) for one in found)
+                full = nr_pages >= sum(pageplan.count(one.present) for one in found)
                 most = _LEAST_WATCH_S if full else _MOST_WATCH_S
                 time.sleep(min(max(nr_pages * _WATCH_S_PER_PAGE, _LEAST_WATCH_S), most))
             nr_hot = 0
             for one in found:
                 with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
                     nr_hot += self.end_round(one, watched=nr_pages > _WORTH_WATCHING)
-            ctx.sink.drain(hurry=False)
+            ctx.sink.drain(hurry=False, leave=_TAIL_PAGES)
             ctx.stats.rounds = number + 1
             expected = (nr_hot + nr_pages // 4) * PAGE_SIZE
             self.expected_bytes = max(_MIN_STAGED_BYTES, min(expected, 256 << 20))
@@ -199,6 +208,8 @@ class _Take:
             if time.monotonic_ns() - self.mappings[pid][0] > _MAPPINGS_FRESH_NS:
                 with contextlib.suppress(SnapshotterError):
                     self.note_mappings(pid, memory.address_space(ctx, pid, frozen=False))
+        # Whatever is read after the freeze is not of its instant.
+        ctx.sink.drain(hurry=False)
         faults.point("dump.precopied")
 
     def note_mappings(self, pid: int, space: memory.AddressSpace) -> None:
@@ -236,6 +247,17 @@ class _Take:
         self.precopied[pid] = Precopied(start, complete=False)
         return [_Round(pid, start, space, plan.present, to_read, known)]
 
+    def read_ahead(self, one: _Round) -> _Round:
+        """Have a part of what is due read at once."""
+        ahead = pageplan.first_pages(one.due, pageplan.count(one.due) // _AHEAD_PART)
+        try:
+            reader = memory.reader(ProcMem(one.pid), may_go=True)
+        except TargetGoneError:
+            return one
+        self.ctx.sink.put(memory.space_name(one.pid), pageplan.to_list(ahead), reader)
+        self.ctx.stats.pages_dirty += pageplan.count(ahead)
+        return dataclasses.replace(one, due=pageplan.subtract(one.due, ahead), ahead=(reader,))
+
     def end_round(self, one: _Round, *, watched: bool) -> int:
         """Read what was due, but for what the job has written again at once: it would only be read once more, and what was stored
         of it would be of no point. Returns how many pages that is.
@@ -247,7 +269,7 @@ class _Take:
             hot = one.present if written is None else pageplan.normalise(written)
         to_read = pageplan.subtract(one.due, hot)
         nr_pages = pageplan.count(to_read)
-        readers = known.readers if known is not None else []
+        readers = [*(known.readers if known is not None else ()), *one.ahead]
         if nr_pages:
             reader = memory.reader(ProcMem(pid), may_go=True)
             ctx.sink.put(memory.space_name(pid), pageplan.to_list(to_read), reader)

@@ -92,7 +92,7 @@ class Staging:
         self._staged += size
         self._pieces.append(_Piece(space, runs, data))
 
-    def drain(self, *, hurry: bool = True) -> None:
+    def drain(self, *, hurry: bool = True, leave: int = 0) -> None:
         """Before the thaw: wait for what was too much to stage."""
         if self._direct:
             self.sink.drain()

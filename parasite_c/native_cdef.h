@@ -6,8 +6,10 @@ struct snap_region { uint64_t start; uint64_t end; uint64_t categories; };
 
 int snap_drive_until(int tid, uint64_t until, struct snap_drive *d);
 int snap_drive_signal(int tid, int sentinel, uint64_t ended, struct snap_drive *d);
-int64_t snap_move_runs(int pid, int mem_fd, const struct snap_missing *missing, const struct snap_run_pages *runs,
-                       size_t nr_runs, char *buffer, int writing, uint64_t *bad, size_t max_bad);
+int64_t snap_read_runs(int pid, int mem_fd, int pagemap_fd, const struct snap_run_pages *runs, size_t nr_runs,
+                       char *buffer, uint64_t *bad, size_t max_bad);
+int64_t snap_write_runs(int pid, int mem_fd, const struct snap_missing *missing, const struct snap_run_pages *runs,
+                        size_t nr_runs, const char *buffer, uint64_t *bad, size_t max_bad);
 int64_t snap_pagemap_scan(int fd, uint64_t *start, uint64_t end, uint64_t flags, uint64_t inverted, uint64_t mask,
                           uint64_t anyof, uint64_t return_mask, struct snap_region *out, size_t max_out);
 int snap_spawn_stub(int exe_fd, int pid, int go_read, int go_write);

@@ -304,6 +304,12 @@ int snap_gather(uint8_t *dst, const uint8_t *src, size_t nr_src, const uint32_t 
 	return 0;
 }
 
+/* memcpy, for callers that must not hold Python's lock meanwhile. */
+void snap_copy(uint8_t *dst, const uint8_t *src, size_t size)
+{
+	memcpy(dst, src, size);
+}
+
 /* Starts write-back without waiting for it. Best effort: a file system without it returns -errno. */
 int snap_sync_range(int fd, int64_t offset, int64_t size)
 {

@@ -17,5 +17,6 @@ int snap_table_sort(uint8_t *keys, uint64_t *locs, uint64_t nr_keys);
 void snap_table_fanout(const uint8_t *keys, uint64_t nr_keys, uint32_t fanout_bits, uint32_t *fanout);
 int snap_table_check(const snap_table *table);
 int snap_gather(uint8_t *dst, const uint8_t *src, size_t nr_src, const uint32_t *slots, size_t nr_pages);
+void snap_copy(uint8_t *dst, const uint8_t *src, size_t size);
 int snap_sync_range(int fd, int64_t offset, int64_t size);
 void snap_keep_freed(void);

@@ -93,6 +93,14 @@ def gather(target: Buffer, source: Buffer, slots: npt.NDArray[np.uint32]) -> Non
         raise ValueError("slot outside the frame")
 
 
+def copy(target: Buffer, at: int, data: Buffer) -> None:
+    """target[at : at + len(data)] = data, without the GIL. ValueError: it does not fit."""
+    to, frm = ffi.from_buffer("uint8_t[]", target), ffi.from_buffer("uint8_t[]", data)
+    if at < 0 or at + len(frm) > len(to):
+        raise ValueError("target too small")
+    lib.snap_copy(to + at, frm, len(frm))
+
+
 def start_writeback(fd: int, offset: int, size: int) -> None:
     """Ask the kernel to start writing a range; an error here shows again, and counts, in fsync."""
     lib.snap_sync_range(fd, offset, size)

@@ -24,8 +24,9 @@ from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, StoreError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE
 from store import native
-from store.files import TEMP_SUFFIX, fsync, open_new, pread_exact, pwrite_all, store_error, wrapped
+from store.files import TEMP_SUFFIX, fsync, open_new, pread_exact, store_error, wrapped
 from store.keytable import KeyTable, encode_table, table_size
+from store.segments import SegmentedFile, SegmentPool
 
 PACK_BYTES = 64 << 20
 PACK_SUFFIX = ".pack"
@@ -115,13 +116,13 @@ class DamagedPackError(VerificationError):
 
 
 class PackWriter:
-    """One pack being written. Frames may be written by several threads; `seal` comes after all of them."""
+    """One pack being written. Frames may be put by several threads; `seal` comes after all of them."""
 
-    def __init__(self, directory: Path, pack_id: int, keys: PackKeys) -> None:
+    def __init__(self, directory: Path, pack_id: int, keys: PackKeys, pool: SegmentPool) -> None:
         self.id = pack_id
-        self.size = HEADER_BYTES
+        self.size = 0
         self.nr_pages = 0
-        self.writers = 0  # frames reserved but not written yet; the pack set's lock guards it
+        self.writers = 0  # frames reserved but not put yet; the pack set's lock guards it
         self.closing = False
         self._keys = keys
         self._frames: list[bytes | None] = []
@@ -130,12 +131,12 @@ class PackWriter:
         self._temp = directory / (pack_name(pack_id) + TEMP_SUFFIX)
         with wrapped("cannot make a pack", self._temp):
             self._fd = open_new(self._temp)
-        try:
-            head = _HEADER.pack(_MAGIC, VERSION, 0, pack_id, 0, keys.store_id)
-            self._write(head + native.checksum(keys.frames, head), 0)
-        except BaseException:
-            self.discard()  # nobody else knows of this pack yet
-            raise
+        self._file = SegmentedFile(self._fd, pool)
+        head = _HEADER.pack(_MAGIC, VERSION, 0, pack_id, 0, keys.store_id)
+        head += native.checksum(keys.frames, head)
+        self._make_room(len(head))
+        self._file.copy_in(head, 0)
+        self._file.filled(0, len(head))
 
     @property
     def nr_frames(self) -> int:
@@ -147,42 +148,53 @@ class PackWriter:
         """Time for the next pack."""
         return self.size >= PACK_BYTES or self.nr_frames >= MAX_FRAMES - 1
 
-    def _write(self, data: bytes | memoryview, offset: int) -> None:
-        with wrapped("cannot write a pack", self._temp):
-            pwrite_all(self._fd, data, offset)
+    def _make_room(self, stored: int) -> None:
+        self.size += stored
+        self._file.make_room(self.size)
 
     def reserve(self, stored: int) -> tuple[int, int]:
         """Room for a frame: (frame number, offset). Under the pack set's lock."""
         number, offset = len(self._frames), self.size
         self._frames.append(None)
-        self.size += stored
+        self._make_room(stored)
         self.writers += 1
         return number, offset
 
-    def write_frame(
+    def put_frame(
         self, number: int, offset: int, data: bytes | memoryview, *, raw: int, codec: int, kind: int,
         base: FrameRef | None, page_keys: bytes,
     ) -> None:  # fmt: skip
-        """Writes a reserved frame; any thread, no lock needed."""
+        """Copies a reserved frame to its place; any thread, no lock needed."""
         nr_pages = len(page_keys) // native.KEY_BYTES
         base_pack, base_frame = base or (0, 0)
         check = native.checksum(self._keys.frames, data)
-        self._write(data, offset)
+        self._file.copy_in(data, offset)
         self._frames[number] = _FRAME.pack(
             offset, len(data), raw, codec, kind, nr_pages, base_pack, base_frame, 0, check
         )
         if nr_pages:
             self._page_keys.append((number, page_keys))
 
-    def start_writeback(self, offset: int, size: int) -> None:
-        """Has the kernel begin to write what was written here; waits while the disk's queue is full."""
-        native.start_writeback(self._fd, offset, size)
+    def filled(self, offset: int, size: int) -> list[int]:
+        """A frame was put: which segments are to be written now. Under the pack set's lock."""
+        self.writers -= 1
+        return self._file.filled(offset, size)
 
-    def seal(self, *, keep_cached: bool = True) -> None:
-        """Footer, fsync, rename. The directory's fsync is the caller's, once for all its packs.
+    def write_segment(self, number: int) -> None:
+        """Writes a segment that `filled` named; waits for the disk. One thread."""
+        with wrapped("cannot write a pack", self._temp):
+            self._file.write(number)
 
-        `keep_cached` False: its pages leave the page cache, where they would be in place of what others read.
-        """
+    def drop_segment(self, number: int) -> None:
+        """A segment was written, or never will be. Under the pack set's lock."""
+        self._file.drop(number)
+
+    def drop_rest(self) -> None:
+        """Nothing more is written here. Under the pack set's lock."""
+        self._file.drop_all()
+
+    def seal(self) -> None:
+        """Footer, fsync, rename. The directory's fsync is the caller's, once for all its packs."""
         locs = np.concatenate(
             [np.zeros(0, dtype="<u8")]
             + [
@@ -194,21 +206,20 @@ class PackWriter:
         self.nr_pages = len(locs)
         if any(frame is None for frame in self._frames):
             raise StoreError("a frame of the pack was never written", where=str(self._temp))
-        start = (self.size + 7) & ~7
+        data_end = self.size
+        start = (data_end + 7) & ~7
         frames = b"".join(frame for frame in self._frames if frame is not None)
         table_offset = start + len(frames)
         footer = frames + table
         footer += _TRAILER.pack(_FOOT, len(self._frames), bits, len(locs), start, table_offset, self.id, 0)
         footer += native.checksum(self._keys.frames, footer)
-        self._write(footer, start)
+        with wrapped("cannot write a pack", self._temp):
+            self._file.finish(data_end, bytes(start - data_end) + footer)
         self.size = start + len(footer)
         faults.point("store.pack_written")
         with wrapped("cannot make a pack durable", self._temp):
             fsync(self._fd)
             faults.point("store.pack_synced")
-            if not keep_cached:
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(self._fd)
             self._fd = -1
             self._temp.rename(self._path)

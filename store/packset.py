@@ -1,7 +1,7 @@
 """Packs as a set: the open ones of a store for reading, and the ones that a take is writing.
 
 `PackReaders` keeps a bounded number of packs open and reads blobs with their bases. `PackSet` hands out room in
-the current pack to several compressing threads; in a thread of its own it starts write-back early and seals full packs (both
+the current pack to several compressing threads; in a thread of its own it writes what they have put and seals full packs (both
 wait for the disk, which compressing must not); and it either publishes all of them or removes all of them.
 """
 
@@ -30,13 +30,9 @@ from store.pack import (
     PackWriter,
     pack_name,
 )
+from store.segments import SegmentPool
 
 MAX_OPEN = 256
-_WRITEBACK_FROM = 64 << 10
-"""Smaller frames are left to the fsync."""
-_CACHED_BYTES = 1 << 30
-"""So much of one take stays in the page cache, for a rollback soon. More would only be in the way of what others read, and
-fresh pages for it cost more than writing them."""
 
 
 class PackReaders:
@@ -141,18 +137,19 @@ class PackSet:
         self._keys = keys
         self._taken = taken
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._pool = SegmentPool()
         self._current: PackWriter | None = None
         self._all: list[PackWriter] = []
         self._to_disk: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._disk: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._sealing_bytes = 0
 
     def _new_pack(self) -> PackWriter:
         for _ in range(64):
             pack_id = 1 + secrets.randbelow(MAX_PACK_ID)
             if pack_id not in self._taken and not (self._directory / pack_name(pack_id)).exists():
-                pack = PackWriter(self._directory, pack_id, self._keys)
+                pack = PackWriter(self._directory, pack_id, self._keys, self._pool)
                 self._all.append(pack)
                 return pack
         raise StoreError("no free pack number was found", where=str(self._directory), hint="run `snap prune`")
@@ -161,12 +158,11 @@ class PackSet:
         self, data: bytes | memoryview, *, raw: int, codec: int, kind: int, base: FrameRef | None = None,
         page_keys: bytes = b"",
     ) -> FrameRef:  # fmt: skip
-        """Writes one frame. Any thread; only the reservation is serialised."""
+        """Takes one frame. Any thread; only the reservation is serialised, and waits while the disk is far behind."""
         with self._lock:
-            if isinstance(self._error, SnapshotterError):
-                raise self._error  # with its reason: a full disk is told from others
-            if self._error is not None:
-                raise StoreError("an earlier write failed", where=str(self._directory)) from self._error
+            while self._pool.exhausted and self._error is None:
+                self._room.wait()
+            self._raise_earlier()
             if self._current is None:
                 self._current = self._new_pack()
             pack = self._current
@@ -175,26 +171,37 @@ class PackSet:
                 pack.closing = True
                 self._current = None
         try:
-            pack.write_frame(
+            pack.put_frame(
                 number, offset, data, raw=raw, codec=codec, kind=kind, base=base, page_keys=page_keys
             )
-        finally:
-            with self._lock:
-                pack.writers -= 1
-                ready = pack.closing and pack.writers == 0
-        if len(data) >= _WRITEBACK_FROM:
-            self._later(partial(pack.start_writeback, offset, len(data)))
-        if ready:
-            self._later(partial(pack.seal, keep_cached=self._sealing_bytes < _CACHED_BYTES))
-            self._sealing_bytes += pack.size
+        except BaseException as error:
+            self._fail(error)
+            raise
+        with self._lock:
+            complete = pack.filled(offset, len(data))
+            for segment in complete:
+                self._later(partial(self._write_segment, pack, segment))
+            if pack.closing and pack.writers == 0:
+                self._later(partial(self._seal, pack))
         return pack.id, number
 
-    def _later(self, work: Callable[[], None]) -> None:
-        """Have the disk's thread do something, after all that it was given before."""
+    def _raise_earlier(self) -> None:
+        if isinstance(self._error, SnapshotterError):
+            raise self._error  # with its reason: a full disk is told from others
+        if self._error is not None:
+            raise StoreError("an earlier write failed", where=str(self._directory)) from self._error
+
+    def _fail(self, error: BaseException) -> None:
+        """Nobody may wait for room that will never be made."""
         with self._lock:
-            if self._disk is None:
-                self._disk = threading.Thread(target=self._disk_loop, name="snap-disk", daemon=True)
-                self._disk.start()
+            self._error = self._error or error
+            self._room.notify_all()
+
+    def _later(self, work: Callable[[], None]) -> None:
+        """Have the disk's thread do something, after all that it was given before. Under the lock."""
+        if self._disk is None:
+            self._disk = threading.Thread(target=self._disk_loop, name="snap-disk", daemon=True)
+            self._disk.start()
         self._to_disk.put(work)
 
     def _disk_loop(self) -> None:
@@ -202,7 +209,23 @@ class PackSet:
             try:
                 work()
             except BaseException as error:
-                self._error = self._error or error
+                self._fail(error)
+
+    def _write_segment(self, pack: PackWriter, segment: int) -> None:
+        try:
+            if self._error is None:
+                pack.write_segment(segment)
+        finally:
+            with self._lock:
+                pack.drop_segment(segment)
+                self._room.notify_all()
+
+    def _seal(self, pack: PackWriter) -> None:
+        if self._error is None:
+            pack.seal()
+        with self._lock:
+            pack.drop_rest()
+            self._room.notify_all()
 
     def _join(self) -> None:
         if self._disk is not None:

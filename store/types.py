@@ -33,7 +33,7 @@ class PointMeta:
     nr_tasks: int = 1
     frozen_us: int = 0
     started_ns: int = 0
-    """When the take began (CLOCK_MONOTONIC): the point's duration_us lasts until everything of it is on disk. 0: now."""
+    """When the take began (CLOCK_MONOTONIC), Python and its modules being there: the point's duration_us lasts until everything of it is on disk. 0: now."""
     pages_dirty: int = 0
     taken_at: dt.datetime | None = None
     """Aware. None: the time of the commit."""

@@ -122,13 +122,13 @@ class PointWriter:
             self._unread += len(tasks)
             self._changed.notify_all()
 
-    def drain(self, *, hurry: bool = True) -> None:
-        """Wait until every queued page was read (not necessarily stored); raises what a worker raised."""
+    def drain(self, *, hurry: bool = True, leave: int = 0) -> None:
+        """Wait until every queued page but `leave` was read (not necessarily stored); raises what a worker raised."""
         with self._changed:
             self._draining += hurry
             self._changed.notify_all()
             try:
-                while self._unread and self._error is None:
+                while self._unread * CHUNK_PAGES > leave and self._error is None:
                     self._changed.wait()
             finally:
                 self._draining -= hurry

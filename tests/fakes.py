@@ -133,6 +133,9 @@ class FakeEngine:
         self.images = {"manifest": b""}
         self.during_dump = lambda: None
 
+    def load(self):
+        pass
+
     def identify(self, pid):
         if pid not in self.alive:
             raise TargetGoneError(f"there is no process {pid}")

@@ -49,7 +49,7 @@ class MemoryPoint:
                     pages[start + at] = bytes(buffer[at * PAGE_SIZE : (at + 1) * PAGE_SIZE])
                 self.pages_put += nr
 
-    def drain(self, *, hurry: bool = True) -> None:
+    def drain(self, *, hurry: bool = True, leave: int = 0) -> None:
         """Nothing is ever queued."""
 
     def pause(self) -> None:

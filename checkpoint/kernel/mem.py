@@ -1,8 +1,9 @@
 """Another process's memory: /proc/PID/mem for single pieces, runs of pages in C without the GIL.
 
 `/proc/PID/mem` passes page protections (it writes read-only pages of private mappings, copying them first), and stays
-with its address space. process_vm_readv is no faster, and pins pages: a page that a forked child still shares with its
-parent would be copied for that, until the job has all of its memory twice (KERNEL_FACTS.md has the numbers).
+with its address space. process_vm_readv takes half as long, but pins pages: a page that a forked child still shares with its
+parent would be copied for that, until the job has all of its memory twice (KERNEL_FACTS.md has the numbers). So it reads
+what the page map says nobody else maps.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import os
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from parasite_c._native import ffi, lib
 
@@ -35,6 +36,14 @@ class MissingPages:
         self.native = ffi.new("struct snap_missing *", (uffd, len(ranges), self._table))
 
 
+def _open_pagemap(pid: int) -> int:
+    """Its page map, or -1: then everything is read through /proc/PID/mem."""
+    try:
+        return os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
 class ProcMem:
     """Reads and writes memory of process `pid`. A context manager. The open descriptor stays with the address space
     it was opened for: after an exec or the end of the process everything is TargetGoneError.
@@ -50,6 +59,9 @@ class ProcMem:
         except OSError as error:
             raise wrap_os_error(error, "cannot open its memory", where=f"task {pid}") from error
         self._finalizer = weakref.finalize(self, os.close, self._fd)
+        self._pagemap = _open_pagemap(pid)
+        if self._pagemap >= 0:
+            self._pagemap_finalizer = weakref.finalize(self, os.close, self._pagemap)
 
     def fileno(self) -> int:
         return self._fd
@@ -89,7 +101,14 @@ class ProcMem:
         """Fill `buffer` with the pages of `runs`, in order. Returns the page numbers that could not be read;
         their place in the buffer is zeroed.
         """
-        return self._move(runs, buffer, writing=False)
+        table, bad = self._tables(runs, buffer)
+        if not len(bad):
+            return []
+        data = ffi.from_buffer("char[]", buffer, require_writable=True)
+        result = lib.snap_read_runs(
+            self.pid, self._fd, self._pagemap, table, len(table), data, bad, len(bad)
+        )
+        return self._failed(result, bad, "read")
 
     def write_runs(
         self,
@@ -101,51 +120,39 @@ class ProcMem:
 
         `missing`: where pages that are not there yet can be put in place, which costs half of writing into fresh memory.
         """
-        bad = self._move(runs, data, writing=True, missing=missing)
-        if bad:
+        table, bad = self._tables(runs, data)
+        if not len(bad):
+            return
+        where = missing.native if missing is not None else ffi.NULL
+        view = ffi.from_buffer("char[]", data)
+        result = lib.snap_write_runs(self.pid, self._fd, where, table, len(table), view, bad, len(bad))
+        if failed := self._failed(result, bad, "written"):
             raise SnapshotterError(
-                f"{len(bad)} pages cannot be written, the first at {bad[0] * PAGE_SIZE:#x}",
+                f"{len(failed)} pages cannot be written, the first at {failed[0] * PAGE_SIZE:#x}",
                 where=f"task {self.pid}",
             )
 
-    def _move(
-        self,
-        runs: Sequence[Run],
-        buffer: bytes | bytearray | memoryview,
-        *,
-        writing: bool,
-        missing: MissingPages | None = None,
-    ) -> list[int]:
+    def _tables(self, runs: Sequence[Run], buffer: bytes | bytearray | memoryview) -> tuple[Any, Any]:
+        """The runs as C wants them, and room for the numbers of pages that fail: none when there are no pages."""
         nr_pages = int(sum(int(run[1]) for run in runs))
-        view = memoryview(buffer)
-        if view.nbytes < nr_pages * PAGE_SIZE:
-            raise ValueError(f"buffer of {view.nbytes} bytes for {nr_pages} pages")
-        if not nr_pages:
-            return []
+        size = memoryview(buffer).nbytes
+        if size < nr_pages * PAGE_SIZE:
+            raise ValueError(f"buffer of {size} bytes for {nr_pages} pages")
         table = ffi.new("struct snap_run_pages[]", [(int(first), int(nr)) for first, nr in runs])
-        max_bad = min(nr_pages, 65536)
-        bad = ffi.new("uint64_t[]", max_bad)
-        data = ffi.from_buffer("char[]", view, require_writable=not writing)
-        result = lib.snap_move_runs(
-            self.pid,
-            self._fd,
-            missing.native if missing is not None else ffi.NULL,
-            table,
-            len(runs),
-            data,
-            int(writing),
-            bad,
-            max_bad,
-        )
+        return table, ffi.new("uint64_t[]", min(nr_pages, 65536))
+
+    def _failed(self, result: int, bad: Any, done: str) -> list[int]:
         if result < 0:
             error = OSError(-result, os.strerror(-result))
             raise wrap_os_error(error, "cannot reach its memory", where=f"task {self.pid}") from error
-        if result > max_bad:
-            raise SnapshotterError(f"{result} pages cannot be read", where=f"task {self.pid}")
+        if result > len(bad):
+            raise SnapshotterError(f"{result} pages cannot be {done}", where=f"task {self.pid}")
         return list(bad[0:result])
 
     def close(self) -> None:
         self._finalizer()
+        if self._pagemap >= 0:
+            self._pagemap_finalizer()
 
     def __enter__(self) -> Self:
         return self

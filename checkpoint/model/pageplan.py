@@ -140,6 +140,13 @@ def subtract(one: Runs, two: Runs) -> Runs:
     return _sweep(one, two, (False, True, False, False))
 
 
+def first_pages(runs: Runs, nr_pages: int) -> Runs:
+    """The first so many pages."""
+    sizes = runs[:, 1] - runs[:, 0]
+    left = np.minimum(nr_pages - (np.cumsum(sizes) - sizes), sizes)
+    return np.stack((runs[:, 0], runs[:, 0] + left), axis=1)[left > 0]
+
+
 def of_vmas(vmas: Iterable[mm_pb2.Vma]) -> Runs:
     """The pages that the VMAs span."""
     rows = [(vma.start // PAGE_SIZE, vma.end // PAGE_SIZE) for vma in vmas]

@@ -32,10 +32,11 @@ class PageSink(Protocol):
     def put(self, space: str, runs: Sequence[Run], reader: PageReader) -> None:
         """Queue pages; may return before they were read. A later put of the same page wins."""
 
-    def drain(self, *, hurry: bool = True) -> None:
+    def drain(self, *, hurry: bool = True, leave: int = 0) -> None:
         """Wait until every queued page was read (not necessarily stored); raises what a worker raised.
 
         `hurry`: reading goes before all other work, at the price of a copy (the job is frozen).
+        `leave`: so many pages may still be unread.
         """
 
     def pause(self) -> None:

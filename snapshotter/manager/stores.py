@@ -32,6 +32,11 @@ def not_a_directory(path: Path) -> Path | None:
     return None if existing.is_dir() else existing
 
 
+def load_writer() -> None:
+    """Import what writing a point needs, see RealEngine.load."""
+    from store import writer  # noqa: F401
+
+
 def point_meta(dumped: Dumped, started_ns: int) -> PointMeta:
     """What the catalog is to know of a dump."""
     from snapshotter.manager import identities

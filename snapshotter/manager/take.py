@@ -220,8 +220,10 @@ def _take_locked(session: Session, job: str, identity: Identity, after: str) -> 
 def _dump_into(
     session: Session, job: str, identity: Identity, after: str, parent: Parent | None, notes: Sequence[str]
 ) -> Point:
-    from snapshotter.manager.stores import point_meta
+    from snapshotter.manager.stores import load_writer, point_meta
 
+    load_writer()
+    session.engine.load()
     store = session.store()
     started = time.monotonic_ns()
     committed: list[Point] = []

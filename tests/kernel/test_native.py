@@ -37,7 +37,7 @@ def test_an_old_errno_is_not_taken_for_an_interrupted_read():
             runs = ffi.new("struct snap_run_pages[]", [(16, 1)])
             page = ffi.new("char[4096]")
             ffi.errno = errno.EINTR
-            got = lib.snap_move_runs(target, mem.fileno(), ffi.NULL, runs, 1, page, 0, ffi.NULL, 0)
+            got = lib.snap_read_runs(target, mem.fileno(), -1, runs, 1, page, ffi.NULL, 0)
         finally:
             os._exit(0 if got == -errno.ESRCH else 1)
     mem.close()
