@@ -130,7 +130,7 @@ static int pending_reserve(snap_pending *pending, uint64_t more)
 	uint64_t old_size = pending->mask + 1, size = old_size;
 
 	while ((pending->used + more) * 2 > size)
-		size *= 4;
+		size *= 2;
 	if (size == old_size)
 		return 0;
 	pending->entries = calloc(size, sizeof(struct entry));

@@ -14,6 +14,10 @@ from snapshotter.base.pages import PAGE_SIZE
 from store.pack import CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE, CODEC_ZSTD_PAGES
 
 FAST_LEVEL = -1
+_FAST_TABLE = {"window_log": 17, "hash_log": 12, "min_match": 7}
+"""What level -1 gets beside its strategy: tables that fit into the first cache. 5 % faster than the level's own (19, 13, 6),
+and as small: 1.84 times to 1.84 on the benchmark's memory, 2.60 to 2.63 on that of a Python process.
+"""
 SMALL_LEVEL = 6
 """For a few dozen pages, where the time is nothing and a block of the file system counts."""
 BLOB_LEVEL = 5
@@ -30,9 +34,15 @@ class FrameCompressor:
 
     def _context(self, level: int) -> zstandard.ZstdCompressor:
         if level not in self._contexts:
-            self._contexts[level] = zstandard.ZstdCompressor(
-                level=level, write_checksum=False, write_content_size=True
-            )
+            if level == FAST_LEVEL:
+                parameters = zstandard.ZstdCompressionParameters.from_level(
+                    level, write_checksum=False, write_content_size=True, **_FAST_TABLE
+                )
+                self._contexts[level] = zstandard.ZstdCompressor(compression_params=parameters)
+            else:  # its tables depend on the size of what is compressed
+                self._contexts[level] = zstandard.ZstdCompressor(
+                    level=level, write_checksum=False, write_content_size=True
+                )
         return self._contexts[level]
 
     def _looks_random(self, pages: memoryview, level: int) -> bool:

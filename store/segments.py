@@ -9,7 +9,6 @@ system has no O_DIRECT.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import mmap
@@ -41,9 +40,6 @@ class SegmentPool:
         if self._free:
             return self._free.pop()
         buffer = mmap.mmap(-1, SEGMENT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if self._made:  # a small take has but one and needs little of it
-            with contextlib.suppress(OSError):
-                buffer.madvise(mmap.MADV_HUGEPAGE)
         self._made += 1
         return buffer
 

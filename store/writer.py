@@ -110,13 +110,13 @@ class PointWriter:
     def put(self, space: str, runs: Sequence[Run], reader: PageReader) -> None:
         """Queue pages; may return before they were read. A later put of the same page wins."""
         self._check()
+        pages = pagemap.expand(runs)
+        locs = np.zeros(len(pages), dtype="<u8")
+        self._puts.setdefault(space, []).append((pages, locs))
         tasks = []
-        records = self._puts.setdefault(space, [])
-        for chunk in _chunks(runs):
-            pages = pagemap.expand(chunk)
-            locs = np.zeros(len(pages), dtype="<u8")
-            records.append((pages, locs))
-            tasks.append(Task(chunk, len(pages), reader, locs))
+        for at, chunk in zip(range(0, len(pages), CHUNK_PAGES), _chunks(runs), strict=True):
+            part = locs[at : at + CHUNK_PAGES]
+            tasks.append(Task(chunk, len(part), reader, part))
         with self._changed:
             self._queue.extend(tasks)
             self._unread += len(tasks)

@@ -105,9 +105,7 @@ class ProcMem:
         if not len(bad):
             return []
         data = ffi.from_buffer("char[]", buffer, require_writable=True)
-        result = lib.snap_read_runs(
-            self.pid, self._fd, self._pagemap, table, len(table), data, bad, len(bad)
-        )
+        result = lib.snap_read_runs(self.pid, self._fd, self._pagemap, table, len(table), data, bad, len(bad))
         return self._failed(result, bad, "read")
 
     def write_runs(

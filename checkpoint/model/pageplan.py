@@ -144,7 +144,8 @@ def first_pages(runs: Runs, nr_pages: int) -> Runs:
     """The first so many pages."""
     sizes = runs[:, 1] - runs[:, 0]
     left = np.minimum(nr_pages - (np.cumsum(sizes) - sizes), sizes)
-    return np.stack((runs[:, 0], runs[:, 0] + left), axis=1)[left > 0]
+    first: Runs = np.stack((runs[:, 0], runs[:, 0] + left), axis=1)[left > 0]
+    return first
 
 
 def of_vmas(vmas: Iterable[mm_pb2.Vma]) -> Runs:

@@ -170,6 +170,7 @@ def _have_standard_descriptors() -> None:
 
 
 _GC_THRESHOLD = 200_000
+_SWITCH_INTERVAL_S = 0.001
 
 
 def main() -> NoReturn:
@@ -177,6 +178,8 @@ def main() -> NoReturn:
     _have_standard_descriptors()
     # Importing makes some 120,000 objects that stay: looking through them again and again is a fifth of the start.
     gc.set_threshold(_GC_THRESHOLD)
+    # The threads that compress need the interpreter for a moment at a time, and would wait 5 ms for it.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # Linear algebra is all that numpy would start threads for, and there is none here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for signum in (signal.SIGTERM, signal.SIGHUP):

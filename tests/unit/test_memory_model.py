@@ -221,3 +221,20 @@ def test_sparse_memory_is_not_filled_with_huge_pages(monkeypatch, runs, bloats):
     assert filling.huge_pages_would_bloat(mm, pageplan.from_list(runs)) is bloats
     mm.vmas[0].madvise.append("hg")
     assert not filling.huge_pages_would_bloat(mm, pageplan.from_list(runs))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 20)), max_size=8),
+    st.integers(0, 200),
+)
+def test_the_first_pages(gaps, nr_pages):
+    rows, at = [], 0
+    for gap, size in gaps:
+        rows.append((at + gap, at + gap + size))
+        at += gap + size
+    table = np.asarray(rows, dtype=np.int64).reshape(-1, 2)
+    every = [page for start, end in rows for page in range(start, end)]
+    found = [
+        page for start, end in pageplan.first_pages(table, nr_pages).tolist() for page in range(start, end)
+    ]
+    assert found == every[:nr_pages]

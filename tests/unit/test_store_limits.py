@@ -13,7 +13,8 @@ from snapshotter.base.errors import LockedError, StoreError, VerificationError
 from store import Store, imageset, native, pagemap
 from store.locks import lock_store
 from store.pack import MAX_BLOB_BYTES, PackFile, PackWriter
-from tests.unit.store_helpers import page, restored, take
+from store.segments import SegmentPool
+from tests.unit.store_helpers import page, take
 from tests.unit.test_store_pack import KEYS, write_pack
 
 
@@ -113,13 +114,9 @@ def test_a_pack_that_cannot_be_begun_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
-        with pytest.raises(StoreError, match="ENOSPC"):
-            PackWriter(tmp_path, 5, KEYS)
-    with monkeypatch.context() as patch:
         patch.setattr(os, "fchmod", full)
         with pytest.raises(StoreError, match="ENOSPC"):
-            PackWriter(tmp_path, 5, KEYS)
+            PackWriter(tmp_path, 5, KEYS, SegmentPool())
     assert os.listdir(tmp_path) == []
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -151,20 +148,3 @@ def test_a_lock_that_was_not_got_closes_its_descriptor_once(tmp_path):
         del caught
         gc.collect()
         os.close(other)  # EBADF if the lock closed it a second time
-
-
-def test_what_a_take_writes_beyond_a_limit_leaves_the_page_cache(store, monkeypatch):
-    from store import pack as pack_module
-    from store import packset
-
-    monkeypatch.setattr(pack_module, "PACK_BYTES", 1 << 20)
-    monkeypatch.setattr(packset, "_CACHED_BYTES", 3 << 20)
-    dropped = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: dropped.append((os.fstat(fd).st_ino, rest)))
-    data = os.urandom(12 << 20)
-    point = take(store, data)
-    assert restored(store, point) == data
-    packs = {path.stat().st_ino for path in store.packs_dir.iterdir() if path.suffix == ".pack"}
-    assert {rest for _, rest in dropped} == {(0, 0, os.POSIX_FADV_DONTNEED)}
-    assert {inode for inode, _ in dropped} < packs
-    assert 3 <= len(dropped) <= len(packs) - 2

@@ -26,6 +26,7 @@ from store.pack import (
     location,
     pack_name,
 )
+from store.segments import SegmentPool
 
 KEY = b"whats the Elvish word for friend"
 KEYS = PackKeys(bytes(range(16)), bytes(32), b"\1" * 32)
@@ -162,16 +163,15 @@ def test_index_files_merge_and_refuse_damage(tmp_path):
 
 
 def write_pack(directory, pages=b"ab" * 2048 * 3, blob=b"images"):
-    pack = PackWriter(directory, 0x1234, KEYS)
+    pack = PackWriter(directory, 0x1234, KEYS, SegmentPool())
     codec, data = FrameCompressor().pages(memoryview(pages), 1)
     for kind, raw, stored, how, keys in (
         (KIND_PAGES, pages, data, codec, native.hash_pages(KEYS.pages, pages)),
         (KIND_IMAGES, blob, blob, CODEC_RAW, b""),
     ):
         number, offset = pack.reserve(len(stored))
-        pack.write_frame(
-            number, offset, stored, raw=len(raw), codec=how, kind=kind, base=None, page_keys=keys
-        )
+        pack.put_frame(number, offset, stored, raw=len(raw), codec=how, kind=kind, base=None, page_keys=keys)
+        pack.filled(offset, len(stored))
     pack.seal()
     return directory / pack_name(0x1234)
 
@@ -248,11 +248,12 @@ def test_no_damaged_pack_reads_wrong(tmp_path_factory, data):
 
 def one_frame(directory, stored, codec, nr_pages):
     """A pack of one frame of pages that says what it is told, with a right checksum."""
-    pack = PackWriter(directory, 0x1234, KEYS)
+    pack = PackWriter(directory, 0x1234, KEYS, SegmentPool())
     number, offset = pack.reserve(len(stored))
-    pack.write_frame(
+    pack.put_frame(
         number, offset, stored, raw=nr_pages * 4096, codec=codec, kind=KIND_PAGES, base=None, page_keys=bytes(16 * nr_pages)
     )  # fmt: skip
+    pack.filled(offset, len(stored))
     pack.seal()
     return PackFile(directory, 0x1234, KEYS)
 

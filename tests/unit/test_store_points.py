@@ -111,6 +111,28 @@ def test_a_later_put_wins(store):
     assert restored(store, point) == bytes(expected)
 
 
+def test_waiting_for_all_but_the_last_pages(store):
+    """What may be left unread is no more than was said, and is there in the end."""
+    data = pages(range(3000))
+
+    class Slow(Memory):
+        nr_read = 0
+
+        def read_into(self, runs, buffer):
+            super().read_into(runs, buffer)
+            Slow.nr_read += sum(count for _, count in runs)
+
+    with store.writer("sim") as writer:
+        writer.put("mm/42", [(0, 3000)], Slow(data))
+        writer.drain(hurry=False, leave=1000)
+        assert Slow.nr_read >= 2000
+        writer.drain(hurry=False, leave=0)
+        assert Slow.nr_read == 3000
+        writer.close_space("mm/42", [(0, 3000)])
+        point = writer.commit(PointMeta(**META))
+    assert restored(store, point) == data
+
+
 def test_pages_outside_present_are_dropped_and_missing_ones_refused(store):
     first = take(store, pages(range(20)))
     with store.writer("sim", first) as writer:
