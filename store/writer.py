@@ -86,6 +86,7 @@ class PointWriter:
         self._spare: list[bytearray] = []
         self._nr_spare = 0
         self._unread = 0
+        self._leave = 0
         self._draining = 0
         self._busy = NR_THREADS
         self._paused = False
@@ -126,6 +127,7 @@ class PointWriter:
         """Wait until every queued page but `leave` was read (not necessarily stored); raises what a worker raised."""
         with self._changed:
             self._draining += hurry
+            self._leave = leave
             self._changed.notify_all()
             try:
                 while self._unread * CHUNK_PAGES > leave and self._error is None:
@@ -316,7 +318,9 @@ class PointWriter:
     def _mark_read(self) -> None:
         with self._changed:
             self._unread -= 1
-            self._changed.notify_all()
+            # Waking whoever drains for each chunk would cost as much as hashing it.
+            if self._unread * CHUNK_PAGES <= self._leave or self._read_ahead or not self._unread:
+                self._changed.notify_all()
 
     def _give_back(self, buffer: bytearray) -> None:
         with self._changed:
