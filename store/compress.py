@@ -52,7 +52,8 @@ class FrameCompressor:
         """
         nr_pages = len(pages) // PAGE_SIZE
         sample = b"".join(
-            pages[at * PAGE_SIZE : (at + 1) * PAGE_SIZE] for at in (int(part * nr_pages) for part in _PROBE_AT)
+            pages[at * PAGE_SIZE : (at + 1) * PAGE_SIZE]
+            for at in (int(part * nr_pages) for part in _PROBE_AT)
         )
         return len(self._context(level).compress(sample)) > len(sample) * _WORTH
 
