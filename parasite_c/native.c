@@ -199,8 +199,8 @@ static int64_t place_pages(int uffd, uint64_t first, uint64_t nr_pages, const ch
 }
 
 #define PIECE 256UL                     // pages that are read at once
+#define LOOK_FROM 16UL                  // with fewer pages, looking at them before reading would not pay
 #define SPAN 1024UL                     // over so much of the address space at most
-#define FEWEST 16UL                     // with fewer pages, looking at them first would not pay
 #define EXCLUSIVE (1ULL << 56)          // pagemap: mapped here and nowhere else
 
 // Read pages with process_vm_readv, which takes half as long as /proc/PID/mem, but pins them: of a page that is shared
@@ -227,7 +227,7 @@ static uint64_t read_own_pages(int pid, int pagemap_fd, const struct snap_run_pa
         end = start + count;
     }
     ssize_t size = (ssize_t)((end - first) * sizeof(uint64_t));
-    if (pagemap_fd < 0 || nr_pages < FEWEST || pread(pagemap_fd, entries, (size_t)size, (off_t)(first * 8)) != size)
+    if (pagemap_fd < 0 || nr_pages < LOOK_FROM || pread(pagemap_fd, entries, (size_t)size, (off_t)(first * 8)) != size)
         return 0;
     for (size_t i = 0; i < n; i++) {
         uint64_t start = (uint64_t)remote[i].iov_base / PAGE - first, count = remote[i].iov_len / PAGE, j = 0;
@@ -239,7 +239,7 @@ static uint64_t read_own_pages(int pid, int pagemap_fd, const struct snap_run_pa
             n = j ? i + 1 : i;
         }
     }
-    if (own < FEWEST)
+    if (own < LOOK_FROM)
         return 0;
     local.iov_base = buffer;
     local.iov_len = own * PAGE;

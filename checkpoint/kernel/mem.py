@@ -36,6 +36,10 @@ class MissingPages:
         self.native = ffi.new("struct snap_missing *", (uffd, len(ranges), self._table))
 
 
+_LOOK_FROM = 16
+"""LOOK_FROM in native.c: with fewer pages the page map is not looked at."""
+
+
 def _open_pagemap(pid: int) -> int:
     """Its page map, or -1: then everything is read through /proc/PID/mem."""
     try:
@@ -59,9 +63,8 @@ class ProcMem:
         except OSError as error:
             raise wrap_os_error(error, "cannot open its memory", where=f"task {pid}") from error
         self._finalizer = weakref.finalize(self, os.close, self._fd)
-        self._pagemap = _open_pagemap(pid)
-        if self._pagemap >= 0:
-            self._pagemap_finalizer = weakref.finalize(self, os.close, self._pagemap)
+        self._pagemap: int | None = None
+        """Opened when it is worth looking at; -1: it cannot be had."""
 
     def fileno(self) -> int:
         return self._fd
@@ -104,8 +107,13 @@ class ProcMem:
         table, bad = self._tables(runs, buffer)
         if not len(bad):
             return []
+        if self._pagemap is None and len(bad) >= _LOOK_FROM:
+            self._pagemap = _open_pagemap(self.pid)
+            if self._pagemap >= 0:
+                self._pagemap_finalizer = weakref.finalize(self, os.close, self._pagemap)
+        pagemap = -1 if self._pagemap is None else self._pagemap
         data = ffi.from_buffer("char[]", buffer, require_writable=True)
-        result = lib.snap_read_runs(self.pid, self._fd, self._pagemap, table, len(table), data, bad, len(bad))
+        result = lib.snap_read_runs(self.pid, self._fd, pagemap, table, len(table), data, bad, len(bad))
         return self._failed(result, bad, "read")
 
     def write_runs(
@@ -149,7 +157,7 @@ class ProcMem:
 
     def close(self) -> None:
         self._finalizer()
-        if self._pagemap >= 0:
+        if self._pagemap is not None and self._pagemap >= 0:
             self._pagemap_finalizer()
 
     def __enter__(self) -> Self:
