@@ -141,13 +141,13 @@ def _check_files(ctx: RestoreContext) -> None:
                     hint=_HINT,
                 )
     for description in files.descriptions:
-        shmem = description.regular.shmem if description.HasField("regular") else ""
-        if shmem and shmem not in ctx.names:
-            raise VerificationError(
-                f"file description {description.id} has its content in {shmem!r}, which the point lacks",
-                where="image 'files'",
-                hint=_HINT,
-            )
+        for shmem in (description.regular.shmem, description.regular.kept):
+            if shmem and shmem not in ctx.names:
+                raise VerificationError(
+                    f"file description {description.id} has its content in {shmem!r}, which the point lacks",
+                    where="image 'files'",
+                    hint=_HINT,
+                )
 
 
 def make_plan(ctx: RestoreContext, found: Survey) -> RestorePlan:

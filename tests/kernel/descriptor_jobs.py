@@ -67,6 +67,7 @@ class Restored:
             options=SimpleNamespace(terminal=terminal, dry_run=False),
             warn=self.warnings.append,
             processes={},
+            image=lambda name, _kind: ctx.images[name],
         )
         image = files_pb2.Files.FromString(ctx.images["files"].SerializeToString())
         self.opening = Opening(fake, image)

@@ -54,7 +54,7 @@ def test_regular_files_share_offset_and_keep_flags(again, tmp_path):
 def test_a_changed_file_is_said_and_a_replaced_one_is_a_conflict(tmp_path):
     path = tmp_path / "log"
     path.write_bytes(b"old")
-    with child(lambda: os.lseek(os.open(path, os.O_RDWR), 3, 0)) as pid:
+    with child(lambda: os.lseek(os.open(path, os.O_RDONLY), 3, 0)) as pid:
         ctx = dump(pid)
     with path.open("ab") as file:
         file.write(b" and new")

@@ -2,7 +2,8 @@
 
 State: the file, the offset, the flags. A file with a path is reopened there and must still be the same
 inode; its content is the disk's own, so a file that changed since the dump is given to the job as it
-is now, and a warning names it. A file without a path (deleted, O_TMPFILE, memfd) has its content in a
+is now, and a warning names it. A small one that the job writes is made again when it is gone: temporary files are removed when
+they are done with (memory/named.py). A file without a path (deleted, O_TMPFILE, memfd) has its content in a
 Shmem image, which the memory resource reads and makes again (also when it is mapped). So has a file of a tmpfs
 that the job maps shared (POSIX shared memory).
 
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import descriptors
 from checkpoint.resources import paths
 from checkpoint.resources.files import kind, pseudo
-from checkpoint.resources.memory import shmem
-from snapshotter.base.errors import Finding, RestoreConflictError
+from checkpoint.resources.memory import named, shmem
+from images import mm_pb2
+from snapshotter.base.errors import Finding, RestoreConflictError, SnapshotterError
 
 if TYPE_CHECKING:
     from checkpoint.resources.files.dumping import FilesDump
@@ -86,13 +88,20 @@ class RegularKind(kind.Kind):
             regular.shmem = shmem.for_fd(job.ctx, seen.pid, seen.fd, seen.stat)
         else:  # shm_open: the memory was read before the descriptors
             regular.shmem = shmem.registered(job.ctx, seen.stat.st_dev, seen.stat.st_ino)
+            if not regular.shmem and not regular.HasField("proc"):
+                regular.kept = _kept(job, seen, identity.path)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         regular = description.regular
         if regular.HasField("proc") or pseudo.is_pseudo(regular.identity.path):
             pseudo.check(opening.ctx, regular.identity, regular.proc)
         elif not regular.shmem:
-            os.close(_find(regular))
+            found = _locate(opening, regular)
+            if found >= 0:
+                os.close(found)
+            else:
+                path = paths.shown(regular.identity.path)
+                opening.warn(f"{path} is gone; it is made again, with the content that it had at the point")
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         regular = description.regular
@@ -101,8 +110,9 @@ class RegularKind(kind.Kind):
             fd = pseudo.reopen(opening.ctx, regular.identity, regular.proc, description.flags)
         elif regular.shmem:
             fd = shmem.open_description(opening.ctx, regular.shmem, description.flags)
+        elif (found := _locate(opening, regular)) < 0:
+            fd = shmem.open_description(opening.ctx, regular.kept, description.flags)
         else:
-            found = _find(regular)
             try:
                 fd = paths.reopen(found, description.flags, where)
             finally:
@@ -120,7 +130,7 @@ class RegularKind(kind.Kind):
     def settle(self, opening: Opening, description: files_pb2.Description) -> None:
         """Memory with content of the point's has been written just now: the time of its last change, as it was."""
         regular, fd = description.regular, opening.fds[description.id]
-        if not regular.shmem:
+        if not regular.shmem and not shmem.is_made(opening.ctx, regular.kept):
             return
         try:
             os.utime(fd, ns=(os.fstat(fd).st_atime_ns, regular.identity.mtime_ns))
@@ -128,6 +138,41 @@ class RegularKind(kind.Kind):
             opening.warn(
                 f"{paths.shown(regular.identity.path)}: the time of its last change is not kept ({error.strerror})"
             )
+
+
+def _kept(job: FilesDump, seen: Seen, path: bytes) -> str:
+    """Image name of the content of a file that the job writes, where that is worth keeping; else ""."""
+    if known := shmem.kept(job.ctx, seen.stat.st_dev, seen.stat.st_ino):
+        return known
+    writes = seen.info.flags & os.O_ACCMODE != os.O_RDONLY
+    if not writes or any(lock.kind == "LEASE" for lock in seen.info.locks):
+        return ""  # opening a file breaks a lease on it
+    opens = f"/proc/{seen.pid}/fd/{seen.fd}"
+    if not named.may_be_kept(opens, seen.stat) or shmem.keeps_enough(job.ctx, seen.stat.st_size):
+        return ""
+    try:
+        return shmem.register(job.ctx, opens, seen.stat, path, role=mm_pb2.Shmem.KEPT).image_name
+    except SnapshotterError:  # not readable for snap's user
+        return ""
+
+
+def _locate(opening: Opening, regular: files_pb2.RegularFile) -> int:
+    """An O_PATH descriptor of the file, or of what a rollback has made in its place; -1: it is gone, and can be made again.
+
+    Raises:
+        RestoreConflictError: it is gone for good, or another has its path.
+    """
+    if shmem.is_made(opening.ctx, regular.kept):
+        return -1
+    try:
+        return _find(regular)
+    except RestoreConflictError as conflict:
+        if not regular.kept:
+            raise
+        try:
+            return named.find_kept(opening.ctx, regular.kept)
+        except (OSError, RestoreConflictError):
+            raise conflict from None
 
 
 def _leads(seen: Seen) -> bool:

@@ -90,7 +90,7 @@ def address_space(
     """
 
     def register(path: str, stat: os.stat_result, link: bytes, role: mm_pb2.Shmem.Kind | None) -> str:
-        if role == mm_pb2.Shmem.KEPT and shmem.keeps_enough(ctx):
+        if role == mm_pb2.Shmem.KEPT and shmem.keeps_enough(ctx, stat.st_size):
             return ""
         return shmem.register(ctx, path, stat, link, role=role).image_name
 

@@ -13,7 +13,7 @@ import os
 
 from checkpoint.model import vma as model
 from checkpoint.resources import paths
-from checkpoint.resources.memory import identity, shmem
+from checkpoint.resources.memory import identity, named, shmem
 from checkpoint.restore_context import RestoreContext
 from images import common_pb2, mm_pb2
 from snapshotter.base.errors import RestoreConflictError
@@ -65,7 +65,7 @@ def _locate_shared(ctx: RestoreContext, wanted: common_pb2.FileIdentity) -> int:
         if not wanted.kept:
             raise
         try:
-            path_fd = shmem.find_kept(ctx, wanted.kept)
+            path_fd = named.find_kept(ctx, wanted.kept)
         except (OSError, RestoreConflictError):
             raise conflict from None
     if path_fd < 0:

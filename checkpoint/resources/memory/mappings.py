@@ -23,18 +23,13 @@ from checkpoint.kernel import descriptors
 from checkpoint.kernel.tasks import children, task_ids
 from checkpoint.model import vma as model
 from checkpoint.model.vma import Mapping
-from checkpoint.resources.memory import identity, rings
+from checkpoint.resources.memory import identity, named, rings
 from images import common_pb2, mm_pb2
 from snapshotter.base.errors import Finding, TargetGoneError, UnsupportedError, wrap_os_error
 
 _LOOKS = 5
 _ZERO_DEVICE = os.makedev(1, 5)
 _KCMP_VM = 1
-_TMPFS_MAGIC = 0x01021994
-_DISKS = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0x794C7630})
-"""ext4, XFS, Btrfs, F2FS, ZFS and overlays: reading there waits for no process, which might be the frozen job's."""
-KEPT_MAX_BYTES = 1 << 20
-
 Range = tuple[int, int]
 Register = Callable[[str, os.stat_result, bytes, "mm_pb2.Shmem.Kind | None"], str]
 """(path that opens the object, its stat, the link's text, NAMED or KEPT if that path leads to it) -> image name of the Shmem."""
@@ -346,9 +341,9 @@ def _with_file(
         return None
     vma.readable_fd = True
     vma.writable_fd = mapping.shared and "mw" in mapping.flags
-    role = _role(link_path, stat) if found and vma.writable_fd else None
-    named = role == mm_pb2.Shmem.NAMED
-    if found and not named:
+    role = named.mapped_role(link_path, stat) if found and vma.writable_fd else None
+    in_memory = role == mm_pb2.Shmem.NAMED
+    if found and not in_memory:
         vma.kind = model.FILE_SHARED if mapping.shared else model.FILE_PRIVATE
         vma.flags = model.map_flags(mapping, anonymous=False)
         if key not in index:
@@ -364,7 +359,7 @@ def _with_file(
     else:
         vma.kind = model.ANON_SHARED if is_zero else model.SHMEM_FILE
     vma.flags = model.map_flags(mapping, anonymous=is_zero and mapping.shared)
-    if not link.endswith(model.DELETED) and not named:
+    if not link.endswith(model.DELETED) and not in_memory:
         space.warnings.append(
             f"task {space.pid}: {os.fsdecode(link)} is mapped, but that path leads to another file now; "
             "the point keeps the content of the one that is mapped"
@@ -375,14 +370,3 @@ def _with_file(
         except UnsupportedError as error:
             return error.what, error.hint
     return None
-
-
-def _role(path: str, stat: os.stat_result) -> mm_pb2.Shmem.Kind | None:
-    """What becomes of the content of a file with a path that is mapped shared and writable; None: the file alone has it."""
-    try:
-        system = descriptors.filesystem_type(path)
-    except OSError:
-        return None
-    if system == _TMPFS_MAGIC:
-        return mm_pb2.Shmem.NAMED
-    return mm_pb2.Shmem.KEPT if system in _DISKS and stat.st_size <= KEPT_MAX_BYTES else None

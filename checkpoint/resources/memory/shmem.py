@@ -7,10 +7,7 @@ of the job that shared an object gets the same one.
 
 Restore: shared anonymous memory is mapped by snap itself and opened through /proc/self/map_files, so that it
 looks the same in /proc/PID/maps afterwards; a memfd is a memfd of the same name; a deleted file is a
-nameless file in the same directory (O_TMPFILE), or a memfd where that cannot be. One that has a name is written into
-the very inode that it was, for whoever else has it; when that is gone it is made at its path, and marked (an
-attribute that only root can set) as what it stands for, so that the point can be taken back once more. A small file of a disk
-(KEPT) is only ever made again, never written into: the disk has its content as long as it is there.
+nameless file in the same directory (O_TMPFILE), or a memfd where that cannot be. One that has a path: named.py.
 
 Refused: hugetlb memfds and secret memory (vma.refusal names those that are mapped; for_fd those that are
 not).
@@ -18,7 +15,6 @@ not).
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -29,11 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from checkpoint.context import DumpContext
-from checkpoint.kernel.descriptors import open_without_symlinks
-from checkpoint.kernel.fdinfo import O_PATH
-from checkpoint.kernel.sys import syscall
 from checkpoint.model.vma import DELETED, MAP_NORESERVE
 from checkpoint.resources import paths
+from checkpoint.resources.memory import named
 from checkpoint.resources.memory.identity import safe_close
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2
@@ -45,12 +39,7 @@ _KEY = "memory.shmem"
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL_SEAL, _SEAL_FUTURE_WRITE = 0x1, 0x10
-_NAMED = "memory.named"
 _HANDED = "memory.handed"
-_MARK = "trusted.snap.origin"
-_KEPT_MAX = 64
-_WITH_PATH = frozenset({mm_pb2.Shmem.NAMED, mm_pb2.Shmem.KEPT})
-_PUNCH_HOLE = 0x3  # with FALLOC_FL_KEEP_SIZE
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_HUGETLB = 1, 2, 4
 
 
@@ -128,7 +117,7 @@ def register(
             raise wrap_os_error(error, "cannot open a shared memory object", where=open_path) from error
         if role is not None:
             image.kind, image.name = role, link
-            image.origin = _mark_of(fd) or _own_origin(stat)
+            image.origin = named.origin(fd, stat)
         else:
             image.seals = _seals(fd)
         name = f"shmem/{len(objects) + 1}"
@@ -149,10 +138,21 @@ def kept(ctx: DumpContext, dev: int, ino: int) -> str:
     return found.image_name if found is not None and found.image.kind == mm_pb2.Shmem.KEPT else ""
 
 
-def keeps_enough(ctx: DumpContext) -> bool:
-    """Whether the point has the content of as many KEPT files as it may: each costs a descriptor of snap's."""
-    kinds = [shared.image.kind for shared in registry(ctx).objects.values()]
-    return kinds.count(mm_pb2.Shmem.KEPT) >= _KEPT_MAX
+def keeps_enough(ctx: DumpContext, more_bytes: int) -> bool:
+    """Whether the point has the content of as many KEPT files as it may: each costs a descriptor of snap's, and time in
+    the frozen window.
+    """
+    sizes = [
+        shared.image.size_bytes
+        for shared in registry(ctx).objects.values()
+        if shared.image.kind == mm_pb2.Shmem.KEPT
+    ]
+    return len(sizes) >= named.KEPT_MAX or sum(sizes) + more_bytes > named.KEPT_MAX_BYTES_IN_ALL
+
+
+def is_made(ctx: RestoreContext, name: str) -> bool:
+    """Whether this restore has made the object already."""
+    return name in ctx.state.get(_KEY, {})
 
 
 def for_fd(ctx: DumpContext, pid: int, fd: int, stat: os.stat_result) -> str:
@@ -270,14 +270,16 @@ def open_shared(ctx: RestoreContext, name: str) -> int:
     assert isinstance(made, dict)
     if name not in made:
         image = ctx.image(name, mm_pb2.Shmem)
-        fd, fresh = _named(ctx, name, image) if image.kind in _WITH_PATH else (_create(image), True)
+        fd, fresh = (
+            named.open_again(ctx, name, image) if image.kind in named.WITH_PATH else (_create(image), True)
+        )
         made[name] = fd
         try:
             os.ftruncate(fd, image.size_bytes)
             _fill(ctx, name, image, fd)
             if fresh and image.kind != mm_pb2.Shmem.ANON:
                 os.fchown(fd, image.uid, image.gid)
-                os.fchmod(fd, image.mode & (0o1777 if image.kind in _WITH_PATH else 0o7777))
+                os.fchmod(fd, image.mode & (0o1777 if image.kind in named.WITH_PATH else 0o7777))
             # F_SEAL_WRITE must stand before anything maps the object; nothing could be mapped writable under
             # it.
             _add_seals(ctx, name, late=False)
@@ -406,8 +408,9 @@ def _add_seals(ctx: RestoreContext, name: str, *, late: bool) -> None:
 
 def release(ctx: RestoreContext) -> None:
     """Close snap's descriptors of the rebuilt objects."""
-    for fd in [*ctx.state.pop(_KEY, {}).values(), *ctx.state.pop(_NAMED, {}).values()]:
+    for fd in ctx.state.pop(_KEY, {}).values():
         safe_close(fd)
+    named.release(ctx)
 
 
 def check(ctx: RestoreContext) -> None:
@@ -424,108 +427,4 @@ def check(ctx: RestoreContext) -> None:
             if image.hugetlb:
                 raise RestoreConflictError("is a memfd of huge pages", where=name)
             if image.kind == mm_pb2.Shmem.NAMED:
-                found = _find_named(image)
-                if found is not None:
-                    ctx.state.setdefault(_NAMED, {})[name] = found
-                else:
-                    os.close(_directory_of(image))
-
-
-def _find_named(image: mm_pb2.Shmem) -> int | None:
-    """A descriptor of the file that it was, or that a rollback has put in its place; None when there is none.
-
-    Raises:
-        RestoreConflictError: another one has its name.
-    """
-    where = paths.shown(image.name)
-    try:
-        path_fd = paths.find(image.name)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise paths.through_a_link(image.name) from error
-        raise wrap_os_error(error, "cannot look at the job's shared memory", where=where) from error
-    try:
-        found = os.fstat(path_fd)
-        fd = paths.reopen(path_fd, os.O_RDWR, where) if stat_module.S_ISREG(found.st_mode) else -1
-    finally:
-        os.close(path_fd)
-    if fd >= 0:
-        if (found.st_dev, found.st_ino) == (image.dev, image.ino) or _mark_of(fd) == image.origin != b"":
-            return fd
-        os.close(fd)
-    raise RestoreConflictError(
-        "another file has the name of the job's shared memory now",
-        where=where,
-        hint="move it away, or let its owner unlink it; the rollback makes the job's again",
-    )
-
-
-def find_kept(ctx: RestoreContext, name: str) -> int:
-    """An O_PATH descriptor of what a rollback has made in place of a KEPT file; -1: nothing is there, and it can be made.
-
-    Raises:
-        OSError, RestoreConflictError: neither.
-    """
-    image = ctx.image(name, mm_pb2.Shmem)
-    try:
-        path_fd = paths.find(image.name)
-    except FileNotFoundError:
-        os.close(_directory_of(image))
-        return -1
-    if stat_module.S_ISREG(os.fstat(path_fd).st_mode) and image.origin:
-        with contextlib.suppress(OSError):
-            if os.getxattr(f"/proc/self/fd/{path_fd}", _MARK) == image.origin:
-                return path_fd
-    os.close(path_fd)
-    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-
-
-def _directory_of(image: mm_pb2.Shmem) -> int:
-    path = os.path.dirname(image.name)
-    try:
-        return open_without_symlinks(path, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise RestoreConflictError(
-            f"the directory of the job's shared memory cannot be opened: {error.strerror}",
-            where=paths.shown(image.name),
-            hint="make it again",
-        ) from error
-
-
-def _named(ctx: RestoreContext, name: str, image: mm_pb2.Shmem) -> tuple[int, bool]:
-    """(descriptor of the emptied file, whether it was made anew). The old job is dead by now."""
-    fd = ctx.state.get(_NAMED, {}).pop(name, -1)
-    if fd >= 0 and os.fstat(fd).st_nlink:
-        with contextlib.suppress(OSError):
-            # Never shortened first: whoever else has it mapped would get SIGBUS.
-            syscall("fallocate", fd, _PUNCH_HOLE, 0, max(os.fstat(fd).st_size, 1))
-        return fd, False
-    safe_close(fd)  # unlinked since the check
-    directory = _directory_of(image)
-    try:
-        flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
-        made = os.open(os.path.basename(image.name), flags, 0o600, dir_fd=directory)
-    except OSError as error:
-        raise wrap_os_error(
-            error, "cannot make the job's shared memory again", where=paths.shown(image.name)
-        ) from error
-    finally:
-        os.close(directory)
-    # Without CAP_SYS_ADMIN, or on an old kernel, the next rollback will ask.
-    with contextlib.suppress(OSError):
-        os.setxattr(made, _MARK, image.origin)
-    return made, True
-
-
-def _mark_of(fd: int) -> bytes:
-    try:
-        return os.getxattr(fd, _MARK)
-    except OSError:
-        return b""
-
-
-def _own_origin(stat: os.stat_result) -> bytes:
-    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-        return b"%s:%x:%x" % (file.read().strip(), stat.st_dev, stat.st_ino)
+                named.hold_named(ctx, name, image)
