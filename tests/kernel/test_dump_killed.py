@@ -5,17 +5,17 @@ That the job is unharmed is test_take_killed.py's.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
+from checkpoint.tracking import keeper
 from images import codec
 from snapshotter.base import faults
 from tests.jobs import reap, state, wait_until
+from tests.kernel.test_keeper import keepers
 from tests.kernel.test_take_killed import FIRST_TAKE_ONLY
 from tests.kernel.test_trackers import differences, take
 
@@ -38,15 +38,10 @@ def killed_take(pid, parent, name):
     return reap(child)
 
 
-def unnamed_keepers(run):
-    """Those that no state file names: they have not taken over yet, or not ended."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if os.fsencode(run) in path.read_bytes():
-                found.add(int(path.parent.name))
-    named = {json.loads(path.read_bytes())["keeper"] for path in run.glob("*.json")}
-    return found - named
+def unnamed_keepers(pid):
+    """Those that the state file does not name: they have not taken over yet, or not ended."""
+    named = [json.loads(path.read_bytes())["keeper"] for path in keeper.state_dir().glob("*.json")]
+    return set(keepers(pid)) - set(named)
 
 
 def test_the_next_take_is_exact(job, compile_program, tmp_path, monkeypatch):
@@ -72,7 +67,7 @@ def test_the_take_after_a_first_one_is_exact(name, job, compile_program, tmp_pat
     job.start([compile_program("nothing.c")]).wait_ready()
     assert killed_take(job.pid, None, name) == signal.SIGKILL
     # Until then the job's memory is registered with what it holds, and a take reads in full.
-    wait_until(lambda: not unnamed_keepers(tmp_path / "run"), "no keeper but the one that stays")
+    wait_until(lambda: not unnamed_keepers(job.pid), "no keeper but the one that stays")
     parent = take(job.pid, None)
     after = take(job.pid, parent, after="stop")
     assert differences(after) == []

@@ -147,7 +147,7 @@ def test_one_that_is_only_read_is_not_kept(place):
         stdin=open(place / "input"),
         stdout=-3,
         stderr=-3,
-        start_new_session=True,  # noqa: SIM115
+        start_new_session=True,
     )
     try:
         point = memory_store.take(child.pid)
