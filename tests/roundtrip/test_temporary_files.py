@@ -142,13 +142,10 @@ def test_it_is_made_with_no_more_rights_than_its_owner_has(start, place):
 
 def test_one_that_is_only_read_is_not_kept(place):
     (place / "input").write_text("x")
-    child = subprocess.Popen(
-        ["/bin/sleep", "1000"],
-        stdin=open(place / "input"),
-        stdout=-3,
-        stderr=-3,
-        start_new_session=True,
-    )
+    with open(place / "input") as source:
+        child = subprocess.Popen(
+            ["/bin/sleep", "1000"], stdin=source, stdout=-3, stderr=-3, start_new_session=True
+        )
     try:
         point = memory_store.take(child.pid)
         assert not [name for name in point.image_names() if name.startswith("shmem/")]
