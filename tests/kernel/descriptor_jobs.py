@@ -50,7 +50,7 @@ def dump(*pids: int) -> DumpContext:
     ctx = DumpContext(root_pid=pids[0], sink=None, parent=None, options=DumpOptions())
     for pid in pids:
         ctx.processes[pid] = SimpleNamespace(
-            pid=pid, is_zombie=False, start_time_ticks=0, threads=[], stat=proc.read_stat(pid)
+            pid=pid, is_zombie=False, start_time_ticks=1 << 40, threads=[], stat=proc.read_stat(pid)
         )
         ctx.images[f"process/{pid}"] = task_pb2.Process(pid=pid)
     files.dump_files(ctx)

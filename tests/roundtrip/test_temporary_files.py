@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -73,12 +74,12 @@ def end(pid):
 EXPECTED = b"first line\nsecond line\n".ljust(100_000, b"\0") + b"far awaythe end"
 
 
-def goes_on(place):
+def goes_on(place, name="one"):
     (place / "go").touch()
     wait_until((place / "done").exists, "the job has gone on")
     (place / "go").unlink()
     (place / "done").unlink()
-    return (place / "one").read_bytes()
+    return (place / name).read_bytes()
 
 
 def test_a_temporary_file_that_is_gone_is_made_again(start, place):
@@ -140,8 +141,27 @@ def test_it_is_made_with_no_more_rights_than_its_owner_has(start, place):
     assert goes_on(place) == EXPECTED
 
 
-def test_one_that_is_only_read_is_not_kept(place):
+def test_one_that_the_job_has_made_and_reads_now_is_made_again(place):
+    """As an assembler does with what the compiler wrote."""
+    script = 'cd "$0"; echo one >t; echo two >>t; exec 3<t; read x <&3; touch ready; until [ -e go ]; do sleep 0.01; done; read x <&3; echo $x >got; touch done; exec sleep 1000'
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", script, place], stdin=-3, stdout=-3, stderr=-3, start_new_session=True
+    )
+    try:
+        wait_until((place / "ready").exists, "the job ready")
+        point = memory_store.take(child.pid)
+        end(child.pid)
+        (place / "t").unlink()
+        memory_store.rollback(point)
+        assert goes_on(place, "got") == b"two\n"
+    finally:
+        end(child.pid)
+
+
+def test_one_that_is_only_read_and_older_than_the_job_is_not_kept(place):
     (place / "input").write_text("x")
+    os.utime(place / "input")
+    time.sleep(1.5)  # start times count in hundredths of a second, and one second is for them
     with open(place / "input") as source:
         child = subprocess.Popen(
             ["/bin/sleep", "1000"], stdin=source, stdout=-3, stderr=-3, start_new_session=True

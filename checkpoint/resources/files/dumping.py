@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
@@ -117,6 +118,13 @@ class FilesDump:
         if self._sockets is None:
             self._sockets = sockdiag.unix_sockets()
         return self._sockets
+
+    @functools.cached_property
+    def began_ns(self) -> int:
+        """When the root of the job was started, as files' times count; a second early, for start times are cut off."""
+        started = self.ctx.processes[self.ctx.root_pid].start_time_ticks / os.sysconf("SC_CLK_TCK")
+        ago = time.clock_gettime(time.CLOCK_BOOTTIME) - started
+        return time.time_ns() - int((ago + 1) * 1e9)
 
     @functools.cached_property
     def multicast_groups(self) -> list[multicast.Group]:

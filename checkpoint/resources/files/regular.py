@@ -2,8 +2,8 @@
 
 State: the file, the offset, the flags. A file with a path is reopened there and must still be the same
 inode; its content is the disk's own, so a file that changed since the dump is given to the job as it
-is now, and a warning names it. A small one that the job writes is made again when it is gone: temporary files are removed when
-they are done with (memory/named.py). A file without a path (deleted, O_TMPFILE, memfd) has its content in a
+is now, and a warning names it. A small one that the job writes, or that is younger than the job, is made again when it is gone:
+temporary files are removed when they are done with (memory/named.py). A file without a path (deleted, O_TMPFILE, memfd) has its content in a
 Shmem image, which the memory resource reads and makes again (also when it is mapped). So has a file of a tmpfs
 that the job maps shared (POSIX shared memory).
 
@@ -141,12 +141,14 @@ class RegularKind(kind.Kind):
 
 
 def _kept(job: FilesDump, seen: Seen, path: bytes) -> str:
-    """Image name of the content of a file that the job writes, where that is worth keeping; else ""."""
+    """Image name of the content of a file that may be a temporary one of the job's; else ""."""
     if known := shmem.kept(job.ctx, seen.stat.st_dev, seen.stat.st_ino):
         return known
     writes = seen.info.flags & os.O_ACCMODE != os.O_RDONLY
-    if not writes or any(lock.kind == "LEASE" for lock in seen.info.locks):
-        return ""  # opening a file breaks a lease on it
+    if not writes and seen.stat.st_ctime_ns < job.began_ns:
+        return ""  # nothing of its own making
+    if any(lock.kind == "LEASE" for lock in seen.info.locks):
+        return ""  # which opening it would break
     opens = f"/proc/{seen.pid}/fd/{seen.fd}"
     if not named.may_be_kept(opens, seen.stat) or shmem.keeps_enough(job.ctx, seen.stat.st_size):
         return ""
