@@ -1,7 +1,7 @@
 """The system calls that file descriptors need and Python's os module lacks.
 
-Owns thin wrappers only: each makes one call and raises OSError with the kernel's errno. Numbers are
-x86-64's. What the calls are used for is in checkpoint/resources/files.
+Owns thin wrappers only: each makes one call and raises OSError with the kernel's errno. What the calls are used for is in
+checkpoint/resources/files.
 """
 
 from __future__ import annotations
@@ -18,27 +18,9 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from checkpoint.kernel.sys import KCMP_EPOLL_TFD, syscall
+
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-SYS_SETGROUPS, SYS_SETFSUID, SYS_SETFSGID = 116, 122, 123
-SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 430, 431, 432
-SYS_EPOLL_CTL = 233
-SYS_INOTIFY_ADD_WATCH, SYS_INOTIFY_RM_WATCH = 254, 255
-SYS_INOTIFY_INIT1 = 294
-SYS_FCHOWNAT = 260
-SYS_NAME_TO_HANDLE_AT, SYS_OPEN_BY_HANDLE_AT = 303, 304
-SYS_TEE = 276
-SYS_TIMERFD_CREATE = 283
-SYS_TIMERFD_SETTIME = 286
-SYS_SIGNALFD4 = 289
-SYS_KCMP = 312
-SYS_OPENAT2 = 437
-SYS_PIDFD_GETFD = 438
-
-KCMP_FILE = 0
-KCMP_FILES = 2
-KCMP_EPOLL_TFD = 7
 
 CLONE_FS, CLONE_FILES = 0x200, 0x400
 SPLICE_F_NONBLOCK = 2
@@ -66,29 +48,10 @@ _HANDLE_MAX_BYTES = 128
 _Result = TypeVar("_Result")
 
 
-def _syscall(number: int, *args: int | ctypes.Array[ctypes.c_char] | None) -> int:
-    values = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    result: int = _libc.syscall(ctypes.c_long(number), *values)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
-
-
-def kcmp(pid1: int, pid2: int, what: int, index1: int, index2: int) -> int:
-    """Compare two kernel objects: 0 equal, 1 less, 2 greater (a total order while both live), 3 not equal."""
-    return _syscall(SYS_KCMP, pid1, pid2, what, index1, index2)
-
-
 def is_epoll_target(pid: int, fd: int, epoll_pid: int, epoll_fd: int, target_fd: int, nth: int) -> bool:
     """Whether (pid, fd) is the file that `epoll_fd` watches under the number `target_fd` (the nth with it)."""
     slot = ctypes.create_string_buffer(struct.pack("=III", epoll_fd, target_fd, nth), 12)
-    return _syscall(SYS_KCMP, pid, epoll_pid, KCMP_EPOLL_TFD, fd, slot) == 0
-
-
-def pidfd_getfd(pidfd: int, fd: int) -> int:
-    """A duplicate here, close-on-exec, of a descriptor of another process. Runs no code in it."""
-    return _syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+    return syscall("kcmp", pid, epoll_pid, KCMP_EPOLL_TFD, fd, slot) == 0
 
 
 def open_without_symlinks(path: bytes, flags: int) -> int:
@@ -96,8 +59,8 @@ def open_without_symlinks(path: bytes, flags: int) -> int:
     O_NOFOLLOW the last one may be, and is then what the descriptor stands for).
     """
     how = struct.pack("=QQQ", flags, 0, RESOLVE_NO_SYMLINKS)
-    return _syscall(
-        SYS_OPENAT2,
+    return syscall(
+        "openat2",
         AT_FDCWD,
         ctypes.create_string_buffer(path),
         ctypes.create_string_buffer(how, len(how)),
@@ -107,7 +70,7 @@ def open_without_symlinks(path: bytes, flags: int) -> int:
 
 def tee(source: int, target: int, nr_bytes: int) -> int:
     """Copies pipe contents without consuming them, without blocking."""
-    return _syscall(SYS_TEE, source, target, nr_bytes, SPLICE_F_NONBLOCK)
+    return syscall("tee", source, target, nr_bytes, SPLICE_F_NONBLOCK)
 
 
 def nr_readable(fd: int) -> int:
@@ -119,13 +82,13 @@ def nr_readable(fd: int) -> int:
 
 def timerfd_create(clock_id: int, flags: int) -> int:
     """A new, disarmed timer."""
-    return _syscall(SYS_TIMERFD_CREATE, clock_id, flags)
+    return syscall("timerfd_create", clock_id, flags)
 
 
 def timerfd_settime(fd: int, flags: int, value_ns: int, interval_ns: int) -> None:
     """Arms a timer; a value of 0 disarms it."""
     spec = struct.pack("=qqqq", *divmod(interval_ns, 10**9), *divmod(value_ns, 10**9))
-    _syscall(SYS_TIMERFD_SETTIME, fd, flags, ctypes.create_string_buffer(spec, 32), None)
+    syscall("timerfd_settime", fd, flags, ctypes.create_string_buffer(spec, 32), None)
 
 
 def timerfd_set_ticks(fd: int, ticks: int) -> None:
@@ -135,42 +98,42 @@ def timerfd_set_ticks(fd: int, ticks: int) -> None:
 
 def signalfd(mask: int, flags: int) -> int:
     """A new signalfd for the signals of `mask` (bit n-1 for signal n)."""
-    return _syscall(SYS_SIGNALFD4, -1, ctypes.create_string_buffer(struct.pack("=Q", mask), 8), 8, flags)
+    return syscall("signalfd4", -1, ctypes.create_string_buffer(struct.pack("=Q", mask), 8), 8, flags)
 
 
 def epoll_add(epoll_fd: int, fd: int, events: int, data: int) -> None:
     """EPOLL_CTL_ADD with all 64 bits of user data (select.epoll keeps the descriptor number there)."""
     event = struct.pack("=IQ", events, data)  # struct epoll_event is packed on x86-64
-    _syscall(SYS_EPOLL_CTL, epoll_fd, 1, fd, ctypes.create_string_buffer(event, 12))
+    syscall("epoll_ctl", epoll_fd, 1, fd, ctypes.create_string_buffer(event, 12))
 
 
 def inotify_init(flags: int) -> int:
     """A new inotify instance."""
-    return _syscall(SYS_INOTIFY_INIT1, flags)
+    return syscall("inotify_init1", flags)
 
 
 def inotify_add_watch(fd: int, path: bytes, mask: int) -> int:
     """The number of the watch, which counts up by one from 1."""
-    return _syscall(SYS_INOTIFY_ADD_WATCH, fd, ctypes.create_string_buffer(path), mask)
+    return syscall("inotify_add_watch", fd, ctypes.create_string_buffer(path), mask)
 
 
 def inotify_rm_watch(fd: int, wd: int) -> None:
     """Ends a watch; queues IN_IGNORED."""
-    _syscall(SYS_INOTIFY_RM_WATCH, fd, wd)
+    syscall("inotify_rm_watch", fd, wd)
 
 
 def open_by_handle(mount_fd: int, handle_type: int, handle: bytes, flags: int) -> int:
     """open_by_handle_at(2): a file of the file system of `mount_fd` by its handle (CAP_DAC_READ_SEARCH)."""
     packed = struct.pack("=Ii", len(handle), handle_type) + handle
-    return _syscall(SYS_OPEN_BY_HANDLE_AT, mount_fd, ctypes.create_string_buffer(packed, len(packed)), flags)
+    return syscall("open_by_handle_at", mount_fd, ctypes.create_string_buffer(packed, len(packed)), flags)
 
 
 def file_handle(path: bytes) -> tuple[int, bytes]:
     """name_to_handle_at(2): (type, handle) of what a path leads to, the last link followed."""
     buffer = ctypes.create_string_buffer(struct.pack("=Ii", _HANDLE_MAX_BYTES, 0), 8 + _HANDLE_MAX_BYTES)
     mount = ctypes.create_string_buffer(8)
-    _syscall(
-        SYS_NAME_TO_HANDLE_AT, AT_FDCWD, ctypes.create_string_buffer(path), buffer, mount, _AT_SYMLINK_FOLLOW
+    syscall(
+        "name_to_handle_at", AT_FDCWD, ctypes.create_string_buffer(path), buffer, mount, _AT_SYMLINK_FOLLOW
     )
     length, handle_type = struct.unpack_from("=Ii", buffer.raw)
     return handle_type, buffer.raw[8 : 8 + length]
@@ -178,7 +141,7 @@ def file_handle(path: bytes) -> tuple[int, bytes]:
 
 def change_owner(fd: int, uid: int, gid: int) -> None:
     """fchownat(2) of what a descriptor stands for; it may be one of O_PATH, of a symbolic link too."""
-    _syscall(SYS_FCHOWNAT, fd, ctypes.create_string_buffer(b""), uid, gid, _AT_EMPTY_PATH)
+    syscall("fchownat", fd, ctypes.create_string_buffer(b""), uid, gid, _AT_EMPTY_PATH)
 
 
 def get_owner(fd: int) -> tuple[int, int]:
@@ -226,13 +189,11 @@ def with_file_rights(uid: int, gid: int, work: Callable[[], _Result]) -> _Result
         os.umask(0)  # of this thread alone now
         # The raw calls change this thread; libc's setgroups would change all.
         with contextlib.suppress(PermissionError):
-            _syscall(SYS_SETGROUPS, 0, None)
-        _libc.syscall(ctypes.c_long(SYS_SETFSGID), ctypes.c_long(gid))
-        _libc.syscall(ctypes.c_long(SYS_SETFSUID), ctypes.c_long(uid))
+            syscall("setgroups", 0, None)
+        syscall("setfsgid", gid)
+        syscall("setfsuid", uid)
         # Neither call tells whether it worked, but both return the id that was.
-        now = tuple(
-            _libc.syscall(ctypes.c_long(nr), ctypes.c_long(-1)) for nr in (SYS_SETFSUID, SYS_SETFSGID)
-        )
+        now = tuple(syscall(name, -1) for name in ("setfsuid", "setfsgid"))
         if now != (uid, gid):
             raise PermissionError(errno.EPERM, f"cannot act as user {uid}, group {gid}")
         return work()
@@ -244,10 +205,10 @@ def detached_tmpfs() -> int:
     """The root directory of a new file system in memory that is mounted nowhere (fsopen(2), fsmount(2); CAP_SYS_ADMIN). It
     lives as long as this descriptor, or anything that was opened or bound in it.
     """
-    context = _syscall(SYS_FSOPEN, ctypes.create_string_buffer(b"tmpfs"), _CLOEXEC)
+    context = syscall("fsopen", ctypes.create_string_buffer(b"tmpfs"), _CLOEXEC)
     try:
-        _syscall(SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return _syscall(SYS_FSMOUNT, context, _CLOEXEC, 0)
+        syscall("fsconfig", context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return syscall("fsmount", context, _CLOEXEC, 0)
     finally:
         os.close(context)
 

@@ -31,7 +31,7 @@ Region = tuple[int, int, int]
 """(start, end, categories) of PAGEMAP_SCAN, addresses."""
 
 
-def syscall(name: str, *args: int | bytes | ctypes.Array[ctypes.c_char]) -> int:
+def syscall(name: str, *args: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
     """Any system call by name. bytes are passed by address (read only)."""
     converted = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
     result = int(_libc.syscall(ctypes.c_long(syscalls.number(name)), *converted))

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Self
 
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
+from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.fdinfo import EpollTarget, LockLine
-from checkpoint.kernel.sys import PIDFD_THREAD
 from checkpoint.resources.files import kinds, multicast, outside
 from checkpoint.resources.files.kind import Seen, descriptors, see
 from images import files_pb2
@@ -89,9 +89,9 @@ class FilesDump:
             return
         try:
             if seen.pid not in self._pidfds:
-                flags = PIDFD_THREAD if seen.pid in self.shared.process_of else 0
+                flags = ksys.PIDFD_THREAD if seen.pid in self.shared.process_of else 0
                 self._pidfds[seen.pid] = os.pidfd_open(seen.pid, flags)
-            fd = sys.pidfd_getfd(self._pidfds[seen.pid], seen.fd)
+            fd = ksys.pidfd_getfd(self._pidfds[seen.pid], seen.fd)
         except OSError as error:
             raise wrap_os_error(
                 error, "cannot fetch a descriptor", where=f"task {seen.pid}, {seen.where}"
@@ -174,7 +174,7 @@ class FilesDump:
         while low < high:
             middle = (low + high) // 2
             other = self.examples[bucket[middle]]
-            order = sys.kcmp(seen.pid, other.pid, sys.KCMP_FILE, seen.fd, other.fd)
+            order = ksys.kcmp(seen.pid, other.pid, ksys.KCMP_FILE, seen.fd, other.fd)
             if order == 0:
                 return bucket[middle]
             if order == 3:

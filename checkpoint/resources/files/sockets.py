@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import options
-from checkpoint.kernel.descriptors import pidfd_getfd
-from checkpoint.kernel.sys import PIDFD_THREAD
+from checkpoint.kernel.sys import PIDFD_THREAD, pidfd_getfd
 from snapshotter.base.errors import Finding, UnsupportedError, wrap_os_error
 
 if TYPE_CHECKING:

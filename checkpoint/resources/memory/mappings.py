@@ -19,7 +19,7 @@ import stat as stat_module
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from checkpoint.kernel import descriptors
+from checkpoint.kernel.sys import KCMP_VM, kcmp
 from checkpoint.kernel.tasks import children, task_ids
 from checkpoint.model import vma as model
 from checkpoint.model.vma import Mapping
@@ -29,7 +29,6 @@ from snapshotter.base.errors import Finding, TargetGoneError, UnsupportedError, 
 
 _LOOKS = 5
 _ZERO_DEVICE = os.makedev(1, 5)
-_KCMP_VM = 1
 Range = tuple[int, int]
 Register = Callable[[str, os.stat_result, bytes, "mm_pb2.Shmem.Kind | None"], str]
 """(path that opens the object, its stat, the link's text, NAMED or KEPT if that path leads to it) -> image name of the Shmem."""
@@ -151,7 +150,7 @@ def look_sharing(pids: Iterable[int], report: list[Finding]) -> None:
 def _compare_mm(one: int, two: int) -> int:
     """Order of two address spaces; 0: the same one."""
     try:
-        return {0: 0, 1: -1}.get(descriptors.kcmp(one, two, _KCMP_VM, 0, 0), 1)
+        return {0: 0, 1: -1}.get(kcmp(one, two, KCMP_VM), 1)
     except OSError:  # ended meanwhile, a zombie, or not ours to look at: it cannot be part of this job
         return -1 if one < two else 1
 
