@@ -1,6 +1,6 @@
 """The point reader: a point's images, and its pages straight out of the packs. It is a PageSource.
 
-Frames are read, checked and decompressed by two threads; the pages of small frames are gathered into
+Frames are read, checked and decompressed by several threads; the pages of small frames are gathered into
 pieces of about a megabyte. What a restore reads is the size of what it restores, whatever the length of the chain.
 While a reader is open no prune can remove what it reads.
 """
@@ -16,14 +16,13 @@ import numpy as np
 
 from snapshotter.base.errors import StoreError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE, Run
-from store import native, pagemap
+from store import native, pagemap, parallel
 
 if TYPE_CHECKING:
     from store.pagemap import U64
     from store.repository import Store
     from store.types import Point
 
-NR_THREADS = 2
 PIECE_PAGES = 256
 _DIRECT = 32
 """Pages of one frame from which handing out the frame itself beats gathering."""
@@ -152,7 +151,7 @@ class PointReader:
         return bytes(out)
 
     def _for_frames(self, pages: U64, locs: U64, write: Write) -> None:
-        """Hands every page out once, frame by frame, from NR_THREADS threads."""
+        """Hands every page out once, frame by frame, from several threads."""
         if not len(pages):
             return
         native.keep_freed_memory()
@@ -185,7 +184,10 @@ class PointReader:
             except BaseException as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=run, name="snap-fill", daemon=True) for _ in range(NR_THREADS - 1)]
+        threads = [
+            threading.Thread(target=run, name="snap-fill", daemon=True)
+            for _ in range(parallel.for_restoring() - 1)
+        ]
         for thread in threads:
             thread.start()
         run()

@@ -1,6 +1,6 @@
 """The point writer: takes a dump's pages and images, and commits them as one point. It is a PageSink.
 
-Pages are read, tested for zero, hashed, looked up and compressed by two threads of its own, a megabyte at a
+Pages are read, tested for zero, hashed, looked up and compressed by threads of its own, a megabyte at a
 time, in buffers that are reused. While somebody waits in `drain` in a hurry (the job is frozen then), reading goes first
 and compressing waits. Nothing of a writer exists for anybody else before `commit` returns; a writer that is
 left without it removes its packs. After one failure a writer is broken and only says so.
@@ -23,7 +23,7 @@ import numpy as np
 from snapshotter.base import faults
 from snapshotter.base.errors import MissingPagesError, SnapshotterError, StoreError, UsageError
 from snapshotter.base.pages import PAGE_SIZE, PageReader, Run
-from store import native, pagemap
+from store import native, pagemap, parallel
 from store.blobs import add_images, add_maps
 from store.files import store_error
 from store.packset import PackSet
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from store.pagemap import U64
     from store.repository import Store
 
-NR_THREADS = 2
 SPARE_BUFFERS = 64
 """Chunks that `drain` may have read ahead of compressing: 64 MiB."""
 
@@ -88,14 +87,15 @@ class PointWriter:
         self._unread = 0
         self._leave = 0
         self._draining = 0
-        self._busy = NR_THREADS
+        nr_threads = parallel.for_taking()
+        self._busy = nr_threads
         self._paused = False
         self._stopping = False
         self._done = False
         self._committing: str | None = None
         self._error: BaseException | None = None
         self._workers = [
-            Worker(i, self._stager, self._packs, big_frames=self._parent is None) for i in range(NR_THREADS)
+            Worker(i, self._stager, self._packs, big_frames=self._parent is None) for i in range(nr_threads)
         ]
         self._threads = [
             threading.Thread(

@@ -374,3 +374,21 @@ def test_any_pack_number_will_do(store, monkeypatch, number):
     monkeypatch.setattr("store.packset.secrets.randbelow", lambda _limit: number)
     data = os.urandom(1500 * PAGE)
     assert restored(store, take(store, data)) == data
+
+
+@pytest.mark.parametrize("nr_processors", [1, 3, 64])
+def test_any_number_of_processors(store, monkeypatch, nr_processors):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(nr_processors)))
+    names = []
+    real = threading.Thread.start
+
+    def starting(self):
+        names.append(self.name)
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", starting)
+    data = os.urandom(6000 * PAGE) + pages(range(3000))
+    point = take(store, data)
+    assert restored(store, point) == data
+    assert sum(name.startswith("snap-store") for name in names) == {1: 2, 3: 2, 64: 8}[nr_processors]
+    assert sum(name == "snap-fill" for name in names) >= {1: 1, 3: 2, 64: 7}[nr_processors]
