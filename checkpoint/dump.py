@@ -250,6 +250,8 @@ class _Take:
     def read_ahead(self, one: _Round) -> _Round:
         """Have a part of what is due read at once."""
         ahead = pageplan.first_pages(one.due, pageplan.count(one.due) // _AHEAD_PART)
+        if not len(ahead):
+            return one
         try:
             reader = memory.reader(ProcMem(one.pid), may_go=True)
         except TargetGoneError:

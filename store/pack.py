@@ -132,11 +132,15 @@ class PackWriter:
         with wrapped("cannot make a pack", self._temp):
             self._fd = open_new(self._temp)
         self._file = SegmentedFile(self._fd, pool)
-        head = _HEADER.pack(_MAGIC, VERSION, 0, pack_id, 0, keys.store_id)
-        head += native.checksum(keys.frames, head)
-        self._make_room(len(head))
-        self._file.copy_in(head, 0)
-        self._file.filled(0, len(head))
+        try:
+            head = _HEADER.pack(_MAGIC, VERSION, 0, pack_id, 0, keys.store_id)
+            head += native.checksum(keys.frames, head)
+            self._make_room(len(head))
+            self._file.copy_in(head, 0)
+            self._file.filled(0, len(head))
+        except BaseException:
+            self.discard()  # nobody else knows of this pack yet
+            raise
 
     @property
     def nr_frames(self) -> int:

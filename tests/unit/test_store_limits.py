@@ -117,6 +117,10 @@ def test_a_pack_that_cannot_be_begun_leaves_nothing(tmp_path, monkeypatch):
         patch.setattr(os, "fchmod", full)
         with pytest.raises(StoreError, match="ENOSPC"):
             PackWriter(tmp_path, 5, KEYS, SegmentPool())
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentPool, "take", lambda _self: full())
+        with pytest.raises(OSError, match="full"):
+            PackWriter(tmp_path, 5, KEYS, SegmentPool())
     assert os.listdir(tmp_path) == []
     assert len(os.listdir("/proc/self/fd")) == before
 
