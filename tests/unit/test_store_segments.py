@@ -88,7 +88,8 @@ def test_a_file_system_without_direct_writes(tmp_path, monkeypatch, when):
         monkeypatch.setattr(os, "pwrite", no_write)
     found, expected = written(tmp_path / "file", [SEGMENT_BYTES * 2 + 5])
     assert found == expected
-    assert len(refused) == 1
+    assert len(refused) <= 1, "once is enough"
+    assert refused or when == "pwrite"  # where the flag cannot be set either
 
 
 def test_full_segments_are_written_past_the_page_cache_and_the_rest_is_not(tmp_path, monkeypatch):
