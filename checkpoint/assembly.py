@@ -29,6 +29,7 @@ from checkpoint.resources import (
     policies,
     prctl,
     registers,
+    scheduling,
     signals,
     task,
 )
@@ -211,6 +212,7 @@ class Assembly:
                 make = functools.partial(self.ctx.threads[step.maker].clone_thread, step.tid, flags)
                 self.ctx.threads[step.tid] = self._until_free(step.tid, make)
             cgroups.restore_threads(self.ctx, process)
+            task.restore_thread_loginuids(self.ctx, process)
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -238,8 +240,10 @@ class Assembly:
                 batch = stub.batch()
                 task.restore_thread_early(batch, thread)
                 task.restore_thread_late(self.ctx, batch, process, thread)
+                scheduling.restore_clamps(stub, thread, self.ctx.warn)
                 policies.restore(stub, thread, self.ctx.warn)
                 stub.run(batch)
+                policies.restore_late(stub, thread, self.ctx.warn)
 
     def _one_of_each_table(self) -> Iterator[int]:
         yield from (tid for tid, _, _ in self.ctx.tables())

@@ -35,7 +35,7 @@ from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping, private_vmas
 from checkpoint.parasite import prepare
 from checkpoint.precopy import Precopied, due, plausible_pages
-from checkpoint.resources import files, memory, policies, registers, sysv, task
+from checkpoint.resources import files, keyrings, memory, policies, registers, sysv, task
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from checkpoint.uninterrupted import stops_wait
@@ -139,6 +139,7 @@ class _Take:
         self._mark("look")
         self.prepare_manifest()
         sysv.look_job(self.found.tasks, ctx.warn)
+        keyrings.prepare()
         if ctx.options.precopy:
             self.precopy()
         staging = Staging(ctx.sink, self.expected_bytes, self.stage_limit())

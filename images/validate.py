@@ -33,6 +33,7 @@ _GROUP_FILTER_BYTES = 144  # struct group_filter without its sources
 USER_END = 1 << 57  # five-level page tables
 PROCESS_SHARES = 2
 """Version of a Process that says what is shared otherwise than by rule (CLONE_FILES, CLONE_FS, control groups), and policies."""
+UTIL_CLAMP_MOST = 1024  # SCHED_CAPACITY_SCALE
 FILES_LEASES = 2
 """Version of Files with leases among the locks."""
 _LOCKS = frozenset({"FLOCK", "OFDLCK", "LEASE"})
@@ -101,9 +102,19 @@ def _thread(thread: task_pb2.Thread) -> None:
     policy = len(thread.memory_policy)
     _require(policy == 0 or 4 <= policy <= 132, f"thread {tid} has a memory policy of {policy} bytes")
     _require(
-        {thread.store_bypass, thread.indirect_branch} <= {0, 4, 8},
+        thread.store_bypass in {0, 4, 8, 16} and thread.indirect_branch in {0, 4, 8},
         f"thread {tid} has no such guard (PR_SPEC)",
     )
+    clamps = max(thread.scheduling.util_min, thread.scheduling.util_max)
+    _require(clamps <= UTIL_CLAMP_MOST + 1, f"thread {tid} has a utilization clamp of {clamps - 1}")
+    _require(
+        thread.scheduling.slice_ns < 1 << 63, f"thread {tid} has a slice of {thread.scheduling.slice_ns} ns"
+    )
+    _require(
+        thread.session_keyring <= 2, f"thread {tid} has a session keyring of kind {thread.session_keyring}"
+    )
+    _require(thread.request_keyring <= 7, f"thread {tid} puts keys into keyring {thread.request_keyring}")
+    _require(len(thread.loginuid) <= 10, f"thread {tid} has a login uid of {len(thread.loginuid)} bytes")
     _require(len(thread.comm) <= 16, f"thread {tid} has a name of {len(thread.comm)} bytes")
     _require(thread.rseq_size <= PAGE_SIZE, f"thread {tid} has {thread.rseq_size} bytes of rseq")
     _require(len(thread.credentials.groups) <= 65536, f"thread {tid} has too many groups")
@@ -121,19 +132,20 @@ def process_version(process: Message) -> int:
     """The oldest version of a Process that can say what is in this one."""
     if not isinstance(process, task_pb2.Process):
         return 1
-    exceptional = process.fs_of or process.mce_kill or process.files not in {"", f"fdtable/{process.pid}"}
-    if exceptional or any(
-        thread.files
-        or thread.fs_of
-        or thread.HasField("fs")
-        or thread.cgroups
-        or thread.memory_policy
-        or thread.store_bypass
-        or thread.indirect_branch
-        for thread in process.threads
-    ):
-        return PROCESS_SHARES
-    return 1
+    exceptional = process.fs_of or process.files not in {"", f"fdtable/{process.pid}"}
+    policies = process.mce_kill or process.thp_flags or process.autogroup_nice
+    return PROCESS_SHARES if exceptional or policies or any(map(_has_its_own, process.threads)) else 1
+
+
+def _has_its_own(thread: task_pb2.Thread) -> bool:
+    """Something that threads mostly have from their process, or nobody has asked for."""
+    shares = thread.files or thread.fs_of or thread.HasField("fs") or thread.cgroups or thread.loginuid
+    guards = thread.store_bypass or thread.indirect_branch or thread.l1d_flush or thread.cpuid_faults
+    hints = thread.memory_policy or thread.slice_extension
+    scheduling = thread.scheduling
+    return bool(
+        shares or guards or hints or scheduling.util_min or scheduling.util_max or scheduling.slice_ns
+    )
 
 
 def _shares(process: task_pb2.Process, tids: set[int]) -> None:
@@ -141,6 +153,7 @@ def _shares(process: task_pb2.Process, tids: set[int]) -> None:
     _require(
         process.format_version >= process_version(process), "it shares what its version has no place for"
     )
+    _require(-20 <= process.autogroup_nice <= 19, f"autogroup niceness {process.autogroup_nice}")
     _require(process.mce_kill <= 2, f"mce_kill {process.mce_kill}")
     _require(process.fs_of <= PID_MAX and process.fs_of != process.pid, f"fs_of {process.fs_of}")
     firsts = {thread.fs_of for thread in process.threads if thread.fs_of == thread.tid}

@@ -40,7 +40,7 @@ struct snap_thread {
     uint64_t dispatch;                  // PR_SYS_DISPATCH_*
     uint64_t robust_list;
     uint64_t robust_length;
-    uint8_t scheduling[48];             // struct sched_attr, first version
+    uint8_t scheduling[56];             // struct sched_attr; the two clamps at its end are 0 where the kernel has none
     uint32_t stat_at;                   // offsets in `room`; a length of 0: not read
     uint32_t stat_length;
     uint32_t status_at;

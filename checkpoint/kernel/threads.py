@@ -113,7 +113,7 @@ class ThreadFacts:
 
     @property
     def scheduling(self) -> bytes:
-        """A struct sched_attr, first version."""
+        """A struct sched_attr with utilization clamps, which are 0 where the kernel has none."""
         return bytes(ffi.buffer(self.raw.scheduling))
 
     @property

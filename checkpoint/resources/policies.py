@@ -1,4 +1,5 @@
-"""Small policies that a thread keeps with the kernel: where its memory comes from, how it is guarded against speculation.
+"""Small policies that a thread keeps with the kernel: where its memory comes from, how it is guarded against speculation, whether
+the instruction CPUID faults, whether its time slice may be extended (rseq).
 
 Also the security label of a process (AppArmor, SELinux), which cannot be given back, and the policies of single mappings (mbind),
 which are not kept: both are named in warnings. Not to be seen from anywhere, and therefore not kept: Landlock rules.
@@ -21,11 +22,14 @@ from images import task_pb2
 
 if TYPE_CHECKING:
     from checkpoint.kernel.threads import ThreadFacts
-    from checkpoint.parasite import Batch, Buffer, Results, StubTask
+    from checkpoint.parasite import Batch, Buffer, Ref, Results, StubTask
 
 _NODES_MOST = 1024
 """MAX_NUMNODES of any configuration; get_mempolicy(2) takes no less."""
-_STORE_BYPASS, _INDIRECT_BRANCH = 0, 1
+_STORE_BYPASS, _INDIRECT_BRANCH, _L1D_FLUSH = 0, 1, 2
+_SPEC_PRCTL = 1
+_ARCH_GET_CPUID, _ARCH_SET_CPUID = 0x1011, 0x1012
+_SLICE_EXTENSION_ENABLE = 1
 SPECULATION = {
     b"Speculation_Store_Bypass": {
         b"thread mitigated": prctl.SPEC_DISABLE,
@@ -45,14 +49,25 @@ class Asked:
 
     mode: Buffer
     nodes: Buffer
+    store_bypass: Ref
+    l1d_flush: Ref
+    cpuid: Ref
+    slice_extension: Ref
 
 
 def ask(batch: Batch) -> Asked:
     """Add the questions to the batch of a thread."""
-    asked = Asked(batch.buffer(4), batch.buffer(_NODES_MOST // 8))
+    mode, nodes = batch.buffer(4), batch.buffer(_NODES_MOST // 8)
     # ENOSYS: a kernel without NUMA, whose zeros are the default policy.
-    batch.call("get_mempolicy", asked.mode, asked.nodes, _NODES_MOST, 0, 0, check=False)
-    return asked
+    batch.call("get_mempolicy", mode, nodes, _NODES_MOST, 0, 0, check=False)
+    return Asked(
+        mode,
+        nodes,
+        batch.call("prctl", prctl.GET_SPECULATION_CTRL, _STORE_BYPASS, 0, 0, 0, check=False),
+        batch.call("prctl", prctl.GET_SPECULATION_CTRL, _L1D_FLUSH, 0, 0, 0, check=False),
+        batch.call("arch_prctl", _ARCH_GET_CPUID, 0, check=False),
+        batch.call("prctl", prctl.RSEQ_SLICE_EXTENSION, prctl.RSEQ_SLICE_EXTENSION_GET, 0, 0, 0, check=False),
+    )
 
 
 def answer(results: Results, asked: Asked, facts: ThreadFacts, thread: task_pb2.Thread) -> None:
@@ -63,6 +78,12 @@ def answer(results: Results, asked: Asked, facts: ThreadFacts, thread: task_pb2.
     thread.store_bypass, thread.indirect_branch = (
         known.get(facts.line(name), 0) for name, known in SPECULATION.items()
     )
+    # status has no words for these two.
+    if results[asked.store_bypass] == _SPEC_PRCTL | prctl.SPEC_DISABLE_NOEXEC:
+        thread.store_bypass = prctl.SPEC_DISABLE_NOEXEC
+    thread.l1d_flush = results[asked.l1d_flush] == _SPEC_PRCTL | prctl.SPEC_ENABLE
+    thread.cpuid_faults = results[asked.cpuid] == 0
+    thread.slice_extension = results[asked.slice_extension] > 0
 
 
 def restore(stub: StubTask, thread: task_pb2.Thread, warn: Callable[[str], None]) -> None:
@@ -75,13 +96,30 @@ def restore(stub: StubTask, thread: task_pb2.Thread, warn: Callable[[str], None]
             "set_mempolicy", *struct.unpack_from("<I", wanted), nodes, _NODES_MOST + 1, check=False
         )
         _check(stub.run(batch)[result], thread, "memory policy (set_mempolicy)", warn)
-    for which, value in ((_STORE_BYPASS, thread.store_bypass), (_INDIRECT_BRANCH, thread.indirect_branch)):
+    for which, value in (
+        (_STORE_BYPASS, thread.store_bypass),
+        (_INDIRECT_BRANCH, thread.indirect_branch),
+        (_L1D_FLUSH, prctl.SPEC_ENABLE if thread.l1d_flush else 0),
+    ):
         if value:
             batch = stub.batch()
             result = batch.call("prctl", prctl.SET_SPECULATION_CTRL, which, value, 0, 0, check=False)
             _check(
                 stub.run(batch)[result], thread, "guard against speculation (PR_SET_SPECULATION_CTRL)", warn
             )
+    if thread.cpuid_faults:
+        batch = stub.batch()
+        result = batch.call("arch_prctl", _ARCH_SET_CPUID, 0, check=False)
+        _check(stub.run(batch)[result], thread, "wish that CPUID faults (ARCH_SET_CPUID)", warn)
+
+
+def restore_late(stub: StubTask, thread: task_pb2.Thread, warn: Callable[[str], None]) -> None:
+    """By the thread itself, its rseq area being registered."""
+    if thread.slice_extension:
+        batch = stub.batch()
+        how = (prctl.RSEQ_SLICE_EXTENSION_SET, _SLICE_EXTENSION_ENABLE, 0, 0)
+        result = batch.call("prctl", prctl.RSEQ_SLICE_EXTENSION, *how, check=False)
+        _check(stub.run(batch)[result], thread, "time slice extension (PR_RSEQ_SLICE_EXTENSION)", warn)
 
 
 def _check(result: int, thread: task_pb2.Thread, what: str, warn: Callable[[str], None]) -> None:
@@ -97,6 +135,25 @@ def _own_memory_policy() -> bytes:
     number = ctypes.c_long(syscalls.number("get_mempolicy"))
     libc.syscall(number, mode, nodes, ctypes.c_long(_NODES_MOST), ctypes.c_long(0), ctypes.c_long(0))
     return mode.raw + nodes.raw.rstrip(b"\0")
+
+
+def core_cookie(tid: int) -> int:
+    """The core scheduling cookie of a task; 0: none, or the kernel has none (CONFIG_SCHED_CORE, no SMT)."""
+    cookie = ctypes.c_ulonglong(0)
+    failed = ctypes.CDLL(None).prctl(
+        prctl.SCHED_CORE, prctl.SCHED_CORE_GET, tid, prctl.SCHED_CORE_SCOPE_THREAD, ctypes.byref(cookie)
+    )
+    return 0 if failed else cookie.value
+
+
+def warn_of_cookies(process: task_pb2.Process, warn: Callable[[str], None]) -> None:
+    """Cookies are the kernel's own random numbers: who shares one with whom outside of the job, nothing shows."""
+    with_cookie = [thread.tid for thread in process.threads if core_cookie(thread.tid)]
+    if with_cookie:
+        warn(
+            f"task {with_cookie[0]}: core scheduling cookies (PR_SCHED_CORE) of {len(with_cookie)} threads are not kept: "
+            "after a rollback they share their cores with anybody"
+        )
 
 
 def security_label(pid: int | str) -> str:

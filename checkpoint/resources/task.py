@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import proc
+from checkpoint.kernel import proc, threads
 from checkpoint.parasite import visit
 from checkpoint.resources import (
     cgroups,
     credentials,
     directories,
+    keyrings,
     limits,
     policies,
     prctl,
@@ -78,6 +79,7 @@ def look(pid: int, report: list[Finding]) -> None:
     _look_namespaces(pid, report)
     directories.look(pid, report)
     cgroups.look(pid)
+    keyrings.look(status.uids[0])
     for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
         try:
             of_thread = status if tid == pid else proc.read_status(pid, tid)
@@ -188,7 +190,8 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
         pending = signals.dump_pending(task.tid, shared=False) if task.facts.word(b"SigPnd", 16) else []
         message.threads.add(tid=task.tid, pending=pending)
     batch = leader.infect().batch()
-    own = _ask_thread(batch)
+    uid = process.status.uids[0]
+    own = _ask_thread(batch, uid)
     asked = _ask_process(batch, process, process.status)
     answers = leader.infect().run(batch)
     if answers[asked.ldt] > 0:
@@ -198,7 +201,10 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
             hint="wine and its like cannot be dumped",
         )
     each = leader.infect().batch()
-    asked_each = _ask_thread(each)
+    asked_each = _ask_thread(each, uid)
+    session = None
+    if keyrings.has_own_session(answers, own.keyrings):
+        session = keyrings.read_session(leader.infect())
     others = visit(leader.infect(), process.threads[1:], each)
     if leader.facts.word(b"ShdPnd", 16):
         message.shared_pending.extend(signals.dump_pending(pid, shared=True))
@@ -212,6 +218,10 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
 
     def answer() -> None:
         _answer_process(answers, asked, message)
+        if pid in {message.sid, ctx.root_pid}:
+            message.autogroup_nice = scheduling.autogroup_nice(pid)
+        _answer_loginuids(message)
+        policies.warn_of_cookies(message, ctx.warn)
         label = policies.security_label(pid)
         if label != policies.security_label("self"):
             ctx.warn(
@@ -220,6 +230,16 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
         given = [(answers, own), *((results, asked_each) for results in others)]
         for task, thread, (results, questions) in zip(process.threads, message.threads, given, strict=True):
             _answer_thread(task, thread, results, questions)
+        message.threads[0].links_user_keyring = session is not None and session.has_user_keyring
+        keyrings.warn(
+            pid,
+            [
+                (task.tid, results, questions.keyrings)
+                for task, (results, questions) in zip(process.threads, given, strict=True)
+            ],
+            session,
+            ctx.warn,
+        )
 
     ctx.later.append(answer)
     return message
@@ -254,12 +274,13 @@ class _AskedThread:
     death_signal: Buffer
     tsc_mode: Buffer
     policies: policies.Asked
+    keyrings: keyrings.Asked
     securebits: Ref
     slack: Ref
     personality: Ref
 
 
-def _ask_thread(batch: Batch) -> _AskedThread:
+def _ask_thread(batch: Batch, uid: int) -> _AskedThread:
     altstack, tid_address = signals.ask_altstack(batch), batch.buffer(8)
     batch.call("prctl", prctl.GET_TID_ADDRESS, tid_address, 0, 0, 0)
     death_signal, tsc_mode = batch.buffer(4), batch.buffer(4)
@@ -271,6 +292,7 @@ def _ask_thread(batch: Batch) -> _AskedThread:
         death_signal,
         tsc_mode,
         policies.ask(batch),
+        keyrings.ask(batch, uid),
         batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0),
         batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0),
         batch.call("personality", _PERSONALITY_QUERY),
@@ -296,6 +318,7 @@ def _answer_thread(task: FrozenTask, thread: task_pb2.Thread, results: Results, 
     thread.scheduling.timer_slack_ns = max(results[asked.slack], 0)
     thread.seccomp_mode = facts.status.seccomp
     policies.answer(results, asked.policies, facts, thread)
+    keyrings.answer(results, asked.keyrings, thread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +368,7 @@ def _answer_process(results: Results, asked: _Asked, message: task_pb2.Process) 
     message.child_subreaper = bool(_u32(results.bytes(asked.subreaper)))
     message.dumpable = results[asked.dumpable]
     message.thp_disabled = results[asked.thp] > 0
+    message.thp_flags = max(results[asked.thp], 0) & ~1
     message.membarrier = max(results[asked.membarrier], 0)
     message.mdwe = max(results[asked.mdwe], 0)
     message.io_flusher = results[asked.io_flusher] > 0
@@ -378,18 +402,33 @@ def restore_loginuid(ctx: RestoreContext, stub: StubTask, process: task_pb2.Proc
     """The user that had logged in, for the audit log. Before the threads, which inherit it; only a task itself may set it."""
     if not process.loginuid or process.loginuid == _loginuid(process.pid):
         return
-    fd = os.open(f"/proc/{process.pid}/loginuid", os.O_WRONLY | os.O_CLOEXEC)
+    _write_loginuid(ctx, stub, process.pid, process.pid, process.loginuid)
+
+
+def restore_thread_loginuids(ctx: RestoreContext, process: task_pb2.Process) -> None:
+    """Of the threads that had another one than their process."""
+    for thread in process.threads:
+        if thread.loginuid:
+            _write_loginuid(ctx, ctx.threads[thread.tid], process.pid, thread.tid, thread.loginuid)
+
+
+def _write_loginuid(ctx: RestoreContext, stub: StubTask, pid: int, tid: int, wanted: bytes) -> None:
     try:
-        batch = stub.batch()
-        remote = ctx.give(batch, fd)
-        written = batch.call("write", remote, process.loginuid, len(process.loginuid), check=False)
-        batch.call("close", remote)
-        error = -min(stub.run(batch)[written], 0)
-    finally:
-        os.close(fd)
+        fd = os.open(f"/proc/{pid}/task/{tid}/loginuid", os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as failed:
+        error = failed.errno or errno.EIO
+    else:
+        try:
+            batch = stub.batch()
+            remote = ctx.give(batch, fd)
+            written = batch.call("write", remote, wanted, len(wanted), check=False)
+            batch.call("close", remote)
+            error = -min(stub.run(batch)[written], 0)
+        finally:
+            os.close(fd)
     if error:
         ctx.warn(
-            f"task {process.pid}: its login uid {process.loginuid.decode('ascii', 'replace')} is not set "
+            f"task {tid}: its login uid {wanted.decode('ascii', 'replace')} is not set "
             f"({os.strerror(error)}); it has that of snap"
         )
 
@@ -408,7 +447,9 @@ def restore_thread_early(batch: Batch, thread: task_pb2.Thread) -> None:
 def restore_process_early(batch: Batch, process: task_pb2.Process) -> None:
     """Once per process, by its leader, all threads and children being there."""
     batch.call("prctl", prctl.SET_CHILD_SUBREAPER, int(process.child_subreaper), 0, 0, 0)
-    batch.call("prctl", prctl.SET_THP_DISABLE, int(process.thp_disabled), 0, 0, 0, check=False)
+    batch.call(
+        "prctl", prctl.SET_THP_DISABLE, int(process.thp_disabled), process.thp_flags, 0, 0, check=False
+    )
     for bit in range(32):
         if process.membarrier >> bit & 1:
             batch.call("membarrier", 1 << bit, 0, 0)
@@ -425,6 +466,7 @@ def restore_thread_late(
     """Credentials and what setting them would reset, then pending signals."""
     for text in credentials.restore(batch, thread.credentials, credentials.own()):
         ctx.warn(f"task {thread.tid}: {text}")
+    keyrings.restore(batch, thread)
     if thread.pdeath_signal:
         batch.call("prctl", prctl.SET_PDEATHSIG, thread.pdeath_signal, 0, 0, 0)
     signals.restore_pending(batch, process.pid, thread.tid, thread.pending, shared=False)
@@ -464,6 +506,9 @@ def restore_outside(ctx: RestoreContext, process: task_pb2.Process) -> None:
         text = scheduling.restore_affinity(thread.tid, thread.scheduling)
         if text:
             ctx.warn(text)
+    # Not of a session that is not the job's: snap's own, or a shell's.
+    if os.getsid(pid) == pid and (text := scheduling.restore_autogroup(pid, process.autogroup_nice)):
+        ctx.warn(text)
     for text in limits.restore(pid, process.rlimits):
         ctx.warn(text)
 
@@ -487,6 +532,16 @@ def _loginuid(pid: int) -> bytes:
         return _read(f"/proc/{pid}/loginuid")
     except FileNotFoundError:
         return b""
+
+
+def _answer_loginuids(message: task_pb2.Process) -> None:
+    """Those of threads, which mostly have that of their process. Read after the thaw: hardly anybody changes it, and then once."""
+    if len(message.threads) < 2 or not message.loginuid:
+        return
+    paths = [f"/proc/{message.pid}/task/{thread.tid}/loginuid" for thread in message.threads]
+    for thread, data in zip(message.threads, threads.read_files(paths), strict=True):
+        if data and data != message.loginuid:
+            thread.loginuid = data
 
 
 def _comm_bytes(pid: int, tid: int | None = None) -> bytes:

@@ -54,3 +54,17 @@ def test_control_group_is_kept_and_its_loss_is_said(job, compile_program, group)
     assert groups_of(job.pid)[controllers] != path
     assert job.finish() == "PASS"
     reap(job.pid)
+
+
+def test_keys_that_are_not_kept_are_named(job, compile_program):
+    """Only those: an own session keyring that holds no more than the user's own comes back. Being asked leaves nothing in the job."""
+    if not pathlib.Path("/proc/keys").exists():
+        pytest.skip("this kernel has no keys (CONFIG_KEYS)")
+    job.start([compile_program("keyring_keys.c")]).wait_ready()
+    said = [text for text in job.take()["warnings"] if "keyring" in text]
+    assert said == [
+        f"task {job.pid}: its session keyring '_ses' holds 1 key, which is not kept; a rollback gives it a new one",
+        f"task {job.pid}: its process keyring holds 2 keys, which are not kept",
+        f"task {job.pid}: its thread keyring holds 1 key, which is not kept",
+    ]
+    assert job.finish() == "PASS"

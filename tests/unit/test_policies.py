@@ -1,23 +1,35 @@
 """What a thread's status says of its guards, and which values an image may have."""
 
+import collections
 import ctypes
+import errno
 import mmap
 import os
+import struct
 from types import SimpleNamespace
 
 import pytest
 
-from checkpoint.resources import policies
+from checkpoint.resources import policies, scheduling
 from images import task_pb2
 from images.codec import parse, serialise
 from snapshotter.base.errors import VerificationError
 
+ABSENT = {"bypass": -19, "l1d": -19, "cpuid": 1, "extension": -22}
+"""What the calls of a thread give where there is nothing to say."""
 
-def answered(lines, mode=bytes(4), nodes=bytes(128)):
+
+class Answers(dict):
+    def bytes(self, buffer):
+        return self[buffer]
+
+
+def answered(lines, mode=bytes(4), nodes=bytes(128), **calls):
     thread = task_pb2.Thread()
-    results = SimpleNamespace(bytes=lambda buffer: {"mode": mode, "nodes": nodes}[buffer])
+    results = Answers({"mode": mode, "nodes": nodes, **ABSENT, **calls})
     facts = SimpleNamespace(line=lambda name: lines.get(name, b""))
-    policies.answer(results, policies.Asked("mode", "nodes"), facts, thread)
+    asked = policies.Asked("mode", "nodes", "bypass", "l1d", "cpuid", "extension")
+    policies.answer(results, asked, facts, thread)
     return thread
 
 
@@ -42,9 +54,95 @@ def test_what_was_asked_for_is():
     assert thread.memory_policy == b"\2\0\0\0\5"
 
 
+def test_what_only_system_calls_say():
+    assert answered({}) == task_pb2.Thread()
+    assert answered({}, bypass=3, l1d=5, extension=0) == task_pb2.Thread()  # controllable, not asked for
+    thread = answered({}, bypass=17, l1d=3, cpuid=0, extension=1)
+    assert thread == task_pb2.Thread(store_bypass=16, l1d_flush=True, cpuid_faults=True, slice_extension=True)
+
+
+CLAMPED = struct.Struct("<IIQiIQQQII")
+
+
+@pytest.mark.parametrize(
+    ("policy", "low", "high", "kept"),
+    [
+        (0, 0, 0, (0, 0)),  # a kernel without clamps
+        (0, 0, 1024, (0, 0)),
+        (0, 100, 1024, (101, 0)),
+        (3, 0, 600, (0, 601)),
+        (1, 1024, 1024, (0, 0)),  # what a realtime thread has by itself
+        (1, 0, 1024, (1, 0)),
+    ],
+)
+def test_utilization_clamps_that_were_asked_for(policy, low, high, kept):
+    raw = CLAMPED.pack(56, policy, 0, 0, 0, 0, 0, 0, low, high)
+    facts = SimpleNamespace(scheduling=raw, affinity=b"\1", raw=SimpleNamespace(io_priority=0))
+    message = scheduling.dump(facts)
+    assert (message.util_min, message.util_max) == kept
+
+
+@pytest.mark.parametrize("asked", [{"util_min": 1}, {"util_max": 601}, {"slice_ns": 3_000_000}])
+def test_hints_need_the_new_version(asked):
+    process = task_pb2.Process(pid=42, ppid=1, pgid=42, sid=42)
+    process.threads.add(tid=42, scheduling=task_pb2.Scheduling(**asked))
+    assert parse("process/42", serialise("process/42", process)).format_version == 2
+
+
+class Stub:
+    """Says `error` to every call, and remembers what it was asked."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, []
+
+    def batch(self):
+        return self
+
+    def call(self, *words, check):
+        self.calls.append(words)
+
+    def run(self, batch):
+        return collections.defaultdict(lambda: -self.error)
+
+
+def test_clamps_that_this_kernel_does_not_have(monkeypatch):
+    said = []
+    monkeypatch.setattr(scheduling, "own_clamps", lambda: (0, 0))
+    thread = task_pb2.Thread(tid=42)
+    scheduling.restore_clamps(Stub(0), thread, said.append)
+    thread.scheduling.util_min = 101
+    stub = Stub(errno.EOPNOTSUPP)
+    scheduling.restore_clamps(stub, thread, said.append)
+    ((_, _, attr, _),) = stub.calls
+    assert CLAMPED.unpack(attr)[2] == 0x78
+    assert CLAMPED.unpack(attr)[8:] == (100, 0xFFFFFFFF)
+    (text,) = said
+    assert "task 42: its utilization clamps" in text and "CONFIG_UCLAMP_TASK" in text
+
+
+def test_core_scheduling_cookies_are_named(monkeypatch):
+    assert policies.core_cookie(os.getpid()) == 0
+    said = []
+    process = task_pb2.Process(pid=42)
+    for tid in (42, 43, 44):
+        process.threads.add(tid=tid)
+    policies.warn_of_cookies(process, said.append)  # there are no such tasks
+    monkeypatch.setattr(policies, "core_cookie", lambda tid: tid - 42)
+    policies.warn_of_cookies(process, said.append)
+    (text,) = said
+    assert "task 43" in text and "2 threads" in text and "PR_SCHED_CORE" in text
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"memory_policy": b"\2"}, {"memory_policy": bytes(133)}, {"store_bypass": 2}, {"indirect_branch": 99}],
+    [
+        {"memory_policy": b"\2"},
+        {"memory_policy": bytes(133)},
+        {"store_bypass": 2},
+        {"indirect_branch": 99},
+        {"loginuid": b"12345678901"},
+        {"request_keyring": 8},
+    ],
 )
 def test_hostile_values_are_refused(change):
     process = task_pb2.Process(pid=42, ppid=1, pgid=42, sid=42)
