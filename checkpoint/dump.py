@@ -35,7 +35,7 @@ from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping, private_vmas
 from checkpoint.parasite import prepare
 from checkpoint.precopy import Precopied, due, plausible_pages
-from checkpoint.resources import files, keyrings, memory, policies, registers, sysv, task
+from checkpoint.resources import files, keyrings, locks, memory, policies, registers, sysv, task
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from checkpoint.uninterrupted import stops_wait
@@ -325,6 +325,7 @@ class _Take:
                 faults.point("dump.state")
             self._mark("state")
             files.dump_files(ctx)
+            locks.dump(ctx, spaces)
             self._mark("files")
             memory.shmem.put_all(ctx)
             self._mark("shmem")

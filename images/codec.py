@@ -51,7 +51,7 @@ KINDS: tuple[Kind, ...] = (
         validate.PROCESS_SHARES,
         validate.process_version,
     ),
-    Kind("mm", re.compile(rf"mm/{_NUMBER}"), mm_pb2.Mm, MAX_BYTES),
+    Kind("mm", re.compile(rf"mm/{_NUMBER}"), mm_pb2.Mm, MAX_BYTES, validate.MM_LOCKS, validate.mm_version),
     Kind("shmem", re.compile(rf"shmem/{_NUMBER}"), mm_pb2.Shmem, MIB),
     Kind(
         "files",

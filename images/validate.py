@@ -34,6 +34,8 @@ USER_END = 1 << 57  # five-level page tables
 PROCESS_SHARES = 2
 """Version of a Process that says what is shared otherwise than by rule (CLONE_FILES, CLONE_FS, control groups), and policies."""
 UTIL_CLAMP_MOST = 1024  # SCHED_CAPACITY_SCALE
+MM_LOCKS = 2
+"""Version of an Mm with locks that only mappings hold."""
 FILES_LEASES = 2
 """Version of Files with leases among the locks."""
 _LOCKS = frozenset({"FLOCK", "OFDLCK", "LEASE"})
@@ -209,7 +211,20 @@ def _process(process: task_pb2.Process) -> None:
     _identity(process.root, "the root directory")
 
 
+def mm_version(mm: Message) -> int:
+    """The oldest version of an Mm that can say what is in this one."""
+    return MM_LOCKS if isinstance(mm, mm_pb2.Mm) and mm.locks else 1
+
+
 def _mm(mm: mm_pb2.Mm) -> None:
+    _require(mm.format_version >= mm_version(mm), "locks, which its version has not")
+    for lock in mm.locks:
+        _require(lock.vma < len(mm.vmas), f"a lock of mapping {lock.vma} of {len(mm.vmas)}")
+        _require(lock.lock.kind in {"FLOCK", "OFDLCK"}, "a mapping has a lock of no kind")
+        _require(
+            lock.lock.to_end or lock.lock.start <= lock.lock.end < 1 << 63, "a lock ends before it starts"
+        )
+        _require(lock.lock.start < 1 << 63, f"a lock from {lock.lock.start}")
     end = 0
     for vma in mm.vmas:
         where = f"mapping {vma.start:#x}-{vma.end:#x}"

@@ -54,6 +54,8 @@ class LockLine:
     mandatory: bool
     breaking: bool = False
     """A lease that its owner has been told to give up."""
+    place: str = ""
+    """The file, as the kernel writes it: major and minor number of its device (hexadecimal), inode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ _WATCH = re.compile(
     rb"(?: fhandle-bytes:[0-9a-f]+ fhandle-type:([0-9a-f]+) f_handle:([0-9a-f]+))?"
 )
 _LOCK = re.compile(
-    rb"lock:\s+\d+:\s+(?:->\s+)?(\S+)\s+(\S+)\s+(\S+)\s+(-?\d+)\s+[0-9a-f]+:[0-9a-f]+:\d+\s+(\d+)\s+(\d+|EOF)"
+    rb"(?:lock:)?\s*\d+:\s+(?:->\s+)?(\S+)\s+(\S+)\s+(\S+)\s+(-?\d+)\s+([0-9a-f]+:[0-9a-f]+:\d+)\s+(\d+)\s+(\d+|EOF)"
 )
 _PAIR = re.compile(rb"\(\s*(-?\d+),\s*(-?\d+)\)")
 
@@ -124,6 +126,26 @@ def _kernel_dev_to_stat(sdev: int) -> int:
 def _nanoseconds(value: bytes) -> int:
     found = _PAIR.search(value)
     return int(found[1]) * 1_000_000_000 + int(found[2]) if found else 0
+
+
+def _lock_line(found: re.Match[bytes]) -> LockLine:
+    kind, mode, access, pid, place, start, end = found.groups()
+    return LockLine(
+        kind.decode(),
+        access == b"WRITE",
+        int(pid),
+        int(start),
+        None if end == b"EOF" else int(end),
+        mode == b"MANDATORY",
+        kind == b"LEASE" and mode != b"ACTIVE",
+        place.decode(),
+    )
+
+
+def parse_locks(data: bytes) -> list[LockLine]:
+    """/proc/locks, without those that somebody waits for ("->")."""
+    lines = (line for line in data.splitlines() if b" -> " not in line)
+    return [_lock_line(found) for line in lines if (found := _LOCK.match(line))]
 
 
 def parse_fdinfo(data: bytes) -> FdInfo:
@@ -155,19 +177,7 @@ def parse_fdinfo(data: bytes) -> FdInfo:
                 )
             )
         elif line.startswith(b"lock:") and (found := _LOCK.match(line)):
-            kind, mode, access, pid, start, end = found.groups()
-            last = None if end == b"EOF" else int(end)
-            locks.append(
-                LockLine(
-                    kind.decode(),
-                    access == b"WRITE",
-                    int(pid),
-                    int(start),
-                    last,
-                    mode == b"MANDATORY",
-                    kind == b"LEASE" and mode != b"ACTIVE",
-                )
-            )
+            locks.append(_lock_line(found))
         else:
             name, _, value = line.partition(b":")
             plain[name.decode("ascii", "replace").strip()] = value.strip()

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Self
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
 from checkpoint.kernel import sys as ksys
-from checkpoint.kernel.fdinfo import EpollTarget, LockLine
+from checkpoint.kernel.fdinfo import EpollTarget
+from checkpoint.resources import locks
 from checkpoint.resources.files import kinds, multicast, outside
 from checkpoint.resources.files.kind import Seen, descriptors, see
 from images import files_pb2
@@ -198,9 +199,10 @@ class FilesDump:
         self.examples[description.id] = seen
         self.by_inode.setdefault((seen.stat.st_dev, seen.stat.st_ino), []).append(description.id)
         kind.dump(self, seen, description)
+        locks.account(self.ctx, seen.info.locks)
         for lock in seen.info.locks:
             if lock.kind in _DESCRIPTION_LOCKS:
-                description.locks.append(_lock(lock))
+                description.locks.append(locks.message(lock))
         # Who takes a lease becomes the owner, if there is none.
         leased = any(lock.kind == "LEASE" for lock in seen.info.locks)
         if leased or seen.info.flags & os.O_ASYNC or kind.field in {"unix", "inet", "pipe", "terminal"}:
@@ -242,17 +244,7 @@ class FilesDump:
                     "a descriptor of a frozen task vanished", where=f"task {task}, descriptor {fd}"
                 )
             numbers[fd] = self.describe(seen)
+            locks.account(self.ctx, seen.info.locks)
             entry = table.entries.add(fd=fd, description=numbers[fd], cloexec=seen.info.cloexec)
-            entry.locks.extend(_lock(lock) for lock in seen.info.locks if lock.kind == "POSIX")
+            entry.locks.extend(locks.message(lock) for lock in seen.info.locks if lock.kind == "POSIX")
         self.ctx.images[f"fdtable/{task}"] = table
-
-
-def _lock(line: LockLine) -> files_pb2.FileLock:
-    return files_pb2.FileLock(
-        kind=line.kind,
-        write=line.write,
-        start=line.start,
-        end=line.end or 0,
-        to_end=line.end is None,
-        pid=max(line.pid, 0),
-    )

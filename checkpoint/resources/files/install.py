@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors as sys
 from checkpoint.resources.files import regular
-from checkpoint.resources.files.opening import Opening, flock_operation, flock_struct
+from checkpoint.resources.files.opening import Opening
+from checkpoint.resources.locks import flock_operation, flock_struct
 from images import files_pb2, task_pb2
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
-import struct
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
 from checkpoint.kernel.fdinfo import O_DIRECT, O_PATH
 from checkpoint.resources.files import kinds, unixsock
+from checkpoint.resources.locks import flock_struct
 from images import files_pb2
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError, wrap_os_error
 
@@ -178,16 +178,3 @@ def _lock(description: files_pb2.Description, lock: files_pb2.FileLock, fd: int)
             where=os.fsdecode(description.regular.identity.path),
             hint="end that process",
         ) from error
-
-
-def flock_operation(lock: files_pb2.FileLock) -> int:
-    """The operation of flock(2) for a lock."""
-    return (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB
-
-
-def flock_struct(lock: files_pb2.FileLock) -> bytes:
-    """The struct flock of fcntl(2) for a lock."""
-    length = 0 if lock.to_end else lock.end - lock.start + 1
-    return struct.pack(
-        "=hh4xqqi4x", fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK, os.SEEK_SET, lock.start, length, 0
-    )

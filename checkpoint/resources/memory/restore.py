@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import Runs
+from checkpoint.resources import locks
 from checkpoint.resources.memory import filling, identity, inherited, mapped, rings, set_mm, shmem, vdso
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2, task_pb2
@@ -29,7 +30,7 @@ from snapshotter.base.errors import RestoreConflictError, VerificationError, wra
 from snapshotter.base.pages import PAGE_SIZE, Run
 
 if TYPE_CHECKING:
-    from checkpoint.parasite import StubTask
+    from checkpoint.parasite import Ref, StubTask
 
 _FILES = "memory.files"
 _ARENA_LOW = 1 << 32
@@ -162,16 +163,18 @@ def _map_all(
             key = (-1, "/dev/zero" if vma.kind == model.DEV_ZERO_PRIVATE else "", False)
         groups.setdefault(key, []).append(vma)
     batch = stub.batch()
+    locked: list[Ref] = []
     for (file, name, writable), vmas in groups.items():
         if file < 0 and not name:
             for vma in vmas:
                 filling.map_one(batch, vma, -1, pages)
             continue
         remote_fd = ctx.give(batch, _local_fd(ctx, mm, file, name, writable=writable))
+        locked += locks.restore(batch, mm, vmas, remote_fd)
         for vma in vmas:
             filling.map_one(batch, vma, remote_fd, pages)
         batch.call("close", remote_fd)
-    stub.run(batch)
+    locks.warn_of_untaken(ctx, stub.run(batch), locked, stub.pid)
 
 
 def _local_fd(ctx: RestoreContext, mm: mm_pb2.Mm, file: int, name: str, *, writable: bool) -> int:
