@@ -115,6 +115,7 @@ def _thread(thread: task_pb2.Thread) -> None:
     _require(
         thread.session_keyring <= 2, f"thread {tid} has a session keyring of kind {thread.session_keyring}"
     )
+    _require(thread.mce_kill <= 3, f"thread {tid}: mce_kill {thread.mce_kill}")
     _require(thread.request_keyring <= 7, f"thread {tid} puts keys into keyring {thread.request_keyring}")
     _require(len(thread.loginuid) <= 10, f"thread {tid} has a login uid of {len(thread.loginuid)} bytes")
     _require(len(thread.comm) <= 16, f"thread {tid} has a name of {len(thread.comm)} bytes")
@@ -143,7 +144,7 @@ def _has_its_own(thread: task_pb2.Thread) -> bool:
     """Something that threads mostly have from their process, or nobody has asked for."""
     shares = thread.files or thread.fs_of or thread.HasField("fs") or thread.cgroups or thread.loginuid
     guards = thread.store_bypass or thread.indirect_branch or thread.l1d_flush or thread.cpuid_faults
-    hints = thread.memory_policy or thread.slice_extension
+    hints = thread.memory_policy or thread.slice_extension or thread.io_flusher or thread.mce_kill
     scheduling = thread.scheduling
     return bool(
         shares or guards or hints or scheduling.util_min or scheduling.util_max or scheduling.slice_ns

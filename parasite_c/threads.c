@@ -25,6 +25,11 @@
 #define GET_RSEQ 0x420f
 #define GET_DISPATCH 0x4211
 #define XSTATE 0x202
+#define IOPERM 0x201                    // NT_386_IOPERM
+#define GET_THREAD_AREA 25
+#define TLS_FIRST 12                    // GDT_ENTRY_TLS_MIN of x86-64
+#define TLS_ENTRIES 3
+#define TLS_EMPTY 0x28                  // of user_desc: read_exec_only, seg_not_present
 #define EFLAGS 0x202                    // interrupts on, direction and trap flags clear
 #define RSEQ_SECTION 8                  // offset of rseq_cs in struct rseq
 #define KCMP_FILES 2
@@ -98,6 +103,20 @@ static int suspect(const struct user_regs_struct *regs, int mem_fd, const char *
     return 0;
 }
 
+// SNAP_HAS_*: entries of the GDT (set_thread_area(2), by the 32-bit system call) and a bitmap of I/O ports (ioperm(2)).
+static uint32_t special(int tid)
+{
+    uint32_t area[4], found = 0;
+    char bitmap[8192];
+    struct iovec iov = {bitmap, sizeof(bitmap)};
+    for (long entry = TLS_FIRST; entry < TLS_FIRST + TLS_ENTRIES; entry++)
+        if (ptrace(GET_THREAD_AREA, tid, (void *)entry, area) == 0 && (area[1] || area[2] || area[3] != TLS_EMPTY))
+            found |= SNAP_HAS_SEGMENTS;
+    if (ptrace(PTRACE_GETREGSET, tid, (void *)IOPERM, &iov) == 0 && iov.iov_len)
+        found |= SNAP_HAS_PORTS;
+    return found;
+}
+
 struct room {
     char *start;
     size_t size, used;
@@ -147,6 +166,7 @@ static int read_one(int pid, int mem_fd, struct snap_thread *t, struct room *roo
         dispatch[0] = 0;                // this kernel cannot say
     }
     t->dispatch = dispatch[0];
+    t->special = special(t->tid);
     t->suspect = (uint32_t)suspect(regs, mem_fd, code_magic, frame_magic, second);
 
     t->failed = SNAP_T_XSTATE;

@@ -12,6 +12,9 @@
 #define SNAP_OWN_FILES 1
 #define SNAP_OWN_FS 2
 
+#define SNAP_HAS_SEGMENTS 1
+#define SNAP_HAS_PORTS 2
+
 #define SNAP_V_FRAMES 0
 #define SNAP_V_REDIRECTED 1
 #define SNAP_V_BLOCKED 2
@@ -50,7 +53,7 @@ struct snap_thread {
     uint32_t xstate_at;
     uint32_t xstate_length;
     uint32_t own;                       // what it does not share with its process's first thread: SNAP_OWN_*
-    uint32_t pad;
+    uint32_t special;                   // SNAP_HAS_*: what cannot be dumped, and only ptrace shows
 };
 
 struct snap_visit {

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import syscalls
+from checkpoint.kernel import syscalls, threads
 from checkpoint.resources import prctl
 from images import task_pb2
 
@@ -163,6 +163,21 @@ def security_label(pid: int | str) -> str:
             return os.fsdecode(file.read(4096).rstrip(b"\0\n"))
     except OSError:
         return ""
+
+
+_TO_COME = {"exec": "what it executes", "fscreate": "files", "keycreate": "keys", "sockcreate": "sockets"}
+
+
+def warn_of_labels_to_come(process: task_pb2.Process, warn: Callable[[str], None]) -> None:
+    """Labels that a thread has chosen for what it makes next (SELinux, AppArmor), which it mostly has only for a moment."""
+    asked = [(thread.tid, name) for thread in process.threads for name in _TO_COME]
+    paths = [f"/proc/{process.pid}/task/{tid}/attr/{name}" for tid, name in asked]
+    for (tid, name), label in zip(asked, threads.read_files(paths), strict=True):
+        text = os.fsdecode((label or b"").strip(b"\0\n"))
+        if text:
+            warn(
+                f"task {tid}: the security label {text!r} that it has chosen for {_TO_COME[name]} is not kept"
+            )
 
 
 def mappings_with_a_policy(pid: int) -> int:

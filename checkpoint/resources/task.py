@@ -55,6 +55,8 @@ _GET_REGISTRATIONS = 1 << 9
 """MEMBARRIER_CMD_GET_REGISTRATIONS (Linux 6.3); its bits are the commands that register."""
 _P_PID, _WSTOPPED = 1, 2
 _SIGINFO_SIZE = 128
+_PF_IO_FLUSHER = 0x00080000 | 0x00100000  # PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE: PR_IO_FLUSHER in kernel/sys.c
+_NOTHING_UNTAGGED = 2**64 - 1
 _SI_PID = slice(16, 20)  # in the siginfo of a child: after three ints, and 4 bytes that align the union
 _ARCH_GET_XCOMP_PERM, _ARCH_REQ_XCOMP_PERM = 0x1022, 0x1023
 _XFEATURE_XTILEDATA = 18
@@ -117,10 +119,24 @@ def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> N
         report.append(
             Finding(pid, where, "has a user shadow stack (CET)", "start it with GLIBC_TUNABLES without SHSTK")
         )
+    if has_tagged_addresses(status):
+        report.append(
+            Finding(
+                pid,
+                where,
+                "has the kernel ignore bits of addresses (LAM)",
+                "start it without tagged addresses",
+            )
+        )
     if tid == pid and status.state[:1] in {"Z", "X"} and status.threads > 1:
         report.append(
             Finding(pid, where, "its first thread has exited while others run", "not supported yet")
         )
+
+
+def has_tagged_addresses(status: Status) -> bool:
+    """arch_prctl(ARCH_ENABLE_TAGGED_ADDR), which cannot be enabled again once a process has threads."""
+    return int(status.fields.get("untag_mask", "-1"), 16) not in {-1, _NOTHING_UNTAGGED}
 
 
 def _look_personality(pid: int, report: list[Finding]) -> None:
@@ -183,6 +199,13 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
                 where=f"task {task.tid}",
                 hint="wine and its like cannot be dumped",
             )
+        if task.facts.raw.special:
+            what = (
+                "segments (set_thread_area)" if task.facts.raw.special & 1 else "access to I/O ports (ioperm)"
+            )
+            raise UnsupportedError(
+                f"has {what} of its own", where=f"task {task.tid}", hint="such programs cannot be dumped"
+            )
         if task.facts.word(b"Seccomp"):
             raise UnsupportedError(
                 "has got a seccomp filter just now", where=f"task {task.tid}", hint="not supported yet"
@@ -227,9 +250,18 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
             ctx.warn(
                 f"task {pid}: its security label {label!r} is not kept; a rollback gives it that of snap"
             )
+        if label:
+            policies.warn_of_labels_to_come(message, ctx.warn)
         given = [(answers, own), *((results, asked_each) for results in others)]
         for task, thread, (results, questions) in zip(process.threads, message.threads, given, strict=True):
             _answer_thread(task, thread, results, questions)
+            if task is process.leader:
+                message.io_flusher = _is_io_flusher(task, results, questions)
+                message.mce_kill = (_mce_kill(results, questions) + 1) % (prctl.MCE_KILL_DEFAULT + 1)
+            else:
+                thread.io_flusher = _is_io_flusher(task, results, questions)
+                if _mce_kill(results, questions) != _mce_kill(answers, own):
+                    thread.mce_kill = _mce_kill(results, questions) + 1
         message.threads[0].links_user_keyring = session is not None and session.has_user_keyring
         keyrings.warn(
             pid,
@@ -275,6 +307,8 @@ class _AskedThread:
     tsc_mode: Buffer
     policies: policies.Asked
     keyrings: keyrings.Asked
+    io_flusher: Ref
+    mce_kill: Ref
     securebits: Ref
     slack: Ref
     personality: Ref
@@ -293,6 +327,8 @@ def _ask_thread(batch: Batch, uid: int) -> _AskedThread:
         tsc_mode,
         policies.ask(batch),
         keyrings.ask(batch, uid),
+        batch.call("prctl", prctl.GET_IO_FLUSHER, 0, 0, 0, 0, check=False),
+        batch.call("prctl", prctl.MCE_KILL_GET, 0, 0, 0, 0, check=False),
         batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0),
         batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0),
         batch.call("personality", _PERSONALITY_QUERY),
@@ -321,6 +357,19 @@ def _answer_thread(task: FrozenTask, thread: task_pb2.Thread, results: Results, 
     keyrings.answer(results, asked.keyrings, thread)
 
 
+def _is_io_flusher(task: FrozenTask, results: Results, asked: _AskedThread) -> bool:
+    """A thread without CAP_SYS_RESOURCE, which it may have given up since, must not ask: the flags in stat say so, too."""
+    if results[asked.io_flusher] == -errno.EPERM:
+        return task.facts.stat.flags & _PF_IO_FLUSHER == _PF_IO_FLUSHER
+    return results[asked.io_flusher] > 0
+
+
+def _mce_kill(results: Results, asked: _AskedThread) -> int:
+    """PR_MCE_KILL_*; the system's where the kernel has none."""
+    value = results[asked.mce_kill]
+    return value if value in range(prctl.MCE_KILL_DEFAULT) else prctl.MCE_KILL_DEFAULT
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What the leader's batch asks for the whole process."""
@@ -333,9 +382,7 @@ class _Asked:
     thp: Ref
     membarrier: Ref
     mdwe: Ref
-    io_flusher: Ref
     memory_merge: Ref
-    mce_kill: Ref
     ldt: Ref
     xcomp: Buffer
 
@@ -353,9 +400,7 @@ def _ask_process(batch: Batch, process: FrozenProcess, status: Status) -> _Asked
         batch.call("prctl", prctl.GET_THP_DISABLE, 0, 0, 0, 0, check=False),
         batch.call("membarrier", _GET_REGISTRATIONS, 0, 0, check=False),
         batch.call("prctl", prctl.GET_MDWE, 0, 0, 0, 0, check=False),
-        batch.call("prctl", prctl.GET_IO_FLUSHER, 0, 0, 0, 0, check=False),
         batch.call("prctl", prctl.GET_MEMORY_MERGE, 0, 0, 0, 0, check=False),
-        batch.call("prctl", prctl.MCE_KILL_GET, 0, 0, 0, 0, check=False),
         batch.call("modify_ldt", 0, batch.buffer(8), 8, check=False),
         xcomp,
     )
@@ -371,10 +416,7 @@ def _answer_process(results: Results, asked: _Asked, message: task_pb2.Process) 
     message.thp_flags = max(results[asked.thp], 0) & ~1
     message.membarrier = max(results[asked.membarrier], 0)
     message.mdwe = max(results[asked.mdwe], 0)
-    message.io_flusher = results[asked.io_flusher] > 0
     message.memory_merge = results[asked.memory_merge] > 0
-    if results[asked.mce_kill] in range(prctl.MCE_KILL_DEFAULT):
-        message.mce_kill = results[asked.mce_kill] + 1
     message.xcomp_permitted = _u64(results.bytes(asked.xcomp))
 
 
@@ -435,6 +477,10 @@ def _write_loginuid(ctx: RestoreContext, stub: StubTask, pid: int, tid: int, wan
 
 def restore_thread_early(batch: Batch, thread: task_pb2.Thread) -> None:
     """Before the credentials: what root may do and memory must be there for."""
+    if thread.mce_kill:
+        batch.call("prctl", prctl.MCE_KILL, prctl.MCE_KILL_SET, thread.mce_kill - 1, 0, 0)
+    if thread.io_flusher:
+        batch.call("prctl", prctl.SET_IO_FLUSHER, 1, 0, 0, 0)
     batch.call("prctl", prctl.SET_NAME, thread.comm.ljust(16, b"\0")[:15] + b"\0", 0, 0, 0)
     scheduling.restore(batch, thread.scheduling)
     batch.call("personality", thread.personality)

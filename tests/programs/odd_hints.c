@@ -1,6 +1,6 @@
 /* Hints to the kernel that are easily forgotten, as far as this machine has them: time slices and utilization clamps of threads,
- * CPUID that faults, flushing of the first cache, the niceness of a session, huge pages only where they were asked for, and
- * the login uid of a thread. */
+ * CPUID that faults, flushing of the first cache, what is done about broken memory, the niceness of a session, huge pages only where
+ * they were asked for, and the login uid of a thread. */
 #include "selfcheck.h"
 #include <pthread.h>
 #include <sched.h>
@@ -9,6 +9,10 @@
 #define ARCH_GET_CPUID 0x1011
 #define ARCH_SET_CPUID 0x1012
 #define L1D_FLUSH 2
+#ifndef PR_SET_IO_FLUSHER
+#define PR_SET_IO_FLUSHER 57
+#define PR_GET_IO_FLUSHER 58
+#endif
 #define NR_THREADS 3
 
 struct attr {
@@ -21,7 +25,7 @@ struct attr {
 };
 struct seen {
     struct attr attr;
-    long cpuid, l1d, bypass;
+    long cpuid, l1d, bypass, flusher, broken;
     char loginuid[16];
 };
 static atomic_int nr_ready, ending;
@@ -53,6 +57,8 @@ static void look(struct seen *seen)
     seen->cpuid = syscall(SYS_arch_prctl, ARCH_GET_CPUID, 0);
     seen->l1d = prctl(PR_GET_SPECULATION_CTRL, L1D_FLUSH, 0, 0, 0);
     seen->bypass = prctl(PR_GET_SPECULATION_CTRL, 0, 0, 0, 0);
+    seen->flusher = prctl(PR_GET_IO_FLUSHER, 0, 0, 0, 0);
+    seen->broken = prctl(PR_MCE_KILL_GET, 0, 0, 0, 0);
     get("/proc/thread-self/loginuid", seen->loginuid, sizeof(seen->loginuid));
 }
 
@@ -62,7 +68,11 @@ static void *thread_main(void *argument)
     struct attr attr = {.size = sizeof(attr), .policy = index == 1 ? SCHED_BATCH : SCHED_OTHER};
     attr.runtime = index ? 5000000 + 1000000 * (uint64_t)index : 0; /* Linux 6.12; before, it is not looked at */
     MUST(syscall(SYS_sched_setattr, 0, &attr, 0));
+    if (index == 0)
+        prctl(PR_MCE_KILL, PR_MCE_KILL_CLEAR, 0, 0, 0);
     if (index == 2) {
+        prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_LATE, 0, 0);
+        prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
         attr.flags = 0x60; /* SCHED_FLAG_UTIL_CLAMP_MIN, _MAX */
         attr.util_min = 100;
         attr.util_max = 600;
@@ -85,6 +95,7 @@ int main(int argc, char **argv)
     pthread_t threads[NR_THREADS];
     char group[64], group_now[64], *nice, *nice_now;
     check_init(argc, argv);
+    prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0);
     for (long i = 0; i < NR_THREADS; i++)
         pthread_create(&threads[i], NULL, thread_main, (void *)i);
     while (atomic_load(&nr_ready) != NR_THREADS)
@@ -93,6 +104,7 @@ int main(int argc, char **argv)
     int huge = prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0);
     put("/proc/self/autogroup", "7");
     get("/proc/self/autogroup", group, sizeof(group));
+    int broken = prctl(PR_MCE_KILL_GET, 0, 0, 0, 0);
     check_ready();
     check_wait();
     atomic_store(&ending, 1);
@@ -106,8 +118,11 @@ int main(int argc, char **argv)
         CHECK(was->cpuid == is->cpuid, "thread %d: CPUID %ld, was %ld", i, is->cpuid, was->cpuid);
         CHECK(was->l1d == is->l1d && was->bypass == is->bypass, "thread %d: guards %ld %ld, were %ld %ld", i, is->l1d, is->bypass,
               was->l1d, was->bypass);
+        CHECK(was->flusher == is->flusher && was->broken == is->broken, "thread %d: I/O %ld, broken memory %ld, were %ld %ld", i,
+              is->flusher, is->broken, was->flusher, was->broken);
         CHECK(strcmp(was->loginuid, is->loginuid) == 0, "thread %d: login uid %s, was %s", i, is->loginuid, was->loginuid);
     }
+    CHECK(prctl(PR_MCE_KILL_GET, 0, 0, 0, 0) == broken, "broken memory: %d", prctl(PR_MCE_KILL_GET, 0, 0, 0, 0));
     CHECK(prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == huge, "huge pages: %d, was %d", prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0), huge);
     get("/proc/self/autogroup", group_now, sizeof(group_now));
     nice = strstr(group, "nice"), nice_now = strstr(group_now, "nice"); /* the group's number is another */

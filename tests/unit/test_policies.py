@@ -142,6 +142,7 @@ def test_core_scheduling_cookies_are_named(monkeypatch):
         {"indirect_branch": 99},
         {"loginuid": b"12345678901"},
         {"request_keyring": 8},
+        {"mce_kill": 4},
     ],
 )
 def test_hostile_values_are_refused(change):
