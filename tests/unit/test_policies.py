@@ -5,12 +5,14 @@ import ctypes
 import errno
 import mmap
 import os
+import pathlib
 import struct
 from types import SimpleNamespace
 
 import pytest
 
-from checkpoint.resources import policies, scheduling
+from checkpoint.kernel import proc
+from checkpoint.resources import policies, scheduling, task
 from images import task_pb2
 from images.codec import parse, serialise
 from snapshotter.base.errors import VerificationError
@@ -177,3 +179,37 @@ def test_mappings_with_a_policy_of_their_own(monkeypatch):
     assert policies.mappings_with_a_policy(os.getpid()) == 0
     monkeypatch.setattr(policies, "_has_many_nodes", lambda: True)
     assert policies.mappings_with_a_policy(os.getpid()) == 1
+
+
+def test_labels_for_what_comes_next_are_named(monkeypatch):
+    process = task_pb2.Process(pid=os.getpid())
+    process.threads.add(tid=os.getpid())
+    said = []
+    policies.warn_of_labels_to_come(process, said.append)
+    assert said == []
+    asked = []
+    labels = [b"\n", b"user_u:object_r:tmp_t\0", None, b""]
+    monkeypatch.setattr(policies.threads, "read_files", lambda paths: asked.extend(paths) or labels)
+    policies.warn_of_labels_to_come(process, said.append)
+    assert asked[1].endswith("/attr/fscreate")
+    (text,) = said
+    assert "'user_u:object_r:tmp_t' that it has chosen for files" in text
+
+
+def test_flushers_that_may_not_ask():
+    def flusher(answer, flags):
+        thread = SimpleNamespace(facts=SimpleNamespace(stat=SimpleNamespace(flags=flags)))
+        return task._is_io_flusher(thread, {"asked": answer}, SimpleNamespace(io_flusher="asked"))
+
+    assert flusher(1, 0)
+    assert not flusher(0, 0x00180000)
+    assert flusher(-errno.EPERM, 0x00580040)
+    assert not flusher(-errno.EPERM, 0x00480040)
+
+
+def test_tagged_addresses():
+    text = pathlib.Path("/proc/self/status").read_bytes()
+    lines = [line for line in text.splitlines() if not line.startswith(b"untag_mask:")]
+    for mask, tagged in ((b"0xffffffffffffffff", False), (b"0x81ffffffffffffff", True), (None, False)):
+        new = lines if mask is None else [*lines, b"untag_mask:\t" + mask]
+        assert task.has_tagged_addresses(proc.parse_status(b"\n".join(new) + b"\n")) == tagged
