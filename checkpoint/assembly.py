@@ -25,6 +25,7 @@ from checkpoint.resources import (
     cgroups,
     directories,
     files,
+    loginuids,
     memory,
     policies,
     prctl,
@@ -206,13 +207,13 @@ class Assembly:
             task.restore_permissions(batch, process)
             if len(batch):
                 stub.run(batch)
-            task.restore_loginuid(self.ctx, stub, process)
+            loginuids.restore(self.ctx, stub, process)
             for step in self.plan.threads[process.pid]:
                 flags = THREAD_FLAGS & ~(0 if step.files else CLONE_FILES) & ~(0 if step.fs else CLONE_FS)
                 make = functools.partial(self.ctx.threads[step.maker].clone_thread, step.tid, flags)
                 self.ctx.threads[step.tid] = self._until_free(step.tid, make)
             cgroups.restore_threads(self.ctx, process)
-            task.restore_thread_loginuids(self.ctx, process)
+            loginuids.restore_threads(self.ctx, process)
 
     # -- state --------------------------------------------------------------------------------------------------
 

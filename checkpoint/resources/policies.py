@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import errno
 import functools
 import os
 import struct
@@ -30,6 +31,8 @@ _STORE_BYPASS, _INDIRECT_BRANCH, _L1D_FLUSH = 0, 1, 2
 _SPEC_PRCTL = 1
 _ARCH_GET_CPUID, _ARCH_SET_CPUID = 0x1011, 0x1012
 _SLICE_EXTENSION_ENABLE = 1
+_PF_IO_FLUSHER = 0x00080000 | 0x00100000
+"""PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE in /proc/PID/stat: PR_IO_FLUSHER in kernel/sys.c."""
 SPECULATION = {
     b"Speculation_Store_Bypass": {
         b"thread mitigated": prctl.SPEC_DISABLE,
@@ -53,6 +56,8 @@ class Asked:
     l1d_flush: Ref
     cpuid: Ref
     slice_extension: Ref
+    io_flusher: Ref
+    mce_kill: Ref
 
 
 def ask(batch: Batch) -> Asked:
@@ -67,6 +72,8 @@ def ask(batch: Batch) -> Asked:
         batch.call("prctl", prctl.GET_SPECULATION_CTRL, _L1D_FLUSH, 0, 0, 0, check=False),
         batch.call("arch_prctl", _ARCH_GET_CPUID, 0, check=False),
         batch.call("prctl", prctl.RSEQ_SLICE_EXTENSION, prctl.RSEQ_SLICE_EXTENSION_GET, 0, 0, 0, check=False),
+        batch.call("prctl", prctl.GET_IO_FLUSHER, 0, 0, 0, 0, check=False),
+        batch.call("prctl", prctl.MCE_KILL_GET, 0, 0, 0, 0, check=False),
     )
 
 
@@ -84,6 +91,27 @@ def answer(results: Results, asked: Asked, facts: ThreadFacts, thread: task_pb2.
     thread.l1d_flush = results[asked.l1d_flush] == _SPEC_PRCTL | prctl.SPEC_ENABLE
     thread.cpuid_faults = results[asked.cpuid] == 0
     thread.slice_extension = results[asked.slice_extension] > 0
+
+
+def answer_flags(
+    results: Results, asked: Asked, facts: ThreadFacts, process: task_pb2.Process, thread: task_pb2.Thread
+) -> None:
+    """Flags that a thread has from who made it: put into the message of the process for the first one, else that of the thread
+    where it differs. The first is the first to answer.
+    """
+    answered = results[asked.mce_kill]
+    mce_kill = answered if answered in range(prctl.MCE_KILL_DEFAULT) else prctl.MCE_KILL_DEFAULT
+    as_of_process = (mce_kill + 1) % (prctl.MCE_KILL_DEFAULT + 1)
+    flusher = results[asked.io_flusher] > 0
+    if results[asked.io_flusher] == -errno.EPERM:
+        # It has no CAP_SYS_RESOURCE, which it may have given up since.
+        flusher = facts.stat.flags & _PF_IO_FLUSHER == _PF_IO_FLUSHER
+    if facts.tid == process.pid:
+        process.io_flusher, process.mce_kill = flusher, as_of_process
+        return
+    thread.io_flusher = flusher
+    if as_of_process != process.mce_kill:
+        thread.mce_kill = mce_kill + 1
 
 
 def restore(stub: StubTask, thread: task_pb2.Thread, warn: Callable[[str], None]) -> None:
@@ -163,6 +191,18 @@ def security_label(pid: int | str) -> str:
             return os.fsdecode(file.read(4096).rstrip(b"\0\n"))
     except OSError:
         return ""
+
+
+def warn(process: task_pb2.Process, tell: Callable[[str], None]) -> None:
+    """Name what a process has of this kind and a point has not. After the thaw."""
+    warn_of_cookies(process, tell)
+    label = security_label(process.pid)
+    if label != security_label("self"):
+        tell(
+            f"task {process.pid}: its security label {label!r} is not kept; a rollback gives it that of snap"
+        )
+    if label:
+        warn_of_labels_to_come(process, tell)
 
 
 _TO_COME = {"exec": "what it executes", "fscreate": "files", "keycreate": "keys", "sockcreate": "sockets"}

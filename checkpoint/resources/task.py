@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import proc, threads
+from checkpoint.kernel import proc
 from checkpoint.parasite import visit
 from checkpoint.resources import (
     cgroups,
@@ -23,6 +23,7 @@ from checkpoint.resources import (
     directories,
     keyrings,
     limits,
+    loginuids,
     policies,
     prctl,
     registers,
@@ -55,7 +56,6 @@ _GET_REGISTRATIONS = 1 << 9
 """MEMBARRIER_CMD_GET_REGISTRATIONS (Linux 6.3); its bits are the commands that register."""
 _P_PID, _WSTOPPED = 1, 2
 _SIGINFO_SIZE = 128
-_PF_IO_FLUSHER = 0x00080000 | 0x00100000  # PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE: PR_IO_FLUSHER in kernel/sys.c
 _NOTHING_UNTAGGED = 2**64 - 1
 _SI_PID = slice(16, 20)  # in the siginfo of a child: after three ints, and 4 bytes that align the union
 _ARCH_GET_XCOMP_PERM, _ARCH_REQ_XCOMP_PERM = 0x1022, 0x1023
@@ -236,32 +236,19 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
     cgroups.dump(pid, message)
     message.oom_score_adj = int(_read(f"/proc/{pid}/oom_score_adj"))
     message.coredump_filter = int(_read(f"/proc/{pid}/coredump_filter") or b"0", 16)
-    message.loginuid = _loginuid(pid)
+    message.loginuid = loginuids.read(pid)
     message.unreported_stops.extend(_unreported_stops(ctx, process))
 
     def answer() -> None:
         _answer_process(answers, asked, message)
         if pid in {message.sid, ctx.root_pid}:
             message.autogroup_nice = scheduling.autogroup_nice(pid)
-        _answer_loginuids(message)
-        policies.warn_of_cookies(message, ctx.warn)
-        label = policies.security_label(pid)
-        if label != policies.security_label("self"):
-            ctx.warn(
-                f"task {pid}: its security label {label!r} is not kept; a rollback gives it that of snap"
-            )
-        if label:
-            policies.warn_of_labels_to_come(message, ctx.warn)
+        loginuids.answer(message)
+        policies.warn(message, ctx.warn)
         given = [(answers, own), *((results, asked_each) for results in others)]
         for task, thread, (results, questions) in zip(process.threads, message.threads, given, strict=True):
             _answer_thread(task, thread, results, questions)
-            if task is process.leader:
-                message.io_flusher = _is_io_flusher(task, results, questions)
-                message.mce_kill = (_mce_kill(results, questions) + 1) % (prctl.MCE_KILL_DEFAULT + 1)
-            else:
-                thread.io_flusher = _is_io_flusher(task, results, questions)
-                if _mce_kill(results, questions) != _mce_kill(answers, own):
-                    thread.mce_kill = _mce_kill(results, questions) + 1
+            policies.answer_flags(results, questions.policies, task.facts, message, thread)
         message.threads[0].links_user_keyring = session is not None and session.has_user_keyring
         keyrings.warn(
             pid,
@@ -307,8 +294,6 @@ class _AskedThread:
     tsc_mode: Buffer
     policies: policies.Asked
     keyrings: keyrings.Asked
-    io_flusher: Ref
-    mce_kill: Ref
     securebits: Ref
     slack: Ref
     personality: Ref
@@ -327,8 +312,6 @@ def _ask_thread(batch: Batch, uid: int) -> _AskedThread:
         tsc_mode,
         policies.ask(batch),
         keyrings.ask(batch, uid),
-        batch.call("prctl", prctl.GET_IO_FLUSHER, 0, 0, 0, 0, check=False),
-        batch.call("prctl", prctl.MCE_KILL_GET, 0, 0, 0, 0, check=False),
         batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0),
         batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0),
         batch.call("personality", _PERSONALITY_QUERY),
@@ -355,19 +338,6 @@ def _answer_thread(task: FrozenTask, thread: task_pb2.Thread, results: Results, 
     thread.seccomp_mode = facts.status.seccomp
     policies.answer(results, asked.policies, facts, thread)
     keyrings.answer(results, asked.keyrings, thread)
-
-
-def _is_io_flusher(task: FrozenTask, results: Results, asked: _AskedThread) -> bool:
-    """A thread without CAP_SYS_RESOURCE, which it may have given up since, must not ask: the flags in stat say so, too."""
-    if results[asked.io_flusher] == -errno.EPERM:
-        return task.facts.stat.flags & _PF_IO_FLUSHER == _PF_IO_FLUSHER
-    return results[asked.io_flusher] > 0
-
-
-def _mce_kill(results: Results, asked: _AskedThread) -> int:
-    """PR_MCE_KILL_*; the system's where the kernel has none."""
-    value = results[asked.mce_kill]
-    return value if value in range(prctl.MCE_KILL_DEFAULT) else prctl.MCE_KILL_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,41 +408,6 @@ def restore_permissions(batch: Batch, process: task_pb2.Process) -> None:
         batch.call("arch_prctl", _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
     if process.mce_kill:
         batch.call("prctl", prctl.MCE_KILL, prctl.MCE_KILL_SET, process.mce_kill - 1, 0, 0)
-
-
-def restore_loginuid(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -> None:
-    """The user that had logged in, for the audit log. Before the threads, which inherit it; only a task itself may set it."""
-    if not process.loginuid or process.loginuid == _loginuid(process.pid):
-        return
-    _write_loginuid(ctx, stub, process.pid, process.pid, process.loginuid)
-
-
-def restore_thread_loginuids(ctx: RestoreContext, process: task_pb2.Process) -> None:
-    """Of the threads that had another one than their process."""
-    for thread in process.threads:
-        if thread.loginuid:
-            _write_loginuid(ctx, ctx.threads[thread.tid], process.pid, thread.tid, thread.loginuid)
-
-
-def _write_loginuid(ctx: RestoreContext, stub: StubTask, pid: int, tid: int, wanted: bytes) -> None:
-    try:
-        fd = os.open(f"/proc/{pid}/task/{tid}/loginuid", os.O_WRONLY | os.O_CLOEXEC)
-    except OSError as failed:
-        error = failed.errno or errno.EIO
-    else:
-        try:
-            batch = stub.batch()
-            remote = ctx.give(batch, fd)
-            written = batch.call("write", remote, wanted, len(wanted), check=False)
-            batch.call("close", remote)
-            error = -min(stub.run(batch)[written], 0)
-        finally:
-            os.close(fd)
-    if error:
-        ctx.warn(
-            f"task {tid}: its login uid {wanted.decode('ascii', 'replace')} is not set "
-            f"({os.strerror(error)}); it has that of snap"
-        )
 
 
 def restore_thread_early(batch: Batch, thread: task_pb2.Thread) -> None:
@@ -570,24 +505,6 @@ def create_timers(stub: StubTask, process: task_pb2.Process) -> None:
 def _read(path: str) -> bytes:
     with open(path, "rb", buffering=0) as file:
         return file.readall()
-
-
-def _loginuid(pid: int) -> bytes:
-    """Empty where the kernel has no audit."""
-    try:
-        return _read(f"/proc/{pid}/loginuid")
-    except FileNotFoundError:
-        return b""
-
-
-def _answer_loginuids(message: task_pb2.Process) -> None:
-    """Those of threads, which mostly have that of their process. Read after the thaw: hardly anybody changes it, and then once."""
-    if len(message.threads) < 2 or not message.loginuid:
-        return
-    paths = [f"/proc/{message.pid}/task/{thread.tid}/loginuid" for thread in message.threads]
-    for thread, data in zip(message.threads, threads.read_files(paths), strict=True):
-        if data and data != message.loginuid:
-            thread.loginuid = data
 
 
 def _comm_bytes(pid: int, tid: int | None = None) -> bytes:

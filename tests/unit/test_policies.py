@@ -30,7 +30,7 @@ def answered(lines, mode=bytes(4), nodes=bytes(128), **calls):
     thread = task_pb2.Thread()
     results = Answers({"mode": mode, "nodes": nodes, **ABSENT, **calls})
     facts = SimpleNamespace(line=lambda name: lines.get(name, b""))
-    asked = policies.Asked("mode", "nodes", "bypass", "l1d", "cpuid", "extension")
+    asked = policies.Asked("mode", "nodes", "bypass", "l1d", "cpuid", "extension", "flusher", "mce")
     policies.answer(results, asked, facts, thread)
     return thread
 
@@ -197,10 +197,16 @@ def test_labels_for_what_comes_next_are_named(monkeypatch):
 
 
 def test_flushers_that_may_not_ask():
-    def flusher(answer, flags):
-        thread = SimpleNamespace(facts=SimpleNamespace(stat=SimpleNamespace(flags=flags)))
-        return task._is_io_flusher(thread, {"asked": answer}, SimpleNamespace(io_flusher="asked"))
+    def flusher(answer, flags, tid=42):
+        process = task_pb2.Process(pid=42)
+        facts = SimpleNamespace(tid=tid, stat=SimpleNamespace(flags=flags))
+        results = {"mce": 2, "flusher": answer}
+        asked = SimpleNamespace(mce_kill="mce", io_flusher="flusher")
+        thread = process.threads.add(tid=tid)
+        policies.answer_flags(results, asked, facts, process, thread)
+        return process.io_flusher if tid == process.pid else thread.io_flusher
 
+    assert flusher(1, 0, tid=43)
     assert flusher(1, 0)
     assert not flusher(0, 0x00180000)
     assert flusher(-errno.EPERM, 0x00580040)
