@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from checkpoint.kernel.threads import ThreadFacts
     from checkpoint.parasite import Batch, Buffer, Ref, Results, StubTask
 
+_libc = ctypes.CDLL(None)
 _NODES_MOST = 1024
 """MAX_NUMNODES of any configuration; get_mempolicy(2) takes no less."""
 _STORE_BYPASS, _INDIRECT_BRANCH, _L1D_FLUSH = 0, 1, 2
 _SPEC_PRCTL = 1
+_RESCTRL = "/proc/%s/cpu_resctrl_groups"
 _ARCH_GET_CPUID, _ARCH_SET_CPUID = 0x1011, 0x1012
 _SLICE_EXTENSION_ENABLE = 1
 _PF_IO_FLUSHER = 0x00080000 | 0x00100000
@@ -159,16 +161,15 @@ def _check(result: int, thread: task_pb2.Thread, what: str, warn: Callable[[str]
 def _own_memory_policy() -> bytes:
     """That of this thread of ours, which the stubs have inherited."""
     mode, nodes = ctypes.create_string_buffer(4), ctypes.create_string_buffer(_NODES_MOST // 8)
-    libc = ctypes.CDLL(None)
     number = ctypes.c_long(syscalls.number("get_mempolicy"))
-    libc.syscall(number, mode, nodes, ctypes.c_long(_NODES_MOST), ctypes.c_long(0), ctypes.c_long(0))
+    _libc.syscall(number, mode, nodes, ctypes.c_long(_NODES_MOST), ctypes.c_long(0), ctypes.c_long(0))
     return mode.raw + nodes.raw.rstrip(b"\0")
 
 
 def core_cookie(tid: int) -> int:
     """The core scheduling cookie of a task; 0: none, or the kernel has none (CONFIG_SCHED_CORE, no SMT)."""
     cookie = ctypes.c_ulonglong(0)
-    failed = ctypes.CDLL(None).prctl(
+    failed = _libc.prctl(
         prctl.SCHED_CORE, prctl.SCHED_CORE_GET, tid, prctl.SCHED_CORE_SCOPE_THREAD, ctypes.byref(cookie)
     )
     return 0 if failed else cookie.value
@@ -196,6 +197,7 @@ def security_label(pid: int | str) -> str:
 def warn(process: task_pb2.Process, tell: Callable[[str], None]) -> None:
     """Name what a process has of this kind and a point has not. After the thaw."""
     warn_of_cookies(process, tell)
+    warn_of_resctrl(process, tell)
     label = security_label(process.pid)
     if label != security_label("self"):
         tell(
@@ -203,6 +205,28 @@ def warn(process: task_pb2.Process, tell: Callable[[str], None]) -> None:
         )
     if label:
         warn_of_labels_to_come(process, tell)
+
+
+def warn_of_resctrl(process: task_pb2.Process, tell: Callable[[str], None]) -> None:
+    """Groups of resctrl(4) (shares of caches and memory bandwidth), to which tasks belong one by one. There is a file for it where the
+    kernel has them, empty paths being the root group's.
+    """
+    own, *others = threads.read_files(
+        [_RESCTRL % "self", *(_RESCTRL % f"{process.pid}/task/{thread.tid}" for thread in process.threads)]
+    )
+    if own is None:
+        return
+    apart = [
+        (thread.tid, text)
+        for thread, text in zip(process.threads, others, strict=True)
+        if text not in {None, own}
+    ]
+    if apart:
+        tid, text = apart[0]
+        where = " ".join(os.fsdecode(text or b"").split())
+        tell(
+            f"task {tid}: the resctrl groups of {len(apart)} of its threads ({where}) are not kept; a rollback puts them into those of snap"
+        )
 
 
 _TO_COME = {"exec": "what it executes", "fscreate": "files", "keycreate": "keys", "sockcreate": "sockets"}

@@ -24,6 +24,7 @@ from checkpoint.resources import (
     keyrings,
     limits,
     loginuids,
+    membarrier,
     policies,
     prctl,
     registers,
@@ -52,8 +53,6 @@ _STATES = {
     "stopped": task_pb2.Process.STOPPED,
     "zombie": task_pb2.Process.ZOMBIE,
 }
-_GET_REGISTRATIONS = 1 << 9
-"""MEMBARRIER_CMD_GET_REGISTRATIONS (Linux 6.3); its bits are the commands that register."""
 _P_PID, _WSTOPPED = 1, 2
 _SIGINFO_SIZE = 128
 _NOTHING_UNTAGGED = 2**64 - 1
@@ -350,7 +349,7 @@ class _Asked:
     subreaper: Buffer
     dumpable: Ref
     thp: Ref
-    membarrier: Ref
+    membarrier: membarrier.Asked
     mdwe: Ref
     memory_merge: Ref
     ldt: Ref
@@ -368,7 +367,7 @@ def _ask_process(batch: Batch, process: FrozenProcess, status: Status) -> _Asked
         subreaper,
         batch.call("prctl", prctl.GET_DUMPABLE, 0, 0, 0, 0),
         batch.call("prctl", prctl.GET_THP_DISABLE, 0, 0, 0, 0, check=False),
-        batch.call("membarrier", _GET_REGISTRATIONS, 0, 0, check=False),
+        membarrier.ask(batch),
         batch.call("prctl", prctl.GET_MDWE, 0, 0, 0, 0, check=False),
         batch.call("prctl", prctl.GET_MEMORY_MERGE, 0, 0, 0, 0, check=False),
         batch.call("modify_ldt", 0, batch.buffer(8), 8, check=False),
@@ -384,7 +383,7 @@ def _answer_process(results: Results, asked: _Asked, message: task_pb2.Process) 
     message.dumpable = results[asked.dumpable]
     message.thp_disabled = results[asked.thp] > 0
     message.thp_flags = max(results[asked.thp], 0) & ~1
-    message.membarrier = max(results[asked.membarrier], 0)
+    message.membarrier = membarrier.answer(results, asked.membarrier)
     message.mdwe = max(results[asked.mdwe], 0)
     message.memory_merge = results[asked.memory_merge] > 0
     message.xcomp_permitted = _u64(results.bytes(asked.xcomp))
@@ -431,9 +430,7 @@ def restore_process_early(batch: Batch, process: task_pb2.Process) -> None:
     batch.call(
         "prctl", prctl.SET_THP_DISABLE, int(process.thp_disabled), process.thp_flags, 0, 0, check=False
     )
-    for bit in range(32):
-        if process.membarrier >> bit & 1:
-            batch.call("membarrier", 1 << bit, 0, 0)
+    membarrier.restore(batch, process.membarrier)
     if process.io_flusher:
         batch.call("prctl", prctl.SET_IO_FLUSHER, 1, 0, 0, 0)
     if process.memory_merge:

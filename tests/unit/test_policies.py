@@ -219,3 +219,17 @@ def test_tagged_addresses():
     for mask, tagged in ((b"0xffffffffffffffff", False), (b"0x81ffffffffffffff", True), (None, False)):
         new = lines if mask is None else [*lines, b"untag_mask:\t" + mask]
         assert task.has_tagged_addresses(proc.parse_status(b"\n".join(new) + b"\n")) == tagged
+
+
+def test_resctrl_groups_are_named(monkeypatch):
+    process = task_pb2.Process(pid=42)
+    for tid in (42, 43, 44):
+        process.threads.add(tid=tid)
+    said = []
+    policies.warn_of_resctrl(process, said.append)  # this kernel's own answer, and tasks that are not there
+    assert said == []
+    files = [b"res:/\nmon:/\n", b"res:/\nmon:/\n", b"res:/fast\nmon:/\n", None]
+    monkeypatch.setattr(policies.threads, "read_files", lambda paths: files[: len(paths)])
+    policies.warn_of_resctrl(process, said.append)
+    (text,) = said
+    assert "task 43" in text and "(res:/fast mon:/)" in text
