@@ -118,7 +118,7 @@ def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> N
         report.append(
             Finding(pid, where, "has a user shadow stack (CET)", "start it with GLIBC_TUNABLES without SHSTK")
         )
-    if has_tagged_addresses(status):
+    if tid == pid and has_tagged_addresses(status):
         report.append(
             Finding(
                 pid,

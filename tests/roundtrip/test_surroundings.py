@@ -9,7 +9,7 @@ import pathlib
 import pytest
 
 from checkpoint.resources import cgroups
-from tests.jobs import reap, wait_until
+from tests.jobs import SnapFailedError, reap, wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -67,4 +67,13 @@ def test_keys_that_are_not_kept_are_named(job, compile_program):
         f"task {job.pid}: its process keyring holds 2 keys, which are not kept",
         f"task {job.pid}: its thread keyring holds 1 key, which is not kept",
     ]
+    assert job.finish() == "PASS"
+
+
+def test_io_ports_are_refused(job, compile_program):
+    job.start([compile_program("ports.c")]).wait_ready()
+    if (job.directory / "absent").exists():
+        pytest.skip("this kernel, or its rights here, has no I/O ports (CONFIG_X86_IOPL_IOPERM)")
+    with pytest.raises(SnapFailedError, match="ioperm"):
+        job.take()
     assert job.finish() == "PASS"
