@@ -19,7 +19,7 @@ int main(int argc, char **argv)
 {
     check_init(argc, argv);
     long known = barrier(MEMBARRIER_CMD_QUERY);
-    int registered = known > 0 && barrier(MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED) == 0 && known >> 9 & 1;
+    int registered = known > 0 && barrier(MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED) == 0;
     int flusher = prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0;
     int merging = prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0) == 0;
     check_ready();
