@@ -100,16 +100,19 @@ def missing_pages(
     Only the stub has this memory, and it stands still: nobody waits for a page. What gets huge pages is left out, since a page
     put in place is a small one: VMAs that asked for them, and all where the system gives them without asking and they
     are wanted (`sparse`: they are not).
+
+    Registered are whole VMAs: the kernel splits a mapping where the registered range begins, and where both sides have got
+    their anon_vma (mm/vma.c, is_mergeable_anon_vma) it stays so. Inside a VMA of the job no mremap would reach over that.
     """
     huge = not sparse and _huge_pages_for_everybody()
-    hulls = [
-        found
+    filled = [
+        (vma.start, vma.end, found[1] - found[0])
         for vma in vmas
         if "hg" not in vma.madvise
         and (not huge or "nh" in vma.madvise)
         and (found := hull(vma, pages)) is not None
     ]
-    if sum(end - start for start, end in hulls) < _WORTH_A_USERFAULTFD:
+    if sum(size_bytes for _, _, size_bytes in filled) < _WORTH_A_USERFAULTFD:
         yield None
         return
     try:
@@ -121,7 +124,7 @@ def missing_pages(
     try:
         with contextlib.suppress(OSError):
             uffd.enable_plain(descriptor)
-            for start, end in hulls:
+            for start, end, _ in filled:
                 uffd.register_missing(descriptor, start, end)
                 registered.append((start // PAGE_SIZE, (end - start) // PAGE_SIZE))
         yield MissingPages(descriptor, registered)
