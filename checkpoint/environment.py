@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import os
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -177,22 +177,33 @@ def _check_ids(ctx: RestoreContext, found: Survey) -> None:
                 hint="end it, or wait until it has ended, then roll back",
             )
     # Mostly a zombie that init has not reaped yet.
-    await_no_stray(ours, found.old, deadline)
+    await_no_stray(ours, lambda holder: _is_of_old_job(holder, found), deadline)
 
 
 def _holder_that_stays(pid: int, found: Survey, deadline: float) -> Holder | None:
     """Who has that number and is not the old job; a zombie is given time to be reaped: what a rollback that failed has left."""
     while True:
         holder = holder_of(pid)
-        if holder is None or holder.pid in found.old:
+        if holder is None or _is_of_old_job(holder, found):
             return None
         if holder.state not in "ZX" or time.monotonic() > deadline:
             return holder
         time.sleep(_POLL_S)
 
 
+def _is_of_old_job(holder: Holder, found: Survey) -> bool:
+    """Whether it was there at the survey or one of those has made it since: a living job goes on making children."""
+    at: Holder | None = holder
+    while at is not None:
+        known = found.old.get(at.pid)
+        if known is not None and known.start_time_ticks == at.start_time_ticks:
+            return True
+        at = holder_of(at.ppid) if at.ppid else None
+    return False
+
+
 def await_no_stray(
-    wanted: set[int], spared: Container[int], deadline: float, *, living_only: bool = False
+    wanted: set[int], spared: Callable[[Holder], bool], deadline: float, *, living_only: bool = False
 ) -> None:
     """Wait until no session and no process group has a wanted number any more, those of `spared` processes left out.
 
@@ -218,13 +229,15 @@ def await_no_stray(
         time.sleep(_POLL_S)
 
 
-def _stray(spared: Container[int], wanted: set[int], living_only: bool) -> tuple[str, int, Holder] | None:
+def _stray(
+    spared: Callable[[Holder], bool], wanted: set[int], living_only: bool
+) -> tuple[str, int, Holder] | None:
     """A process whose session or group has a wanted number."""
     for holder in _processes().values():
-        if holder.pid in spared or (living_only and holder.state in "ZX"):
+        if living_only and holder.state in "ZX":
             continue
         for kind, number in (("session", holder.sid), ("process group", holder.pgid)):
-            if number in wanted:
+            if number in wanted and not spared(holder):
                 return kind, number, holder
     return None
 

@@ -42,7 +42,12 @@ def replace(ctx: RestoreContext, found: Survey) -> None:
             trees = _freeze(found, stack)
             # What left the tree after the survey (a daemon was just made) keeps a number for as long as it lives.
             members = set(found.old).union(*(tree.members for tree in trees))
-            environment.await_no_stray(wanted, members, time.monotonic() + _STRAY_WAIT_S, living_only=True)
+            environment.await_no_stray(
+                wanted,
+                lambda holder: holder.pid in members,
+                time.monotonic() + _STRAY_WAIT_S,
+                living_only=True,
+            )
             faults.point("restore.held")
             with signals_wait():
                 for tree in trees:
@@ -52,7 +57,7 @@ def replace(ctx: RestoreContext, found: Survey) -> None:
                 tree.reap(deadline)
     deadline = time.monotonic() + ctx.options.reap_timeout_s
     _await_free(wanted | set(found.old), deadline)
-    environment.await_no_stray(wanted, (), deadline)
+    environment.await_no_stray(wanted, lambda _: False, deadline)
 
 
 class _HeldTree(FrozenTree):

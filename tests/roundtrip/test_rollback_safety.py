@@ -314,6 +314,25 @@ def test_what_is_born_after_the_survey_is_waited_for_too(start, tmp_path, born_l
     assert is_running(pid)
 
 
+def test_what_is_born_during_the_survey_is_the_jobs(start, tmp_path, monkeypatch):
+    """A job that always has children younger than the list of its processes, as `make -j` has, could not be replaced."""
+    pid = start(sys.executable, "-c", f"LEAVES = False\n{MAKER}")
+    wait_until((tmp_path / "ready").exists, "the job is ready")
+    point = memory_store.take(pid)
+    real = environment._check_ids
+
+    def check_ids(ctx, found):
+        os.kill(pid, signal.SIGUSR1)
+        wait_until(lambda: len(tree(pid)) == 2, "one more process")
+        assert len(found.old) == 1
+        real(ctx, found)
+
+    monkeypatch.setattr(environment, "_check_ids", check_ids)
+    memory_store.rollback(point, reap_timeout_s=0.5)
+    assert tree(pid) == [pid]
+    assert is_running(pid)
+
+
 def test_what_left_the_tree_after_the_survey_keeps_the_job_from_being_killed(start, tmp_path, born_late):
     pid = start(sys.executable, "-c", f"LEAVES = True\n{MAKER}")
     wait_until((tmp_path / "ready").exists, "the job is ready")
