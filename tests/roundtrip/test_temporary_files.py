@@ -1,4 +1,4 @@
-"""Files that the job writes and that are gone at the rollback: made again, as they were, wherever their owner might."""
+"""Temporary files that are gone at the rollback: made again, as they were, wherever their owner might. Others are not."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ time.sleep(1000)
 def place(request):
     """A directory that the tests' own temporary one, which may be either, is not in."""
     with tempfile.TemporaryDirectory(dir="/var/tmp" if request.param == "disk" else "/dev/shm") as scratch:
+        Path(scratch).chmod(0o1777)
         yield Path(scratch)
 
 
@@ -125,10 +126,21 @@ def test_another_file_in_its_place_is_left_alone(start, place):
     assert (place / "other").exists() is False
 
 
+def test_elsewhere_a_file_that_is_gone_is_missed(start, place):
+    place.chmod(0o777)
+    child = start()
+    point = memory_store.take(child.pid)
+    (place / "one").unlink()
+    with pytest.raises(RestoreConflictError, match="is gone"):
+        memory_store.rollback(point)
+    assert state(child.pid) not in {"", "Z"}
+    assert not (place / "one").exists()
+
+
 def test_it_is_made_with_no_more_rights_than_its_owner_has(start, place):
     """Its directory is root's: who owned the file could not make one there."""
     child = start("1234")
-    place.chmod(0o755)
+    place.chmod(0o1755)
     point = memory_store.take(child.pid)
     (place / "one").unlink()
     with pytest.raises(RestoreConflictError, match="is gone"):

@@ -2,8 +2,8 @@
 
 State: the file, the offset, the flags. A file with a path is reopened there and must still be the same
 inode; its content is the disk's own, so a file that changed since the dump is given to the job as it
-is now, and a warning names it. A small one that the job writes, or that is younger than the job, is made again when it is gone:
-temporary files are removed when they are done with (memory/named.py). A file without a path (deleted, O_TMPFILE, memfd) has its content in a
+is now, and a warning names it. A small one in /tmp or its like that the job writes, or that is younger than the job, is made again
+when it is gone: such files are removed when they are done with (memory/named.py). A file without a path (deleted, O_TMPFILE, memfd) has its content in a
 Shmem image, which the memory resource reads and makes again (also when it is mapped). So has a file of a tmpfs
 that the job maps shared (POSIX shared memory).
 
@@ -149,9 +149,9 @@ def _kept(job: FilesDump, seen: Seen, path: bytes) -> str:
         return ""  # nothing of its own making
     if any(lock.kind == "LEASE" for lock in seen.info.locks):
         return ""  # which opening it would break
-    opens = f"/proc/{seen.pid}/fd/{seen.fd}"
-    if not named.may_be_kept(opens, seen.stat) or shmem.keeps_enough(job.ctx, seen.stat.st_size):
+    if not named.is_temporary(path, seen.stat) or shmem.keeps_enough(job.ctx, seen.stat.st_size):
         return ""
+    opens = f"/proc/{seen.pid}/fd/{seen.fd}"
     try:
         return shmem.register(job.ctx, opens, seen.stat, path, role=mm_pb2.Shmem.KEPT).image_name
     except SnapshotterError:  # not readable for snap's user

@@ -1,7 +1,7 @@
 """Files with a path whose content is in the point: which they are, and finding or making them again.
 
 Two kinds. NAMED: a file of a tmpfs that is mapped shared and writable (shm_open) is memory of the job's; its content goes
-into the very inode that it was, for whoever else has it. KEPT: a small file that the job writes, mapped or open; the
+into the very inode that it was, for whoever else has it. KEPT: a small file that is mapped so, or a temporary one that is open; the
 disk has its content as long as it is there, and only when its path leads nowhere is it made again: compilers, sort and the JVM
 remove their temporary files when they are done, which is after the point.
 
@@ -54,12 +54,17 @@ def mapped_role(path: str, stat: os.stat_result) -> mm_pb2.Shmem.Kind | None:
     return mm_pb2.Shmem.KEPT if system in _DISKS and stat.st_size <= MAPPED_MAX_BYTES else None
 
 
-def may_be_kept(path: str, stat: os.stat_result) -> bool:
-    """Whether the content of a file that is open for writing goes into the point."""
+def is_temporary(path: bytes, stat: os.stat_result) -> bool:
+    """Whether it is a small file in a directory for temporary ones (sticky, as /tmp), of which a job removes its own at will.
+
+    One that is missed anywhere else was not to be removed: that is said, and nothing put in its place.
+    """
     if stat.st_size > KEPT_MAX_BYTES or stat.st_nlink != 1:
         return False
+    folder = os.path.dirname(path)
     try:
-        return descriptors.filesystem_type(path) in {*_DISKS, _TMPFS}
+        sticky = os.stat(folder).st_mode & stat_module.S_ISVTX
+        return bool(sticky) and descriptors.filesystem_type(folder) in {*_DISKS, _TMPFS}
     except OSError:
         return False
 
