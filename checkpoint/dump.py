@@ -142,6 +142,8 @@ class _Take:
         keyrings.prepare()
         if ctx.options.precopy:
             self.precopy()
+        else:
+            locks.prepare(ctx)
         staging = Staging(ctx.sink, self.expected_bytes, self.stage_limit())
         self._mark("precopy")
         after = ctx.options.after
@@ -209,6 +211,7 @@ class _Take:
             if time.monotonic_ns() - self.mappings[pid][0] > _MAPPINGS_FRESH_NS:
                 with contextlib.suppress(SnapshotterError):
                     self.note_mappings(pid, memory.address_space(ctx, pid, frozen=False))
+        locks.prepare(ctx)
         # Whatever is read after the freeze is not of its instant.
         ctx.sink.drain(hurry=False)
         faults.point("dump.precopied")
