@@ -159,18 +159,9 @@ class PackSet:
         page_keys: bytes = b"",
     ) -> FrameRef:  # fmt: skip
         """Takes one frame. Any thread; only the reservation is serialised, and waits while the disk is far behind."""
-        with self._lock:
-            while self._pool.exhausted and self._error is None:
-                self._room.wait()
-            self._raise_earlier()
-            if self._current is None:
-                self._current = self._new_pack()
-            pack = self._current
-            number, offset = pack.reserve(len(data))
-            if pack.full:
-                pack.closing = True
-                self._current = None
         try:
+            with self._lock:
+                pack, number, offset = self._reserve(len(data))
             pack.put_frame(
                 number, offset, data, raw=raw, codec=codec, kind=kind, base=base, page_keys=page_keys
             )
@@ -184,6 +175,20 @@ class PackSet:
             if pack.closing and pack.writers == 0:
                 self._later(partial(self._seal, pack))
         return pack.id, number
+
+    def _reserve(self, size: int) -> tuple[PackWriter, int, int]:
+        """Room for a frame: (pack, frame number, offset). Under the lock, which it lets go while it waits."""
+        while self._pool.exhausted and self._error is None:
+            self._room.wait()
+        self._raise_earlier()
+        if self._current is None:
+            self._current = self._new_pack()
+        pack = self._current
+        number, offset = pack.reserve(size)
+        if pack.full:
+            pack.closing = True
+            self._current = None
+        return pack, number, offset
 
     def _raise_earlier(self) -> None:
         if isinstance(self._error, SnapshotterError):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snapshotter.base.errors import StoreError
 from store import Store, native, segments
 from store.pack import CODEC_RAW, KIND_IMAGES, PackKeys
 from store.packset import PackReaders, PackSet
@@ -156,6 +157,26 @@ def test_nobody_waits_for_a_disk_that_failed(tmp_path, monkeypatch):
             packs.append(piece, raw=len(piece), codec=CODEC_RAW, kind=KIND_IMAGES)
     with pytest.raises(Exception, match="ENOSPC"):
         packs.publish()
+    packs.discard()
+    assert os.listdir(tmp_path) == []
+
+
+def test_nobody_waits_for_room_that_a_failure_keeps(tmp_path, monkeypatch):
+    """A frame that was reserved and never put keeps its segments incomplete."""
+    packs = PackSet(tmp_path, KEYS, frozenset())
+    piece = os.urandom(SEGMENT_BYTES)
+    packs.append(piece[: SEGMENT_BYTES // 2], raw=SEGMENT_BYTES // 2, codec=CODEC_RAW, kind=KIND_IMAGES)
+
+    def failing(*_args, **_kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentPool, "take", failing)
+        with pytest.raises(MemoryError):
+            packs.append(piece, raw=len(piece), codec=CODEC_RAW, kind=KIND_IMAGES)
+    for _ in range(2 * segments.MOST_SEGMENTS):
+        with pytest.raises(StoreError):
+            packs.append(piece, raw=len(piece), codec=CODEC_RAW, kind=KIND_IMAGES)
     packs.discard()
     assert os.listdir(tmp_path) == []
 
