@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from checkpoint.kernel import proc
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.tasks import children, task_ids
-from checkpoint.resources import files, memory, sharing, task
+from checkpoint.resources import files, memory, sharing, task_look
 from snapshotter.base.errors import (
     Finding,
     PermissionDeniedError,
@@ -26,7 +26,7 @@ from snapshotter.base.errors import (
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD
 _VFORK_S = 1.0
 _LOOKS_AT_WHOLE = 10
-_LOOKS: tuple[Callable[[int, list[Finding]], None], ...] = (task.look, memory.look, files.look)
+_LOOKS: tuple[Callable[[int, list[Finding]], None], ...] = (task_look.look, memory.look, files.look)
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from checkpoint.kernel import proc
-from checkpoint.resources import policies, scheduling, task
+from checkpoint.resources import policies, scheduling, task_look
 from images import task_pb2
 from images.codec import parse, serialise
 from snapshotter.base.errors import VerificationError
@@ -218,7 +218,7 @@ def test_tagged_addresses():
     lines = [line for line in text.splitlines() if not line.startswith(b"untag_mask:")]
     for mask, tagged in ((b"0xffffffffffffffff", False), (b"0x81ffffffffffffff", True), (None, False)):
         new = lines if mask is None else [*lines, b"untag_mask:\t" + mask]
-        assert task.has_tagged_addresses(proc.parse_status(b"\n".join(new) + b"\n")) == tagged
+        assert task_look.has_tagged_addresses(proc.parse_status(b"\n".join(new) + b"\n")) == tagged
 
 
 def test_resctrl_groups_are_named(monkeypatch):

@@ -1,0 +1,129 @@
+"""What of the state of a process and its threads stands in the way of a dump: kinds of tasks and of state that are not supported.
+
+Reads /proc only, while the job runs. What cannot be seen from there is refused in the frozen window (task.py).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.kernel import proc
+from checkpoint.resources import cgroups, directories, keyrings, sharing
+from snapshotter.base.errors import Finding, TargetGoneError
+
+if TYPE_CHECKING:
+    from checkpoint.kernel.proc import Status
+
+_NOTHING_UNTAGGED = 2**64 - 1
+
+
+def look(pid: int, report: list[Finding]) -> None:
+    """What of the task state of one process stands in the way of a dump. Reads /proc only.
+
+    Zombies inside a job are fine; that the root is none is the caller's to check (`look_root`).
+    """
+    status = proc.read_status(pid)
+    stat = proc.read_stat(pid)
+    if stat.flags & 0x00200000:  # PF_KTHREAD
+        report.append(Finding(pid, "task", "is a kernel thread", "only user space can be dumped"))
+        return
+    if stat.state in "ZX":
+        return
+    _look_personality(pid, report)
+    _look_namespaces(pid, report)
+    directories.look(pid, report)
+    cgroups.look(pid)
+    keyrings.look(status.uids[0])
+    for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
+        try:
+            of_thread = status if tid == pid else proc.read_status(pid, tid)
+        except TargetGoneError:
+            continue
+        _look_thread(pid, tid, of_thread, report)
+    for tid in sharing.directory_owners(pid):
+        directories.look(pid, report, tid)
+
+
+def look_root(pid: int, report: list[Finding]) -> None:
+    """What only matters for the root of a job."""
+    stat = proc.read_stat(pid)
+    if stat.state in "ZX":
+        report.append(Finding(pid, "task", "is a zombie", f"its parent, task {stat.ppid}, must reap it"))
+
+
+def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> None:
+    where = "task" if tid == pid else f"thread {tid}"
+    if status.tracer_pid not in {0, os.getpid()}:
+        tracer = _comm(status.tracer_pid)
+        report.append(
+            Finding(
+                pid,
+                where,
+                f"is traced by task {status.tracer_pid} ({tracer})",
+                "only one tracer can have it: let the debugger detach",
+            )
+        )
+    if status.seccomp:
+        report.append(
+            Finding(pid, where, "has seccomp filters", "not supported yet: start the job without its sandbox")
+        )
+    if status.shadow_stack:
+        report.append(
+            Finding(pid, where, "has a user shadow stack (CET)", "start it with GLIBC_TUNABLES without SHSTK")
+        )
+    if tid == pid and has_tagged_addresses(status):
+        report.append(
+            Finding(
+                pid,
+                where,
+                "has the kernel ignore bits of addresses (LAM)",
+                "start it without tagged addresses",
+            )
+        )
+    if tid == pid and status.state[:1] in {"Z", "X"} and status.threads > 1:
+        report.append(
+            Finding(pid, where, "its first thread has exited while others run", "not supported yet")
+        )
+
+
+def has_tagged_addresses(status: Status) -> bool:
+    """arch_prctl(ARCH_ENABLE_TAGGED_ADDR), which cannot be enabled again once a process has threads."""
+    return int(status.fields.get("untag_mask", "-1"), 16) not in {-1, _NOTHING_UNTAGGED}
+
+
+def _look_personality(pid: int, report: list[Finding]) -> None:
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as executable:
+            head = executable.read(20)
+    except OSError:
+        return  # the memory resource names what is wrong with an executable
+    if head[:4] == b"\x7fELF" and (head[4] != 2 or head[18:20] != b"\x3e\x00"):
+        report.append(
+            Finding(pid, "task", "is not an x86-64 program (32-bit)", "only 64-bit tasks can be dumped")
+        )
+
+
+def _look_namespaces(pid: int, report: list[Finding]) -> None:
+    for name in proc.NAMESPACES:
+        try:
+            theirs, ours = os.readlink(f"/proc/{pid}/ns/{name}"), os.readlink(f"/proc/self/ns/{name}")
+        except FileNotFoundError:
+            continue
+        if theirs != ours:
+            report.append(
+                Finding(
+                    pid,
+                    f"namespace {theirs}",
+                    f"is in another {name} namespace than snap",
+                    "namespaces come next; run snap inside (nsenter) if the whole job shares it",
+                )
+            )
+
+
+def _comm(pid: int) -> str:
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/comm").read_bytes().removesuffix(b"\n"))
+    except OSError:
+        return "?"
