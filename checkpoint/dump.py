@@ -19,7 +19,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,7 +33,7 @@ from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping, private_vmas
 from checkpoint.parasite import prepare
-from checkpoint.precopy import Precopied, due, plausible_pages
+from checkpoint.precopy import Precopied, Round, due, plausible_pages, watching_s
 from checkpoint.resources import files, keyrings, locks, memory, policies, registers, sysv, task
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
@@ -48,11 +47,6 @@ _NS_PER_S = 1_000_000_000
 _FREEZE_TRIES = 5
 _MIN_STAGED_BYTES = 4 << 20
 _MAPPINGS_FRESH_NS = 50_000_000
-_WORTH_WATCHING = 512
-"""Pages: with fewer, reading some twice is cheaper than waiting."""
-_LEAST_WATCH_S, _MOST_WATCH_S = 0.02, 0.1
-_WATCH_S_PER_PAGE = 8e-6
-"""About what a page costs to read, compress and store."""
 _AHEAD_FROM, _AHEAD_PART = 32768, 16
 """Of so many pages to read, this part is read without watching, so that the sink has work while others are watched."""
 _TAIL_PAGES = 12288
@@ -98,22 +92,6 @@ def dump(
     with tracker.session(pid, found.tasks, nonce) as session:
         take = _Take(ctx, session, found, tracker.name)
         return take.run(commit, started)
-
-
-@dataclass(frozen=True, slots=True)
-class _Round:
-    """One round of pre-copy of one process."""
-
-    pid: int
-    start: int
-    space: memory.AddressSpace
-    present: Runs
-    due: Runs
-    """What the sink lacks of the present pages, as far as is known at the beginning."""
-    known: Precopied | None
-    """What the rounds before have read."""
-    ahead: tuple[memory.MmReader, ...] = ()
-    """Who reads the part that was not watched, which is not in `due` any more."""
 
 
 class _Take:
@@ -173,7 +151,7 @@ class _Take:
         ctx = self.ctx
         direct = {pid for pid in self.found.tasks if fdinfo.has_direct_io(pid)}
         for number in range(ctx.options.max_rounds):
-            found: list[_Round] = []
+            found: list[Round] = []
             for pid, start in self.found.tasks.items():
                 if pid in direct:
                     # A device may write into a page that was already read, unseen by any page table.
@@ -183,15 +161,12 @@ class _Take:
             nr_pages = sum(pageplan.count(one.due) for one in found)
             if nr_pages > _AHEAD_FROM:
                 found = [self.read_ahead(one) for one in found]
-            if nr_pages > _WORTH_WATCHING:
-                # What the job writes all the time it has written again after that. A point in full is not kept waiting.
-                full = nr_pages >= sum(pageplan.count(one.present) for one in found)
-                most = _LEAST_WATCH_S if full else _MOST_WATCH_S
-                time.sleep(min(max(nr_pages * _WATCH_S_PER_PAGE, _LEAST_WATCH_S), most))
+            watch_s = watching_s(nr_pages, sum(pageplan.count(one.present) for one in found))
+            time.sleep(watch_s)
             nr_hot = 0
             for one in found:
                 with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
-                    nr_hot += self.end_round(one, watched=nr_pages > _WORTH_WATCHING)
+                    nr_hot += self.end_round(one, watched=watch_s > 0)
             ctx.sink.drain(hurry=False, leave=_TAIL_PAGES)
             ctx.stats.rounds = number + 1
             expected = (nr_hot + nr_pages // 4) * PAGE_SIZE
@@ -219,7 +194,7 @@ class _Take:
     def note_mappings(self, pid: int, space: memory.AddressSpace) -> None:
         self.mappings[pid] = (time.monotonic_ns(), space.mappings)
 
-    def begin_round(self, pid: int, start: int) -> list[_Round]:
+    def begin_round(self, pid: int, start: int) -> list[Round]:
         """Begin one round of one process: what is due in it; nothing when it is not to be read while it runs."""
         ctx = self.ctx
         looked = memory.take_looked(pid)
@@ -249,40 +224,39 @@ class _Take:
             return []
         # Until the end of the round what the tracker said is nowhere but here.
         self.precopied[pid] = Precopied(start, complete=False)
-        return [_Round(pid, start, space, plan.present, to_read, known)]
+        return [Round(pid, start, space, plan.present, to_read, known)]
 
-    def read_ahead(self, one: _Round) -> _Round:
+    def read_ahead(self, one: Round) -> Round:
         """Have a part of what is due read at once."""
         ahead = pageplan.first_pages(one.due, pageplan.count(one.due) // _AHEAD_PART)
-        if not len(ahead):
-            return one
-        try:
-            reader = memory.reader(ProcMem(one.pid), may_go=True)
-        except TargetGoneError:
-            return one
-        self.ctx.sink.put(memory.space_name(one.pid), pageplan.to_list(ahead), reader)
-        self.ctx.stats.pages_dirty += pageplan.count(ahead)
-        return dataclasses.replace(one, due=pageplan.subtract(one.due, ahead), ahead=(reader,))
+        with contextlib.suppress(TargetGoneError):
+            return dataclasses.replace(
+                one, due=pageplan.subtract(one.due, ahead), ahead=self.have_read(one.pid, ahead)
+            )
+        return one
 
-    def end_round(self, one: _Round, *, watched: bool) -> int:
+    def have_read(self, pid: int, pages: Runs) -> list[memory.MmReader]:
+        """Give pages of a running process to the sink. Returns who reads them: nobody where there are none."""
+        if not len(pages):
+            return []
+        reader = memory.reader(ProcMem(pid), may_go=True)
+        self.ctx.sink.put(memory.space_name(pid), pageplan.to_list(pages), reader)
+        self.ctx.stats.pages_dirty += pageplan.count(pages)
+        return [reader]
+
+    def end_round(self, one: Round, *, watched: bool) -> int:
         """Read what was due, but for what the job has written again at once: it would only be read once more, and what was stored
         of it would be of no point. Returns how many pages that is.
         """
-        ctx, pid, known = self.ctx, one.pid, one.known
+        pid, known = one.pid, one.known
         hot = pageplan.EMPTY
         if watched:
             written = self.written(pid, one.space)
             hot = one.present if written is None else pageplan.normalise(written)
-        to_read = pageplan.subtract(one.due, hot)
-        nr_pages = pageplan.count(to_read)
         readers = [*(known.readers if known is not None else ()), *one.ahead]
-        if nr_pages:
-            reader = memory.reader(ProcMem(pid), may_go=True)
-            ctx.sink.put(memory.space_name(pid), pageplan.to_list(to_read), reader)
-            readers = [*readers, reader]
+        readers += self.have_read(pid, pageplan.subtract(one.due, hot))
         covered = pageplan.subtract(one.present, hot)
         self.precopied[pid] = Precopied(one.start, known is None or known.complete, covered, readers)
-        ctx.stats.pages_dirty += nr_pages
         return pageplan.count(pageplan.intersect(hot, one.present))
 
     def written(

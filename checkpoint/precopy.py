@@ -5,6 +5,7 @@ Pure bookkeeping of one take: which pages the sink has, which the readers failed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,12 @@ from checkpoint.kernel import proc
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
 from checkpoint.resources import memory
+
+_WORTH_WATCHING = 512
+"""Pages: with fewer, reading some twice is cheaper than waiting."""
+_LEAST_WATCH_S, _MOST_WATCH_S = 0.02, 0.1
+_WATCH_S_PER_PAGE = 8e-6
+"""About what a page costs to read, compress and store."""
 
 
 @dataclass(slots=True)
@@ -36,6 +43,33 @@ class Precopied:
         """Pages that a reader failed to read."""
         failed = sorted(set().union(*(reader.failed for reader in self.readers)))
         return pageplan.from_list([(page, 1) for page in failed])
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of pre-copy of one process."""
+
+    pid: int
+    start: int
+    space: memory.AddressSpace
+    present: Runs
+    due: Runs
+    """What the sink lacks of the present pages, as far as is known at the beginning."""
+    known: Precopied | None
+    """What the rounds before have read."""
+    ahead: Sequence[memory.MmReader] = ()
+    """Who reads the part that was not watched, which is not in `due` any more."""
+
+
+def watching_s(nr_due: int, nr_present: int) -> float:
+    """How long to wait for what the job writes all the time: it has written it again after that. 0: it is not worth it.
+
+    A point in full is not kept waiting.
+    """
+    if nr_due <= _WORTH_WATCHING:
+        return 0
+    most = _LEAST_WATCH_S if nr_due >= nr_present else _MOST_WATCH_S
+    return min(max(nr_due * _WATCH_S_PER_PAGE, _LEAST_WATCH_S), most)
 
 
 def due(plan: pageplan.PagePlan, written: Runs | None, known: Precopied) -> Runs:
