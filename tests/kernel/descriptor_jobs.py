@@ -46,6 +46,37 @@ def child(prepare: Callable[[], object]) -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
+@contextlib.contextmanager
+def child_keeping(fd: int) -> Iterator[int]:
+    """A child with `fd` as descriptor 3."""
+    ready, started = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(started, 900)
+        os.dup2(fd, 3) if fd != 3 else None
+        null = os.open("/dev/null", os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        os.closerange(4, 900)
+        os.close(900)
+        signal.pause()
+        os._exit(1)
+    os.close(started)
+    os.read(ready, 1)
+    os.close(ready)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def files_findings(pid):
+    found = []
+    files.look(pid, found)
+    return found
+
+
 def dump(*pids: int) -> DumpContext:
     ctx = DumpContext(root_pid=pids[0], sink=None, parent=None, options=DumpOptions())
     for pid in pids:
