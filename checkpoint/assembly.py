@@ -16,6 +16,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 from checkpoint import environment
+from checkpoint.finisher import Finisher
 from checkpoint.kernel import ptrace
 from checkpoint.model import inherited, tree
 from checkpoint.parasite import StubTask, spawn_root_stub
@@ -253,7 +254,7 @@ class Assembly:
 
     # -- release ------------------------------------------------------------------------------------------------
 
-    def release(self) -> None:
+    def release(self, finisher: Finisher) -> None:
         """Registers and masks, group-stops, then detach everything, leaves of the tree first."""
         tasks = {
             thread.tid: _start_time(process.pid, thread.tid)
@@ -284,9 +285,12 @@ class Assembly:
         tids = [thread.tid for _, process in reversed(list(self.living())) for thread in process.threads]
         with signals_wait():
             # While one task still has EXITKILL, our end kills it and leaves those that were let go. So it is taken
-            # from all of them first; from then on our end, whatever the reason, lets every one of them go.
-            for tid in tids:
-                ptrace.setoptions(tid, 0)
+            # from all of them first, with the finisher to kill the others; from then on our end, whatever the reason, lets
+            # every one of them go.
+            with finisher.sure([process.pid for _, process in self.living()]):
+                for tid in tids:
+                    ptrace.setoptions(tid, 0)
+                    faults.point("restore.unguarding")
             self.released = True
             faults.point("restore.unguarded")
             for tid in tids:

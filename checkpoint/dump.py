@@ -25,6 +25,7 @@ import numpy as np
 from checkpoint import environment, tracking
 from checkpoint.check import CheckReport, check, look_at_process
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
+from checkpoint.finisher import Finisher
 from checkpoint.freeze import CannotStopError, FrozenTree, TreeChangedError, lead_out
 from checkpoint.hurry import hurried
 from checkpoint.kernel import fdinfo, proc
@@ -126,15 +127,18 @@ class _Take:
         self._mark("precopy")
         after = ctx.options.after
         sink.pause()
-        with stops_wait(), _frozen(ctx) as tree:
+        with contextlib.ExitStack() as stack:
+            finisher = stack.enter_context(Finisher()) if after != "run" else None
+            stack.enter_context(stops_wait())
+            tree = stack.enter_context(_frozen(ctx))
             ctx.processes = tree.processes
             faults.point("dump.frozen")
             self.dump_frozen(tree, staging)
-            if after != "run":
+            if after != "run" and finisher is not None:
                 sink.resume()
                 result = self.finish(staging, started, tree)
                 self.commit(result, commit)
-                tree.leave(after)
+                tree.leave(after, finisher)
         sink.resume()
         if after == "run":
             faults.point("dump.thawed")

@@ -15,7 +15,6 @@ ptrace requests must come from the thread that seized: a FrozenTree belongs to t
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
+from checkpoint.finisher import Finisher, signal_all
 from checkpoint.hurry import hurried
 from checkpoint.kernel import interrupted, proc, ptrace, threads
 from checkpoint.kernel import sys as ksys
@@ -64,7 +64,7 @@ class FrozenTree:
         self.thawed_at_ns = 0
         self.seized = Seizure()
         self._tasks: dict[int, FrozenTask] = {}
-        self._left: Literal["run", "stop", "kill"] = "run"
+        self._leave: tuple[signal.Signals, Finisher] | None = None
 
     # -- the context -------------------------------------------------------------------------------------------
 
@@ -208,9 +208,9 @@ class FrozenTree:
 
     # -- letting go --------------------------------------------------------------------------------------------
 
-    def leave(self, after: Literal["run", "stop", "kill"]) -> None:
-        """Say what the thaw shall do: let the job run, leave it stopped by SIGSTOP, or kill it."""
-        self._left = after
+    def leave(self, after: Literal["stop", "kill"], finisher: Finisher) -> None:
+        """Say what the thaw shall do instead of letting the job run: leave it stopped by SIGSTOP, or kill it."""
+        self._leave = (signal.SIGSTOP if after == "stop" else signal.SIGKILL, finisher)
 
     def cure(self) -> None:
         """Take the parasite out of every task that has one, last infected first; the job stays frozen.
@@ -241,12 +241,15 @@ class FrozenTree:
             self.cure()
         except BaseException as error:  # the rest must be let go whatever happened
             problem = error
-        signo = {"run": 0, "stop": signal.SIGSTOP, "kill": signal.SIGKILL}[self._left]
-        if signo:
-            for pid in self.processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signo)
-        late = self.seized.let_go(killed=self._left == "kill")
+        killed = False
+        if self._leave is not None:
+            signo, finisher = self._leave
+            try:
+                signal_all(finisher, list(self.processes), signo)
+                killed = signo == signal.SIGKILL
+            except BaseException as error:
+                problem = problem or error
+        late = self.seized.let_go(killed=killed)
         self.thawed_at_ns = time.monotonic_ns()
         self._tasks.clear()
         for process in self.processes.values():

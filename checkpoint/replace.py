@@ -1,8 +1,9 @@
 """Replacing the old job: frozen as a whole, killed while it is held, waited for until its pids are free.
 
-Invariant: until the first SIGKILL nothing has happened to the old job, whatever happens to snap. Its tasks are seized and
-interrupted (freeze.py), which the kernel undoes when snap dies; a job that was stopped with SIGSTOP would stay so. And
-what stands still makes no children, so that none is left behind.
+Invariant: until it is killed nothing has happened to the old job, whatever happens to snap, and it is killed whole or not at all
+(finisher.py). Its tasks are seized and interrupted (freeze.py), which the kernel undoes when snap dies; a job that was
+stopped with SIGSTOP would stay so. And what stands still makes no children, so that none is left behind. A traced task's
+pid is not given to another before its tracer has waited for it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 
 from checkpoint import environment
 from checkpoint.environment import Survey
+from checkpoint.finisher import Finisher, signal_all
 from checkpoint.freeze import FrozenTree
 from checkpoint.kernel import interrupted, proc, ptrace
 from checkpoint.restore_context import RestoreContext
@@ -27,7 +29,7 @@ _POLL_S = 0.005
 _STRAY_WAIT_S = 0.5  # the job stands still meanwhile
 
 
-def replace(ctx: RestoreContext, found: Survey) -> None:
+def replace(ctx: RestoreContext, found: Survey, finisher: Finisher) -> None:
     """Kill the old job and wait until its pids are free.
 
     Raises:
@@ -50,8 +52,8 @@ def replace(ctx: RestoreContext, found: Survey) -> None:
             )
             faults.point("restore.held")
             with signals_wait():
-                for tree in trees:
-                    tree.kill()
+                held = dict.fromkeys(pid for tree in trees for pid in tree.held)
+                signal_all(finisher, list(held), signal.SIGKILL)
             deadline = time.monotonic() + ctx.options.reap_timeout_s
             for tree in trees:
                 tree.reap(deadline)
@@ -78,12 +80,6 @@ class _HeldTree(FrozenTree):
             regs = ptrace.getregs(tid)
             if not task.stop_signal and interrupted.restart_instead(regs):
                 ptrace.setregs(tid, regs)
-
-    def kill(self) -> None:
-        """SIGKILL for all. A traced task's pid is not given to another before its tracer has waited for it."""
-        for pid in self.held:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
     def reap(self, deadline: float) -> None:
         """Wait, as the tracer, until all have ended; their parents see it then."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from checkpoint import environment
 from checkpoint.assembly import ARENA_BYTES, Assembly
+from checkpoint.finisher import Finisher
 from checkpoint.kernel import sys as ksys
 from checkpoint.plan import RestorePlan, decode, make_plan
 from checkpoint.replace import replace
@@ -77,10 +78,12 @@ def restore(
     if options.dry_run:
         _release(ctx)
         return result
-    with stops_wait():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stops_wait())
         try:
+            finisher = stack.enter_context(Finisher(_numbers(ctx, planned)))
             with _timed(phases, "replace"):
-                replace(ctx, found)
+                replace(ctx, found, finisher)
         except BaseException:
             _release(ctx)
             raise
@@ -88,7 +91,7 @@ def restore(
         collecting = gc.isenabled()
         gc.disable()
         try:
-            _build(ctx, planned, phases)
+            _build(ctx, planned, finisher, phases)
         finally:
             if collecting:
                 gc.enable()
@@ -122,6 +125,14 @@ def _prepare(
     return ctx, found, planned
 
 
+def _numbers(ctx: RestoreContext, planned: RestorePlan) -> set[int]:
+    """Every number that a task, group or session of the job needs."""
+    numbers = {thread.tid for process in ctx.processes.values() for thread in process.threads}
+    for process in ctx.processes.values():
+        numbers |= {process.pid, process.pgid, process.sid}
+    return numbers | set(planned.tree.helper_pids)
+
+
 def _release(ctx: RestoreContext) -> None:
     """Close what the checks opened and keep open: files, directories, pipes of others."""
     files.close_all(ctx)
@@ -130,7 +141,7 @@ def _release(ctx: RestoreContext) -> None:
     nameless.release(ctx)
 
 
-def _build(ctx: RestoreContext, planned: RestorePlan, phases: dict[str, int]) -> None:
+def _build(ctx: RestoreContext, planned: RestorePlan, finisher: Finisher, phases: dict[str, int]) -> None:
     assembly = Assembly(ctx, planned)
     try:
         with _timed(phases, "tree"):
@@ -154,7 +165,7 @@ def _build(ctx: RestoreContext, planned: RestorePlan, phases: dict[str, int]) ->
             assembly.restore_state()
         faults.point("restore.state")
         with _timed(phases, "release"):
-            assembly.release()
+            assembly.release(finisher)
     except SnapshotterError:
         assembly.abandon()
         raise

@@ -1,1 +1,1 @@
-"""The parasite blob, the restore stub, the keeper and the native helpers; built by build.py."""
+"""The parasite blob, the restore stub, the keeper, the finisher and the native helpers; built by build.py."""

@@ -17,6 +17,8 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SOURCES = ("native.c", "frames.c", "threads.c", "hash.c", "pages.c", "options.c")
 CODE_SIZE_BYTES = 4096
+_PROGRAMS = ("keeper", "finisher")
+"""Small programs of their own, freestanding."""
 
 _BLOB_FLAGS = [
     "-Os",
@@ -87,7 +89,7 @@ def _run(*command: str | Path) -> str:
 
 
 def build_blobs(directory: Path | str = HERE) -> None:
-    """Compile blob.bin, stub and keeper.bin into `directory`. Raises BlobError when a check fails."""
+    """Compile blob.bin, stub, keeper.bin and finisher.bin into `directory`. Raises BlobError when a check fails."""
     directory = Path(directory)
     cc = os.environ.get("CC", "gcc")
     scratch = directory / "blob.o"
@@ -115,12 +117,13 @@ def build_blobs(directory: Path | str = HERE) -> None:
             cc, "-static", "-nostdlib", "-nostartfiles", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-s",
             HERE / "stub.S", "-o", directory / "stub",
         )  # fmt: skip
-        _run(
-            cc, "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-static", "-nostdlib", "-nostartfiles",
-            "-ffreestanding", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none",
-            "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-s",
-            HERE / "keeper.c", "-o", directory / "keeper.bin",
-        )  # fmt: skip
+        for name in _PROGRAMS:
+            _run(
+                cc, "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-static", "-nostdlib", "-nostartfiles",
+                "-ffreestanding", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none",
+                "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-s",
+                HERE / f"{name}.c", "-o", directory / f"{name}.bin",
+            )  # fmt: skip
     finally:
         scratch.unlink(missing_ok=True)
         elf.unlink(missing_ok=True)

@@ -12,59 +12,21 @@
  * died before: the keeper removes NEWFILE and leaves at once. With it, the keeper itself takes over: it renames NEWFILE
  * to STATEFILE, kills the keeper before it (OLDFD, a pidfd; "-": there is none) and answers 'k'. So whenever snap dies,
  * the state file names the one keeper that stays. STATEFILE is removed when the job ends.
- *
- * Freestanding: no libc, no heap, no signals beyond the default ones. */
+ */
 
 #include <linux/poll.h>
 #include <linux/prctl.h>
 
-#define SYS_READ 0
-#define SYS_WRITE 1
-#define SYS_CLOSE 3
-#define SYS_POLL 7
-#define SYS_SENDTO 44
-#define SYS_FORK 57
-#define SYS_EXIT 60
-#define SYS_RENAME 82
-#define SYS_UNLINK 87
-#define SYS_PRCTL 157
-#define SYS_PIDFD_SEND_SIGNAL 424
+#include "freestanding.h"
 
 #define MAX_TASKS 16384
 #define STDOUT 1
 #define PTRACER_ANY (-1L)
-#define EINTR_RESULT (-4L)
 #define KILL 9
-#define MSG_NOSIGNAL 0x4000
 #define FIRST_TASK 6
 
 static struct pollfd polled[MAX_TASKS];
 static int uffds[MAX_TASKS];
-
-static long call4(long number, long one, long two, long three, long four)
-{
-	register long result __asm__("rax") = number;
-	register long r10 __asm__("r10") = four;
-	register long r8 __asm__("r8") = 0;
-	register long r9 __asm__("r9") = 0;
-
-	__asm__ volatile("syscall"
-			 : "+r"(result)
-			 : "D"(one), "S"(two), "d"(three), "r"(r10), "r"(r8), "r"(r9)
-			 : "rcx", "r11", "memory");
-	return result;
-}
-
-static long call3(long number, long one, long two, long three)
-{
-	return call4(number, one, two, three, 0);
-}
-
-static _Noreturn void leave(long status)
-{
-	for (;;)
-		call3(SYS_EXIT, status, 0, 0);
-}
 
 /* A decimal number; *text then points behind it. */
 static int number(const char **text)
@@ -171,10 +133,4 @@ __attribute__((used)) _Noreturn void keeper_main(const long *stack)
 	keep(count, argv[1]);
 }
 
-__asm__(".globl _start\n"
-	"_start:\n"
-	"	xor %ebp, %ebp\n"
-	"	mov %rsp, %rdi\n"
-	"	and $-16, %rsp\n"
-	"	call keeper_main\n"
-	"	hlt\n");
+START_WITH(keeper_main)

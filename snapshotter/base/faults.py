@@ -50,6 +50,8 @@ POINTS: dict[str, str] = {
     "parasite.unmapped": "the area is gone, the task would leave through the frames",
     "parasite.unblocked": "the signal mask is the task's own again, the registers are not",
     "parasite.parked": "the task's registers are its own again",
+    # engine, all or none (`take --stop`, `take --kill`, and a rollback that replaces the job)
+    "finish.signalled": "one process of a job that is to be stopped or killed as a whole was told so",
     "stub.spawned": "the first stub exists and is seized, not yet executed",
     # engine, restore
     "restore.planned": "the plan is made, nothing was touched",
@@ -62,6 +64,7 @@ POINTS: dict[str, str] = {
     "restore.memory": "memory of one process is in place",
     "restore.threads": "threads exist",
     "restore.state": "all state is set, nothing detached",
+    "restore.unguarding": "one task would outlive snap, the others not yet",
     "restore.unguarded": "every task outlives snap from here on, nothing is detached",
     "restore.detached": "one task was detached",
     # store

@@ -19,12 +19,12 @@ from checkpoint.kernel import proc
 from snapshotter.base import faults
 from snapshotter.manager.stores import open_store
 from tests.jobs import is_running, reap, reap_all, reaping, state, wait_until
-from tests.kernel.watched import import_what_a_child_needs, said, snap_child, take_whole
+from tests.kernel.watched import finished, import_what_a_child_needs, said, snap_child, take_whole
 
 pytestmark = pytest.mark.requires("root", "rseq_configuration")
 
 NR_KILLS = int(os.environ.get("SNAP_TEST_ROLLBACK_KILLS", "20"))
-POINTS = [name for name in faults.POINTS if name.startswith(("restore.", "stub."))]
+POINTS = [name for name in faults.POINTS if name.startswith(("restore.", "stub.", "finish."))]
 OLD_JOB = {"restore.planned", "restore.held"}
 NEW_JOB = {"restore.unguarded", "restore.detached"}
 
@@ -46,7 +46,9 @@ def roll_back(watched, fault="", kill_after_s=None):
         if kill_after_s is not None:
             time.sleep(kill_after_s)
             os.kill(child, signal.SIGKILL)
-        return reap(child)
+        status = reap(child)
+        finished()
+        return status
 
 
 def start_times(watched):

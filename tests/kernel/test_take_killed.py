@@ -25,7 +25,12 @@ pytestmark = pytest.mark.requires("root", "wp_async", "rseq_configuration")
 
 NR_KILLS = int(os.environ.get("SNAP_TEST_TAKE_KILLS", "200"))
 
-OF_OTHER_COMMANDS = {"restore.": "snap rollback", "stub.": "snap rollback", "store.prune": "snap prune"}
+OF_OTHER_COMMANDS = {
+    "restore.": "snap rollback",
+    "stub.": "snap rollback",
+    "store.prune": "snap prune",
+    "finish.": "snap take --kill (test_finisher.py)",
+}
 POINTS = [name for name in faults.POINTS if not name.startswith(tuple(OF_OTHER_COMMANDS))]
 FIRST_TAKE_ONLY = {"track.created", "track.keeper", "track.described", "track.kept"}
 """A later take of the same processes finds the userfaultfd and the keeper that are there already."""

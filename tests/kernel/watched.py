@@ -14,6 +14,7 @@ import traceback
 
 import pytest
 
+from checkpoint import finisher
 from checkpoint.kernel import proc
 from checkpoint.parasite.infection import AREA_SIZE
 from snapshotter.base import faults
@@ -112,6 +113,14 @@ def snap_child(job, *line, fault="", loaded=None):
 def snap_take(job, fault="", *, loaded=None):
     """snap_child that takes the job."""
     return snap_child(job, "take", str(job.pid), "--job", "test", fault=fault, loaded=loaded)
+
+
+def finished():
+    """Wait until what a killed snap had begun is finished: the finisher is a child of ours by then."""
+    for pid in tree(os.getpid())[1:]:
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/{pid}/exe") == str(finisher.BINARY):
+                reap(pid)
 
 
 def take_whole(job):

@@ -58,7 +58,12 @@ def test_what_is_generated_is_inside(wheel):
     names = set(wheel.namelist())
     protos = [path.stem for path in (ROOT / "images").glob("*.proto")]
     assert {f"images/{name}_pb2.py" for name in protos} <= names
-    assert {"parasite_c/blob.bin", "parasite_c/keeper.bin", "parasite_c/stub"} <= names
+    assert {
+        "parasite_c/blob.bin",
+        "parasite_c/finisher.bin",
+        "parasite_c/keeper.bin",
+        "parasite_c/stub",
+    } <= names
     assert any(name.startswith("parasite_c/_native") and name.endswith(".so") for name in names)
 
 
