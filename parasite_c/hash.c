@@ -1,15 +1,18 @@
 /*
  * The store's hashes: keyed BLAKE3 (all lanes of the widest vector unit that the CPU has, chosen at run time), and the
- * digest that is made of NH and BLAKE3.
+ * digest that is made of PH and BLAKE3.
  *
- * NH (Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, CRYPTO '99) reads a block at memory speed: 64-bit words, two passes
- * under a key shifted by one pair (Toeplitz). Two different blocks have the same NH under a random secret key with probability
- * 2^-128 at most, whoever chose the blocks, as long as the key is not known to them. BLAKE3 under the same
- * secret makes an evenly spread value of it that tells nothing of the key: hash-then-PRF, the construction of UMAC.
+ * PH (NH of Black et al., UMAC, CRYPTO '99, with carry-less multiplication: Lemire and Kaser, "Faster 64-bit universal hashing
+ * using carry-less multiplications", 2016) reads a block at memory speed: pairs of 64-bit words, twice, under two
+ * independent keys. Two different blocks have the same PH with probability 2^-128 at most, whoever chose
+ * the blocks, as long as the keys are not known to them: of the first pair that differs, one word of the key is multiplied by a
+ * difference that is not zero, in a ring without zero divisors, so one value of it in 2^64 fits; and so for the other key. BLAKE3 under the
+ * same secret makes an evenly spread value of it that tells nothing of the keys: hash-then-PRF, the construction of UMAC.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,11 +65,93 @@ static const uint32_t blake3_iv[8] = {0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54F
 typedef void many_fn(const uint8_t *const *in, size_t nr, size_t nr_blocks, const uint32_t key[8],
 		     const uint64_t *counter, uint32_t flags, uint32_t flags_start, uint32_t flags_end,
 		     uint8_t *const *out);
+typedef void block_fn(const uint64_t *key, const uint8_t *block, uint8_t *out);
+
+/*
+ * PH of one block of 4096 bytes: 32 bytes. X: bits of a vector; each 128 of it are a pair. Four sums per key, because a sum
+ * has to wait for the one before it.
+ */
+#define PH_VECTORS(name, vec, load, xor, clmul, store)                                                                 \
+	static void name(const uint64_t *key, const uint8_t *block, uint8_t *out)                                      \
+	{                                                                                                              \
+		enum { STEP = sizeof(vec), WORDS = STEP / 8 };                                                         \
+		vec one[2] = {{0}}, two[2] = {{0}};                                                                    \
+		uint64_t parts[2][WORDS];                                                                              \
+                                                                                                                       \
+		for (int at = 0; at < SNAP_PAGE; at += 2 * STEP) {                                                     \
+			for (int i = 0; i < 2; i++) {                                                                  \
+				const uint64_t *k = key + at / 8 + i * WORDS;                                          \
+				vec data = load((const void *)(block + at + i * STEP));                                \
+				vec x = xor(data, load((const void *)k));                                              \
+				vec y = xor(data, load((const void *)(k + SNAP_PAGE / 8)));                            \
+                                                                                                                       \
+				one[i] = xor(one[i], clmul(x, x, 1));                                                  \
+				two[i] = xor(two[i], clmul(y, y, 1));                                                  \
+			}                                                                                              \
+		}                                                                                                      \
+		store((void *)parts[0], xor(one[0], one[1]));                                                          \
+		store((void *)parts[1], xor(two[0], two[1]));                                                          \
+		ph_join(parts[0], parts[1], WORDS, out);                                                               \
+	}
+
+static void ph_join(const uint64_t *one, const uint64_t *two, int nr_words, uint8_t *out)
+{
+	uint64_t sums[4] = {0};
+
+	for (int i = 0; i < nr_words; i += 2) {
+		sums[0] ^= one[i];
+		sums[1] ^= one[i + 1];
+		sums[2] ^= two[i];
+		sums[3] ^= two[i + 1];
+	}
+	memcpy(out, sums, sizeof(sums));
+}
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,vpclmulqdq,prefer-vector-width=512")
+PH_VECTORS(ph_512, __m512i, _mm512_loadu_si512, _mm512_xor_si512, _mm512_clmulepi64_epi128, _mm512_storeu_si512)
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,vpclmulqdq")
+PH_VECTORS(ph_256, __m256i, _mm256_loadu_si256, _mm256_xor_si256, _mm256_clmulepi64_epi128, _mm256_storeu_si256)
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("sse2,pclmul")
+PH_VECTORS(ph_128, __m128i, _mm_loadu_si128, _mm_xor_si128, _mm_clmulepi64_si128, _mm_storeu_si128)
+#pragma GCC pop_options
+
+/* The same, for a CPU of before 2010: some 300 MB/s. */
+static void ph_words(const uint64_t *key, const uint8_t *block, uint8_t *out)
+{
+	uint64_t sums[4] = {0};
+
+	for (int i = 0; i < SNAP_PAGE / 8; i += 2) {
+		uint64_t data[2];
+
+		memcpy(data, block + i * 8, sizeof(data));
+		for (int pass = 0; pass < 2; pass++) {
+			const uint64_t *k = key + i + pass * SNAP_PAGE / 8;
+			uint64_t x = data[0] ^ k[0], y = data[1] ^ k[1];
+
+			sums[2 * pass] ^= -(y & 1) & x;
+			for (int bit = 1; bit < 64; bit++) {
+				uint64_t mask = -(y >> bit & 1);
+
+				sums[2 * pass] ^= mask & x << bit;
+				sums[2 * pass + 1] ^= mask & x >> (64 - bit);
+			}
+		}
+	}
+	memcpy(out, sums, sizeof(sums));
+}
 
 static many_fn *hash_many;
-static int hash_variant;
+static block_fn *ph_block;
+static const char *hash_variant;
 
-/* 0: SSE2, 1: AVX2, 2: AVX-512. Returns -1 when the CPU lacks it; tests compare all that it has. */
+/* 0: nothing that not every x86-64 has, 1: at most AVX2, 2: AVX-512. Returns -1 when the CPU lacks it; tests compare all that it has. */
 int snap_hash_select(int variant)
 {
 	__builtin_cpu_init();
@@ -74,31 +159,35 @@ int snap_hash_select(int variant)
 		if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") ||
 		    !__builtin_cpu_supports("avx512bw"))
 			return -1;
-		hash_variant = 2;
+		hash_variant = "avx512";
 		hash_many = avx512_many;
+		ph_block = __builtin_cpu_supports("vpclmulqdq") ? ph_512 : ph_128;
 	} else if (variant == 1) {
-		if (!__builtin_cpu_supports("avx2"))
+		if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("pclmul"))
 			return -1;
-		hash_variant = 1;
+		hash_variant = "avx2";
 		hash_many = avx2_many;
+		ph_block = __builtin_cpu_supports("vpclmulqdq") ? ph_256 : ph_128;
 	} else {
-		hash_variant = 0;
+		hash_variant = "sse2";
 		hash_many = sse2_many;
+		ph_block = ph_words;
 	}
 	return 0;
 }
 
 __attribute__((constructor)) static void snap_hash_best(void)
 {
-	if (snap_hash_select(2) < 0 && snap_hash_select(1) < 0)
-		snap_hash_select(0);
+	if (snap_hash_select(2) == 0 || snap_hash_select(1) == 0)
+		return;
+	snap_hash_select(0);
+	if (__builtin_cpu_supports("pclmul"))
+		ph_block = ph_128;
 }
 
 const char *snap_hash_variant(void)
 {
-	static const char *const names[] = {"sse2", "avx2", "avx512"};
-
-	return names[hash_variant];
+	return hash_variant;
 }
 
 /* One block of one input: the tail of a message that is not a whole number of chunks. */
@@ -204,14 +293,14 @@ int snap_blake3(const uint8_t *key, const uint8_t *data, size_t size, uint8_t *o
 	return 0;
 }
 
-/* Key material for NH out of the secret: BLAKE3 in counter mode under a label of its own. */
+/* Key material for PH out of the secret: BLAKE3 in counter mode under a label of its own. */
 int snap_hash_init(snap_hash_key *key, const uint8_t *secret)
 {
-	uint8_t *out = (uint8_t *)key->nh;
+	uint8_t *out = (uint8_t *)key->ph;
 
 	memcpy(key->words, secret, 32);
-	for (uint64_t i = 0; i < sizeof(key->nh) / 32; i++) {
-		uint8_t message[16] = "snap nh";
+	for (uint64_t i = 0; i < sizeof(key->ph) / 32; i++) {
+		uint8_t message[16] = "snap ph";
 
 		memcpy(message + 8, &i, 8);
 		if (snap_blake3(secret, message, sizeof(message), out + i * 32) < 0)
@@ -220,29 +309,8 @@ int snap_hash_init(snap_hash_key *key, const uint8_t *secret)
 	return 0;
 }
 
-typedef unsigned __int128 u128;
-
-/* NH of one block of 4096 bytes: both passes, 32 bytes. */
-static void nh_block(const uint64_t *k, const uint8_t *block, uint8_t *out)
-{
-	u128 sums[4] = {0};
-
-	for (int i = 0; i < SNAP_PAGE / 8; i += 4, block += 32) {
-		uint64_t m[4];
-
-		memcpy(m, block, 32);
-		sums[0] += (u128)(m[0] + k[i]) * (m[1] + k[i + 1]);
-		sums[1] += (u128)(m[0] + k[i + 2]) * (m[1] + k[i + 3]);
-		sums[2] += (u128)(m[2] + k[i + 2]) * (m[3] + k[i + 3]);
-		sums[3] += (u128)(m[2] + k[i + 4]) * (m[3] + k[i + 5]);
-	}
-	sums[0] += sums[2];
-	sums[1] += sums[3];
-	memcpy(out, sums, 32);
-}
-
 /*
- * Digest of any message, 16 bytes: keyed BLAKE3 of a header of 32 bytes (the size in the first 8, zeroes) and the NH of each
+ * Digest of any message, 16 bytes: keyed BLAKE3 of a header of 32 bytes (the size in the first 8, zeroes) and the PH of each
  * block, the last one filled up with zeroes. -1: out of memory.
  */
 int snap_digest(const snap_hash_key *key, const uint8_t *data, size_t size, uint8_t *out)
@@ -256,12 +324,12 @@ int snap_digest(const snap_hash_key *key, const uint8_t *data, size_t size, uint
 		return -1;
 	memcpy(message, &size_word, 8);
 	for (size_t i = 0; i < nr_full; i++)
-		nh_block(key->nh, data + i * SNAP_PAGE, message + 32 * (i + 1));
+		ph_block(key->ph, data + i * SNAP_PAGE, message + 32 * (i + 1));
 	if (rest) {
 		uint8_t last[SNAP_PAGE] = {0};
 
 		memcpy(last, data + nr_full * SNAP_PAGE, rest);
-		nh_block(key->nh, last, message + 32 * (nr_full + 1));
+		ph_block(key->ph, last, message + 32 * (nr_full + 1));
 	}
 	result = snap_blake3((const uint8_t *)key->words, message, total, whole);
 	free(message);
@@ -281,7 +349,7 @@ void snap_hash_page_group(const snap_hash_key *key, const uint8_t *const *pages,
 		uint64_t size = SNAP_PAGE;
 
 		memcpy(messages[i], &size, 8);
-		nh_block(key->nh, pages[i], messages[i] + 32);
+		ph_block(key->ph, pages[i], messages[i] + 32);
 		in[i] = messages[i];
 		out[i] = roots[i];
 	}

@@ -1,7 +1,7 @@
 /* What Python sees of hash.c; read by cffi, so no preprocessor here. */
 typedef struct {
 	uint32_t words[8];
-	uint64_t nh[516];
+	uint64_t ph[1024];
 } snap_hash_key;
 
 const char *snap_hash_variant(void);

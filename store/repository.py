@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from store.writer import PointWriter
 
 FORMAT_VERSION = 1
-ALGORITHM = "nh-blake3-128"
+ALGORITHM = "ph-blake3-128"
 _MARK, _KEY, _CATALOG = "STORE", "key", "catalog.sqlite"
 _DIRECTORIES = ("packs", "index", "heads", "locks")
 _HEX = re.compile(r"[0-9a-f]{4,32}")

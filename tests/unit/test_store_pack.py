@@ -64,27 +64,36 @@ def test_hash_is_keyed_blake3():
         assert native.derive(KEY, bytes(i % 251 for i in range(size))).hex() == expected
 
 
+def carryless(x, y):
+    """The product of two polynomials over GF(2)."""
+    product = 0
+    while y:
+        lowest = y & -y
+        product ^= x * lowest
+        y ^= lowest
+    return product
+
+
 def digest_by_the_format(secret, data):
     """FORMAT.md's "Digest", in Python."""
     material = b"".join(
-        native.derive(secret, b"snap nh\0" + number.to_bytes(8, "little")) for number in range(129)
+        native.derive(secret, b"snap ph\0" + number.to_bytes(8, "little")) for number in range(256)
     )
-    k = struct.unpack("<516Q", material)
+    k = struct.unpack("<1024Q", material)
     message = len(data).to_bytes(32, "little")
     for at in range(0, len(data), 4096):
         w = struct.unpack("<512Q", data[at : at + 4096].ljust(4096, b"\0"))
-        for shift in (0, 2):
-            total = sum(
-                (w[i] + k[i + shift]) % 2**64 * ((w[i + 1] + k[i + 1 + shift]) % 2**64)
-                for i in range(0, 512, 2)
-            )
-            message += (total % 2**128).to_bytes(16, "little")
+        for shift in (0, 512):
+            total = 0
+            for i in range(0, 512, 2):
+                total ^= carryless(w[i] ^ k[i + shift], w[i + 1] ^ k[i + 1 + shift])
+            message += total.to_bytes(16, "little")
     return native.derive(secret, message)[:16]
 
 
 @pytest.mark.usefixtures("variant")
 def test_digests_are_those_of_the_format():
-    for size in (0, 1, 4095, 4096, 4097, 8192, 40000, 1 << 17):
+    for size in (0, 1, 4095, 4096, 4097, 8192, 40000):
         data = random.Random(size).randbytes(size)
         assert native.checksum(KEY, data) == digest_by_the_format(KEY, data)
 
