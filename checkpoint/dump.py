@@ -244,7 +244,7 @@ class _Take:
         if not len(pages):
             return []
         reader = memory.reader(ProcMem(pid), may_go=True)
-        self.ctx.sink.put(memory.space_name(pid), pageplan.to_list(pages), reader)
+        self.ctx.sink.put(memory.space_name(pid), pageplan.to_table(pages), reader)
         self.ctx.stats.pages_dirty += pageplan.count(pages)
         return [reader]
 
@@ -353,9 +353,9 @@ class _Take:
         name = memory.space_name(pid)
         reader = memory.reader(process.mem)
         if len(to_read):
-            ctx.sink.put(name, pageplan.to_list(to_read), reader)
+            ctx.sink.put(name, pageplan.to_table(to_read), reader)
         self.frozen_readers[pid] = reader
-        ctx.sink.close_space(name, plan.present_runs())
+        ctx.sink.close_space(name, pageplan.to_table(plan.present))
         ctx.stats.pages_total += plan.nr_present
         return space
 

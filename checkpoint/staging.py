@@ -8,12 +8,12 @@ directly, and then the frozen window lasts until the sink has read it.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from snapshotter.base.pages import PAGE_SIZE, PageReader, PageSink, Run
+from snapshotter.base.pages import PAGE_SIZE, PageReader, PageSink
+from snapshotter.base.runs import PageRuns, RunTable, as_table
 
 _PIECE_BYTES = 4 << 20
 
@@ -23,21 +23,21 @@ class _Piece:
     """One put: runs and where their bytes are."""
 
     space: str
-    runs: Sequence[Run]
+    runs: RunTable
     data: memoryview
     firsts: np.ndarray[tuple[int], np.dtype[np.int64]] = field(init=False)
     offsets: np.ndarray[tuple[int], np.dtype[np.int64]] = field(init=False)
 
     def __post_init__(self) -> None:
-        table = np.asarray(self.runs, dtype=np.int64)
+        table = self.runs
         order = np.argsort(table[:, 0], kind="stable")
         starts = np.concatenate(([0], np.cumsum(table[:, 1])[:-1]))
         self.firsts, self.offsets = table[order, 0], starts[order] * PAGE_SIZE
 
-    def read_into(self, runs: Sequence[Run], buffer: memoryview) -> None:
+    def read_into(self, runs: PageRuns, buffer: memoryview) -> None:
         """PageReader: any pages of those that were put, in any order and split anyhow (not across runs)."""
         at = 0
-        for first, nr_pages in runs:
+        for first, nr_pages in as_table(runs).tolist():
             index = int(np.searchsorted(self.firsts, first, side="right")) - 1
             offset = int(self.offsets[index]) + (first - int(self.firsts[index])) * PAGE_SIZE
             size = nr_pages * PAGE_SIZE
@@ -64,7 +64,7 @@ class Staging:
         self._buffers: list[mmap.mmap] = []
         self._free = memoryview(b"")
         self._direct = False
-        self._closed: list[tuple[str, Iterable[Run]]] = []
+        self._closed: list[tuple[str, PageRuns]] = []
         if expected_bytes > 0:
             self._free = self._allocate(min(expected_bytes, limit_bytes))
 
@@ -75,9 +75,10 @@ class Staging:
         self._buffers.append(buffer)
         return memoryview(buffer)
 
-    def put(self, space: str, runs: Sequence[Run], reader: PageReader) -> None:
+    def put(self, space: str, runs: PageRuns, reader: PageReader) -> None:
         """Copy the pages now."""
-        size = sum(nr_pages for _, nr_pages in runs) * PAGE_SIZE
+        runs = as_table(runs)
+        size = int(runs[:, 1].sum()) * PAGE_SIZE
         if not size:
             return
         self.nr_pages += size // PAGE_SIZE
@@ -104,8 +105,8 @@ class Staging:
     def resume(self) -> None:
         """Nothing works here."""
 
-    def close_space(self, space: str, present: Iterable[Run]) -> None:
-        """Remembered until the flush, which is when `present` is iterated."""
+    def close_space(self, space: str, present: PageRuns) -> None:
+        """Remembered until the flush."""
         self._closed.append((space, present))
 
     def flush(self) -> None:

@@ -8,12 +8,12 @@ of the page) until the frame is written; `final_locations` translates.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from snapshotter.base.pages import PAGE_SIZE, PageReader, Run
+from snapshotter.base.pages import PAGE_SIZE, PageReader
+from snapshotter.base.runs import RunTable
 from store.compress import FAST_LEVEL, SMALL_LEVEL, FrameCompressor
 from store.native import KEY_BYTES
 from store.pack import KIND_PAGES, location
@@ -51,7 +51,7 @@ class Worker:
     def _tail(self, nr_pages: int) -> memoryview:
         return self._buffer[self._fill * PAGE_SIZE : (self._fill + nr_pages) * PAGE_SIZE]
 
-    def read(self, runs: Sequence[Run], nr_pages: int, reader: PageReader) -> None:
+    def read(self, runs: RunTable, nr_pages: int, reader: PageReader) -> None:
         """A chunk straight into the buffer; `stage` comes next."""
         reader.read_into(runs, self._tail(nr_pages))
 

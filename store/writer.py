@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -22,7 +22,8 @@ import numpy as np
 
 from snapshotter.base import faults
 from snapshotter.base.errors import MissingPagesError, SnapshotterError, StoreError, UsageError
-from snapshotter.base.pages import PAGE_SIZE, PageReader, Run
+from snapshotter.base.pages import PAGE_SIZE, PageReader
+from snapshotter.base.runs import PageRuns, RunTable, as_table, cut
 from store import native, pagemap, parallel
 from store.blobs import add_images, add_maps
 from store.files import store_error
@@ -43,7 +44,7 @@ SPARE_BUFFERS = 64
 class Task:
     """One chunk to read: at most CHUNK_PAGES pages of one space; `locs` is filled by the worker."""
 
-    runs: list[Run]
+    runs: RunTable
     nr_pages: int
     reader: PageReader
     locs: U64
@@ -108,14 +109,15 @@ class PointWriter:
 
     # -- PageSink -------------------------------------------------------------------------------------
 
-    def put(self, space: str, runs: Sequence[Run], reader: PageReader) -> None:
+    def put(self, space: str, runs: PageRuns, reader: PageReader) -> None:
         """Queue pages; may return before they were read. A later put of the same page wins."""
         self._check()
-        pages = pagemap.expand(runs)
+        table = as_table(runs)
+        pages = pagemap.expand(table)
         locs = np.zeros(len(pages), dtype="<u8")
         self._puts.setdefault(space, []).append((pages, locs))
         tasks = []
-        for at, chunk in zip(range(0, len(pages), CHUNK_PAGES), _chunks(runs), strict=True):
+        for at, chunk in zip(range(0, len(pages), CHUNK_PAGES), cut(table, CHUNK_PAGES), strict=True):
             part = locs[at : at + CHUNK_PAGES]
             tasks.append(Task(chunk, len(part), reader, part))
         with self._changed:
@@ -149,7 +151,7 @@ class PointWriter:
             self._paused = False
             self._changed.notify_all()
 
-    def close_space(self, space: str, present: Iterable[Run]) -> None:
+    def close_space(self, space: str, present: PageRuns) -> None:
         """The space's final set of pages; see snapshotter.base.pages."""
         self._check()
         pages = pagemap.ascending(pagemap.expand(present))
@@ -365,20 +367,3 @@ class PointWriter:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
-
-
-def _chunks(runs: Sequence[Run]) -> Iterable[list[Run]]:
-    """Runs cut and joined into lists of at most CHUNK_PAGES pages."""
-    chunk: list[Run] = []
-    room = CHUNK_PAGES
-    for first, nr_pages in runs:
-        at, left = first, nr_pages
-        while left > 0:
-            part = min(left, room)
-            chunk.append((at, part))
-            at, left, room = at + part, left - part, room - part
-            if room == 0:
-                yield chunk
-                chunk, room = [], CHUNK_PAGES
-    if chunk:
-        yield chunk

@@ -18,6 +18,7 @@ from parasite_c._native import ffi, lib
 
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 from snapshotter.base.pages import PAGE_SIZE, Run
+from snapshotter.base.runs import PageRuns, as_table
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -100,7 +101,7 @@ class ProcMem:
             ProcessLookupError(errno.ESRCH, "ESRCH"), "its memory is gone", where=f"task {self.pid}"
         )
 
-    def read_runs(self, runs: Sequence[Run], buffer: memoryview | bytearray) -> list[int]:
+    def read_runs(self, runs: PageRuns, buffer: memoryview | bytearray) -> list[int]:
         """Fill `buffer` with the pages of `runs`, in order. Returns the page numbers that could not be read;
         their place in the buffer is zeroed.
         """
@@ -118,7 +119,7 @@ class ProcMem:
 
     def write_runs(
         self,
-        runs: Sequence[Run],
+        runs: PageRuns,
         data: bytes | bytearray | memoryview,
         missing: MissingPages | None = None,
     ) -> None:
@@ -138,14 +139,15 @@ class ProcMem:
                 where=f"task {self.pid}",
             )
 
-    def _tables(self, runs: Sequence[Run], buffer: bytes | bytearray | memoryview) -> tuple[Any, Any]:
+    def _tables(self, runs: PageRuns, buffer: bytes | bytearray | memoryview) -> tuple[Any, Any]:
         """The runs as C wants them, and room for the numbers of pages that fail: none when there are no pages."""
-        nr_pages = int(sum(int(run[1]) for run in runs))
+        table = as_table(runs)
+        nr_pages = int(table[:, 1].sum())
         size = memoryview(buffer).nbytes
         if size < nr_pages * PAGE_SIZE:
             raise ValueError(f"buffer of {size} bytes for {nr_pages} pages")
-        table = ffi.new("struct snap_run_pages[]", [(int(first), int(nr)) for first, nr in runs])
-        return table, ffi.new("uint64_t[]", min(nr_pages, 65536))
+        native = ffi.from_buffer("struct snap_run_pages[]", table)
+        return native, ffi.new("uint64_t[]", min(nr_pages, 65536))
 
     def _failed(self, result: int, bad: Any, done: str) -> list[int]:
         if result < 0:

@@ -9,7 +9,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from checkpoint.model.vma import PAGE_SIZE, private_vmas, same_pages
 from images import mm_pb2
 from snapshotter.base.pages import Run
+from snapshotter.base.runs import RunTable
 
 Runs = NDArray[np.int64]
 """(n, 2): rows [first page, end page)."""
@@ -47,18 +48,19 @@ class PagePlan:
         """Pages to read."""
         return count(self.to_read)
 
-    def present_runs(self) -> Iterator[Run]:
-        """For PageSink.close_space; made when iterated, which can wait until after the thaw."""
-        yield from to_list(self.present)
-
 
 def count(runs: Runs) -> int:
     """Number of pages."""
     return int((runs[:, 1] - runs[:, 0]).sum())
 
 
+def to_table(runs: Runs) -> RunTable:
+    """As the page protocols want them: rows (first page, nr_pages)."""
+    return np.stack((runs[:, 0], runs[:, 1] - runs[:, 0]), axis=1)
+
+
 def to_list(runs: Runs) -> list[Run]:
-    """As the page protocols want them: (first page, nr_pages)."""
+    """The same as pairs."""
     return list(zip(runs[:, 0].tolist(), (runs[:, 1] - runs[:, 0]).tolist(), strict=True))
 
 

@@ -7,19 +7,22 @@ vaddr // 4096 in an mm, offset // 4096 in a shmem object. A run is (first page n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from snapshotter.base.runs import PageRuns
 
 PAGE_SIZE = 4096
 
 Run = tuple[int, int]
-"""(first page number, nr_pages), nr_pages > 0."""
+"""(first page number, nr_pages), nr_pages > 0. Many of them travel as a table (snapshotter.base.runs)."""
 
 
 class PageReader(Protocol):
     """Reads pages of one space. Called from any thread of the sink, without the GIL where it matters."""
 
-    def read_into(self, runs: Sequence[Run], buffer: memoryview) -> None:
+    def read_into(self, runs: PageRuns, buffer: memoryview) -> None:
         """Fill `buffer` (sum of nr_pages * PAGE_SIZE bytes, writable) with the runs' bytes, in order.
 
         Pages that cannot be read (unmapped meanwhile) are zeroed; the reader itself remembers which.
@@ -29,7 +32,7 @@ class PageReader(Protocol):
 class PageSink(Protocol):
     """Where a dump puts pages (the store's point writer)."""
 
-    def put(self, space: str, runs: Sequence[Run], reader: PageReader) -> None:
+    def put(self, space: str, runs: PageRuns, reader: PageReader) -> None:
         """Queue pages; may return before they were read. A later put of the same page wins."""
 
     def drain(self, *, hurry: bool = True, leave: int = 0) -> None:
@@ -47,7 +50,7 @@ class PageSink(Protocol):
     def resume(self) -> None:
         """End a pause. Idempotent."""
 
-    def close_space(self, space: str, present: Iterable[Run]) -> None:
+    def close_space(self, space: str, present: PageRuns) -> None:
         """The space's final set of pages. Those never put are the parent point's; a page that the parent
         lacks too raises. Parent pages outside `present` are dropped.
         """

@@ -4,7 +4,7 @@ Dump (checkpoint.dump calls, in this order):
     look(pid, report)                                  before anything, reads /proc only
     space = address_space(ctx, pid, frozen=False); plan = page_plan(ctx, space, written)   pre-copy, any number of times
     space = address_space(ctx, pid, known=...); plan = page_plan(ctx, space, written)      frozen
-    sink.put(space_name(pid), to_list(plan.to_read), reader(mem)); sink.close_space(..., plan.present_runs())
+    sink.put(space_name(pid), to_table(plan.to_read), reader(mem)); sink.close_space(..., to_table(plan.present))
     dump_mm(ctx, proc, space)                          ctx.images["mm/<pid>"]
     shmem.put_all(ctx)                                 frozen, after the descriptors (which register memfds)
     sink.drain(), then shmem.close_all(ctx)

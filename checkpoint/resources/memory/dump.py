@@ -24,6 +24,7 @@ from checkpoint.resources.memory.mappings import AddressSpace, Range, read_mappi
 from images import codec, mm_pb2
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, wrap_os_error
 from snapshotter.base.pages import PAGE_SIZE, Run
+from snapshotter.base.runs import PageRuns
 
 FORMAT_VERSION = 1
 _KEY = "memory.parents"
@@ -44,7 +45,7 @@ class MmReader:
         self.failed: set[int] = set()
         self.gone = False
 
-    def read_into(self, runs: Sequence[Run], buffer: memoryview) -> None:
+    def read_into(self, runs: PageRuns, buffer: memoryview) -> None:
         """PageReader."""
         try:
             failed = self._mem.read_runs(runs, buffer)

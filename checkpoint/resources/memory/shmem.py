@@ -33,6 +33,7 @@ from checkpoint.restore_context import RestoreContext
 from images import mm_pb2
 from snapshotter.base.errors import RestoreConflictError, UnsupportedError, wrap_os_error
 from snapshotter.base.pages import PAGE_SIZE, Run
+from snapshotter.base.runs import PageRuns, as_table
 
 FORMAT_VERSION = 1
 _KEY = "memory.shmem"
@@ -52,10 +53,10 @@ class SharedObject:
     fd: int
     present: list[Run] = field(default_factory=list)
 
-    def read_into(self, runs: Sequence[Run], buffer: memoryview) -> None:
+    def read_into(self, runs: PageRuns, buffer: memoryview) -> None:
         """PageReader: pages of the object; what lies behind its end reads as zero."""
         position = 0
-        for first, nr_pages in runs:
+        for first, nr_pages in as_table(runs).tolist():
             size, offset = nr_pages * PAGE_SIZE, first * PAGE_SIZE
             done = 0
             while done < size:
