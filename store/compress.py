@@ -31,6 +31,8 @@ class FrameCompressor:
 
     def __init__(self) -> None:
         self._contexts: dict[int, zstandard.ZstdCompressor] = {}
+        self._was_random = False
+        """The last frame did not compress: the next one may not either."""
 
     def _context(self, level: int) -> zstandard.ZstdCompressor:
         if level not in self._contexts:
@@ -46,7 +48,7 @@ class FrameCompressor:
         return self._contexts[level]
 
     def _looks_random(self, pages: memoryview, level: int) -> bool:
-        """Four pages out of a large frame stand for it: 2 % of the work saves it all on encrypted or packed data.
+        """Four pages out of a large frame stand for it: on encrypted or packed data a fifth of the work saves the rest.
 
         They do not lie at equal distances: memory often repeats after some pages.
         """
@@ -59,10 +61,11 @@ class FrameCompressor:
 
     def pages(self, pages: memoryview, level: int = FAST_LEVEL) -> tuple[int, bytes | memoryview]:
         """(codec, bytes to store) of a frame of pages."""
-        if len(pages) >= _PROBE_FROM and self._looks_random(pages, level):
+        if self._was_random and len(pages) >= _PROBE_FROM and self._looks_random(pages, level):
             return CODEC_RAW, pages
         data = self._context(level).compress(pages)
-        return (CODEC_ZSTD, data) if len(data) < len(pages) * _WORTH else (CODEC_RAW, pages)
+        self._was_random = len(data) >= len(pages) * _WORTH
+        return (CODEC_RAW, pages) if self._was_random else (CODEC_ZSTD, data)
 
     def pages_apart(self, pages: memoryview, level: int = FAST_LEVEL) -> tuple[int, bytes | memoryview]:
         """The same for scattered pages, each compressed for itself: a later point that still needs a few of them need not
