@@ -14,6 +14,7 @@ import pytest
 
 from checkpoint import freeze
 from checkpoint.check import check
+from checkpoint.finisher import Finisher
 from checkpoint.freeze import FrozenTree, stopped_process
 from checkpoint.kernel import ptrace
 from checkpoint.kernel import tasks as listing
@@ -95,11 +96,11 @@ def test_error_inside_thaws(busy):
 
 
 def test_leave_stopped_and_killed(busy):
-    with FrozenTree(busy.pid) as tree:
-        tree.leave("stop")
+    with Finisher() as finisher, FrozenTree(busy.pid) as tree:
+        tree.leave("stop", finisher)
     wait_until(lambda: state(busy.pid) == "T", "left stopped")
-    with FrozenTree(busy.pid) as tree:
-        tree.leave("kill")
+    with Finisher() as finisher, FrozenTree(busy.pid) as tree:
+        tree.leave("kill", finisher)
     wait_until(lambda: state(busy.pid) in {"", "Z"}, "killed")
 
 
@@ -161,8 +162,8 @@ def test_killed_though_a_thread_has_a_lower_tid_than_its_leader(run):
     child = os.fork()  # a tracer that hangs can be killed
     if child == 0:
         try:
-            with FrozenTree(job.pid) as tree:
-                tree.leave("kill")
+            with Finisher() as finisher, FrozenTree(job.pid) as tree:
+                tree.leave("kill", finisher)
         finally:
             os._exit(0)
     try:
