@@ -1,17 +1,26 @@
-"""Frames in and out of zstd: levels, the probe for what does not compress, blobs and their bases.
+"""Frames in and out of zstd: levels, the probe for what does not compress, bytes or byte planes, blobs and their bases.
 
 One `FrameCompressor` per thread: its contexts are reused, which zstd needs to be fast.
 """
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
 import zstandard
 
 from snapshotter.base.pages import PAGE_SIZE
-from store.pack import CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE, CODEC_ZSTD_PAGES
+from store import native
+from store.pack import (
+    CODEC_RAW,
+    CODEC_ZSTD,
+    CODEC_ZSTD_BASE,
+    CODEC_ZSTD_PAGES,
+    CODEC_ZSTD_PLANES,
+    MAX_FRAME_PAGES,
+)
 
 FAST_LEVEL = -1
 _FAST_TABLE = {"window_log": 17, "hash_log": 12, "min_match": 7}
@@ -24,6 +33,9 @@ BLOB_LEVEL = 5
 _PROBE_FROM = 64 * PAGE_SIZE
 _PROBE_AT = (0.07, 0.31, 0.58, 0.93)
 _WORTH = 0.97
+_TRY_EVERY, _TRY_AT_MOST_EVERY = 32, 4
+"""Frames after which both ways are tried again; the second one when they begin to compress otherwise."""
+_OTHERWISE = 1.5
 
 
 class FrameCompressor:
@@ -33,6 +45,11 @@ class FrameCompressor:
         self._contexts: dict[int, zstandard.ZstdCompressor] = {}
         self._was_random = False
         """The last frame did not compress: the next one may not either."""
+        self._planes = memoryview(b"")
+        self._as_planes = False
+        self._since_tried = _TRY_EVERY
+        self._size_tried = 0.0
+        """Part of its size that the frame had which was tried last."""
 
     def _context(self, level: int) -> zstandard.ZstdCompressor:
         if level not in self._contexts:
@@ -57,15 +74,58 @@ class FrameCompressor:
             pages[at * PAGE_SIZE : (at + 1) * PAGE_SIZE]
             for at in (int(part * nr_pages) for part in _PROBE_AT)
         )
-        return len(self._context(level).compress(sample)) > len(sample) * _WORTH
+        limit = len(sample) * _WORTH
+        context = self._context(level)
+        return (
+            len(context.compress(sample)) > limit and len(context.compress(self._in_planes(sample))) > limit
+        )
 
     def pages(self, pages: memoryview, level: int = FAST_LEVEL) -> tuple[int, bytes | memoryview]:
         """(codec, bytes to store) of a frame of pages."""
         if self._was_random and len(pages) >= _PROBE_FROM and self._looks_random(pages, level):
             return CODEC_RAW, pages
-        data = self._context(level).compress(pages)
+        if len(pages) >= _PROBE_FROM:
+            codec, data = self._either_way(pages, level)
+        else:
+            codec, data = CODEC_ZSTD, self._context(level).compress(pages)
         self._was_random = len(data) >= len(pages) * _WORTH
-        return (CODEC_RAW, pages) if self._was_random else (CODEC_ZSTD, data)
+        return (CODEC_RAW, pages) if self._was_random else (codec, data)
+
+    def _either_way(self, pages: memoryview, level: int) -> tuple[int, bytes]:
+        """As it is or as byte planes, whichever made less of the frame for which both were tried last.
+
+        Neighbours are alike, mostly: a heap, an array, a file's text.
+        """
+        context = self._context(level)
+        found: dict[int, bytes] = {}
+        trial = self._since_tried >= _TRY_EVERY
+        ways = (CODEC_ZSTD_PLANES, CODEC_ZSTD) if self._as_planes else (CODEC_ZSTD, CODEC_ZSTD_PLANES)
+        for codec in ways:
+            if found and not trial and len(found[ways[0]]) < len(pages) * _WORTH:
+                break
+            content = pages if codec == CODEC_ZSTD else self._in_planes(pages)
+            found[codec] = context.compress(content)
+        trial = len(found) == len(ways)
+        codec = min(found, key=lambda one: len(found[one]))
+        size = len(found[codec]) / len(pages)
+        self._since_tried += 1
+        if trial:
+            # Planes cost a step more, there and back.
+            planes, plain = len(found[CODEC_ZSTD_PLANES]), len(found[CODEC_ZSTD])
+            self._as_planes = planes < plain * _WORTH
+            self._since_tried, self._size_tried = 1, size
+        elif self._since_tried >= _TRY_AT_MOST_EVERY and not (
+            self._size_tried / _OTHERWISE < size < self._size_tried * _OTHERWISE
+        ):
+            self._since_tried = _TRY_EVERY
+        return codec, found[codec]
+
+    def _in_planes(self, pages: memoryview | bytes) -> memoryview:
+        if not self._planes:
+            self._planes = memoryview(mmap.mmap(-1, MAX_FRAME_PAGES * PAGE_SIZE, flags=mmap.MAP_PRIVATE))
+        planes = self._planes[: len(pages)]
+        native.to_planes(planes, pages)
+        return planes
 
     def pages_apart(self, pages: memoryview, level: int = FAST_LEVEL) -> tuple[int, bytes | memoryview]:
         """The same for scattered pages, each compressed for itself: a later point that still needs a few of them need not

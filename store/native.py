@@ -93,6 +93,28 @@ def gather(target: Buffer, source: Buffer, slots: npt.NDArray[np.uint32]) -> Non
         raise ValueError("slot outside the frame")
 
 
+def to_planes(target: Buffer, pages: Buffer) -> None:
+    """Whole pages as byte planes, into as many bytes of `target` (planes.c)."""
+    to, frm = ffi.from_buffer("uint8_t[]", target), ffi.from_buffer("uint8_t[]", pages)
+    nr_pages, rest = divmod(len(frm), PAGE_SIZE)
+    if rest or len(to) < len(frm):
+        raise ValueError("whole pages are needed, and room for as many bytes")
+    lib.snap_to_planes(to, frm, nr_pages)
+
+
+def from_planes(planes: Buffer, slots: npt.NDArray[np.uint32]) -> bytearray:
+    """These pages of those whose byte planes are given. ValueError: a slot outside of them."""
+    frm = ffi.from_buffer("uint8_t[]", planes)
+    nr_pages, rest = divmod(len(frm), PAGE_SIZE)
+    if rest:
+        raise ValueError("whole pages are needed")
+    pages = bytearray(len(slots) * PAGE_SIZE)
+    to = ffi.from_buffer("uint8_t[]", pages)
+    if lib.snap_from_planes(to, frm, nr_pages, ffi.from_buffer("uint32_t[]", slots), len(slots)):
+        raise ValueError("slot outside the frame")
+    return pages
+
+
 def copy(target: Buffer, at: int, data: Buffer) -> None:
     """target[at : at + len(data)] = data, without the GIL. ValueError: it does not fit."""
     to, frm = ffi.from_buffer("uint8_t[]", target), ffi.from_buffer("uint8_t[]", data)

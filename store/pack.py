@@ -36,7 +36,7 @@ MAX_FRAME_PAGES = 512
 MAX_BLOB_BYTES = 256 << 20
 VERSION = 1
 
-CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE, CODEC_ZSTD_PAGES = 0, 1, 2, 3
+CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE, CODEC_ZSTD_PAGES, CODEC_ZSTD_PLANES = 0, 1, 2, 3, 4
 KIND_PAGES, KIND_IMAGES, KIND_MAPS = 0, 1, 2
 
 _HEADER = struct.Struct("<8sIIII16s8x")
@@ -323,7 +323,7 @@ class PackFile:
             fits = raw == nr_pages * PAGE_SIZE and 0 < nr_pages <= MAX_FRAME_PAGES
         else:
             fits = raw <= MAX_BLOB_BYTES and nr_pages == 0 and kind in {KIND_IMAGES, KIND_MAPS}
-        if not fits or codec > CODEC_ZSTD_PAGES or offset < HEADER_BYTES or offset + stored > self._data_end:
+        if not fits or codec > CODEC_ZSTD_PLANES or offset < HEADER_BYTES or offset + stored > self._data_end:
             raise self.bad("the frame table is out of bounds", number)
         base = (base_pack, base_frame) if base_pack else None
         return Frame(offset, stored, raw, codec, kind, nr_pages, base, check)
@@ -341,7 +341,7 @@ class PackFile:
             raise self.bad("the frame's checksum does not match its bytes", number)
         return frame, data
 
-    def read(self, number: int, kind: int, dictionary: bytes | None = None) -> bytes:
+    def read(self, number: int, kind: int, dictionary: bytes | None = None) -> bytes | bytearray:
         """A frame's content, checked and decompressed; `dictionary` is the base's content if it has one."""
         frame, data = self.read_stored(number)
         if frame.kind != kind:
@@ -352,14 +352,14 @@ class PackFile:
             return data
         if frame.codec == CODEC_ZSTD_PAGES:
             return self._pages_apart(number, frame, data, np.arange(frame.nr_pages))
-        try:
-            if zstandard.frame_content_size(data) != frame.raw:
-                raise self.bad("the compressed frame has another size than the table says", number)
-            return self._decompressor(dictionary).decompress(data)
-        except zstandard.ZstdError as error:
-            raise self.bad(f"the frame cannot be decompressed ({error})", number) from error
+        content = self._decompress(number, frame, data, dictionary)
+        if frame.codec == CODEC_ZSTD_PLANES:
+            return self._out_of_planes(number, frame, content, np.arange(frame.nr_pages, dtype=np.uint32))
+        return content
 
-    def read_pages(self, number: int, slots: np.ndarray[Any, Any]) -> tuple[bytes, np.ndarray[Any, Any]]:
+    def read_pages(
+        self, number: int, slots: np.ndarray[Any, Any]
+    ) -> tuple[bytes | bytearray, np.ndarray[Any, Any]]:
         """What is needed for these slots of a frame of pages, checked and decompressed: (pages, where each is in them).
 
         Raises:
@@ -368,10 +368,31 @@ class PackFile:
         frame = self.frame(number)
         if frame.kind == KIND_PAGES and int(slots.max()) >= frame.nr_pages:
             raise self.bad("a page map names a page that the frame does not have", number)
-        if frame.codec != CODEC_ZSTD_PAGES:
+        if frame.codec not in {CODEC_ZSTD_PAGES, CODEC_ZSTD_PLANES}:
             return self.read(number, KIND_PAGES), slots
         frame, data = self.read_stored(number)
-        return self._pages_apart(number, frame, data, slots), np.arange(len(slots), dtype=np.uint32)
+        pages: bytes | bytearray
+        if frame.codec == CODEC_ZSTD_PAGES:
+            pages = self._pages_apart(number, frame, data, slots)
+        else:
+            pages = self._out_of_planes(number, frame, self._decompress(number, frame, data), slots)
+        return pages, np.arange(len(slots), dtype=np.uint32)
+
+    def _decompress(self, number: int, frame: Frame, data: bytes, dictionary: bytes | None = None) -> bytes:
+        try:
+            if zstandard.frame_content_size(data) != frame.raw:
+                raise self.bad("the compressed frame has another size than the table says", number)
+            return self._decompressor(dictionary).decompress(data)
+        except zstandard.ZstdError as error:
+            raise self.bad(f"the frame cannot be decompressed ({error})", number) from error
+
+    def _out_of_planes(
+        self, number: int, frame: Frame, planes: bytes, slots: np.ndarray[Any, Any]
+    ) -> bytearray:
+        """These slots out of a frame of byte planes (FORMAT.md, "Frame of codec 4")."""
+        if frame.kind != KIND_PAGES:
+            raise self.bad("a blob in byte planes", number)
+        return native.from_planes(planes, np.ascontiguousarray(slots, dtype=np.uint32))
 
     def _pages_apart(self, number: int, frame: Frame, data: bytes, slots: np.ndarray[Any, Any]) -> bytes:
         """These slots out of a frame whose pages are compressed one by one (FORMAT.md, "Frame of codec 3")."""

@@ -67,7 +67,7 @@ class PackReaders:
 
     def blob(self, ref: FrameRef, kind: int, dictionary: bytes | None = None) -> bytes:
         """One blob's bytes."""
-        return self.get(ref[0]).read(ref[1], kind, dictionary)
+        return bytes(self.get(ref[0]).read(ref[1], kind, dictionary))
 
     def base(self, ref: FrameRef) -> FrameRef | None:
         """What a blob was made against."""

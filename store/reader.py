@@ -230,7 +230,7 @@ class _Piece:
         else:
             self._write([(int(page), 1) for page in pages], data)
 
-    def add(self, pages: U64, data: bytes, slots: np.ndarray) -> None:
+    def add(self, pages: U64, data: bytes | bytearray, slots: np.ndarray) -> None:
         """Copies pages behind the others, in order of page numbers."""
         order = np.argsort(pages, kind="stable")
         pages, slots = pages[order], np.ascontiguousarray(slots[order])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 from store import PointMeta
+from store.pack import KIND_PAGES, PackFile, PackKeys, PackWriter
+from store.segments import SegmentPool
 
 PAGE = 4096
+KEYS = PackKeys(bytes(range(16)), bytes(32), b"\1" * 32)
 META = {
     "pid": 42,
     "boot_id": "b" * 36,
@@ -83,3 +86,15 @@ def die_at(owner, name, nth, *, after=False):
         return result
 
     setattr(owner, name, wrapper)
+
+
+def one_frame(directory, stored, codec, nr_pages):
+    """A pack of one frame of pages that says what it is told, with a right checksum."""
+    pack = PackWriter(directory, 0x1234, KEYS, SegmentPool())
+    number, offset = pack.reserve(len(stored))
+    pack.put_frame(
+        number, offset, stored, raw=nr_pages * 4096, codec=codec, kind=KIND_PAGES, base=None, page_keys=bytes(16 * nr_pages)
+    )  # fmt: skip
+    pack.filled(offset, len(stored))
+    pack.seal()
+    return PackFile(directory, 0x1234, KEYS)

@@ -21,15 +21,14 @@ from store.pack import (
     KIND_IMAGES,
     KIND_PAGES,
     PackFile,
-    PackKeys,
     PackWriter,
     location,
     pack_name,
 )
 from store.segments import SegmentPool
+from tests.unit.store_helpers import KEYS, one_frame
 
 KEY = b"whats the Elvish word for friend"
-KEYS = PackKeys(bytes(range(16)), bytes(32), b"\1" * 32)
 # Keyed BLAKE3 of bytes 0, 1, ... 250, 0, ...: the lengths and key of the reference's test vectors.
 VECTORS = [
     (0, "92b2b75604ed3c761f9d6f62392c8a9227ad0ea3f09573e783f1498a4ed60d26"),
@@ -253,18 +252,6 @@ def test_no_damaged_pack_reads_wrong(tmp_path_factory, data):
     # Padding before the footer is the one place that nothing depends on.
     start = struct.unpack_from("<Q", whole, len(whole) - 64 + 24)[0]
     assert wrong or content[: start - 8] == whole[: start - 8]
-
-
-def one_frame(directory, stored, codec, nr_pages):
-    """A pack of one frame of pages that says what it is told, with a right checksum."""
-    pack = PackWriter(directory, 0x1234, KEYS, SegmentPool())
-    number, offset = pack.reserve(len(stored))
-    pack.put_frame(
-        number, offset, stored, raw=nr_pages * 4096, codec=codec, kind=KIND_PAGES, base=None, page_keys=bytes(16 * nr_pages)
-    )  # fmt: skip
-    pack.filled(offset, len(stored))
-    pack.seal()
-    return PackFile(directory, 0x1234, KEYS)
 
 
 def test_pages_apart(tmp_path):
