@@ -22,7 +22,7 @@ PIECES = {
     "doctor": [],
     "trackers": ["tests/kernel/test_trackers.py"],
     "keeper": ["tests/kernel/test_keeper.py"],
-    "freeze": ["tests/kernel/test_freeze.py", "tests/kernel/test_stopped.py"],
+    "freeze": ["tests/kernel/test_freeze.py", "tests/kernel/test_stopped.py", "tests/kernel/test_finisher.py"],
     "memory": ["tests/kernel/test_memory_look.py", "tests/kernel/test_memory_restore.py", "tests/kernel/test_native.py"],
     "parasite": ["tests/kernel/test_parasite.py", "tests/kernel/test_parasite_frames.py"],
     "files": ["tests/kernel/test_files.py", "tests/kernel/test_pipes.py"],
@@ -30,6 +30,7 @@ PIECES = {
     "parasite-killed": ["tests/kernel/test_parasite_kill.py"],
     "dump-killed": ["tests/kernel/test_dump_killed.py"],
     "take-killed": ["tests/kernel/test_take_killed.py"],
+    "rollback-killed": ["tests/kernel/test_rollback_killed.py"],
     "plain": ["tests/roundtrip/test_programs.py", "-k", f"plain and ({ROUND_TRIPS})"],
     "three": ["tests/roundtrip/test_programs.py", "-k", f"three and ({ROUND_TRIPS})"],
 }  # fmt: skip
