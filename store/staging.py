@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from store.packset import PackSet
     from store.pagemap import U64
 
-CHUNK_PAGES = 256
+CHUNK_PAGES = 512
+"""What is read, hashed and looked up in one go: beside 2 MiB of that Python's steps are little."""
 BIG_FRAME, SMALL_FRAME = 256, 128
 """1 MiB for first dumps and long fresh runs; scattered pages go by 128, compressed one by one."""
+_BUFFER_PAGES = BIG_FRAME + CHUNK_PAGES
 APART_FROM = 24
 """Fewer pages than this compress better together, and are not worth it."""
 _SMALL_TAKE = 128
@@ -43,9 +45,9 @@ class Worker:
         self._packs = packs
         self._unit = BIG_FRAME if big_frames else SMALL_FRAME
         self._compressor = FrameCompressor()
-        self._buffer = memoryview(mmap.mmap(-1, 2 * CHUNK_PAGES * PAGE_SIZE, flags=mmap.MAP_PRIVATE))
-        self._keys = memoryview(bytearray(2 * CHUNK_PAGES * KEY_BYTES))
-        self._fill = 0  # new pages waiting at the front of the buffer, always < CHUNK_PAGES between chunks
+        self._buffer = memoryview(mmap.mmap(-1, _BUFFER_PAGES * PAGE_SIZE, flags=mmap.MAP_PRIVATE))
+        self._keys = memoryview(bytearray(_BUFFER_PAGES * KEY_BYTES))
+        self._fill = 0  # new pages waiting at the front of the buffer, always < BIG_FRAME between chunks
         self._frames: list[tuple[int, int]] = []  # (location of slot 0, pages), in order of serial numbers
 
     def _tail(self, nr_pages: int) -> memoryview:
@@ -70,11 +72,8 @@ class Worker:
         self.pages_new += nr_new
         self.pages_zero += nr_zero
         self._fill += nr_new
-        if self._unit == BIG_FRAME:
-            if self._fill >= BIG_FRAME * 3 // 4:
-                self._flush(self._fill)
-        elif contiguous and nr_new == CHUNK_PAGES:
-            self._flush(self._fill)
+        if self._unit == BIG_FRAME or (contiguous and nr_new == CHUNK_PAGES):
+            self._flush(BIG_FRAME)
         elif self._fill >= SMALL_FRAME:
             self._flush(SMALL_FRAME)
 
@@ -84,10 +83,15 @@ class Worker:
             self._flush(self._fill, rest=True)
 
     def _flush(self, unit: int, *, rest: bool = False) -> None:
-        """Frames of `unit` pages; what is left over stays at the front, or goes into the last one with `rest`."""
+        """Frames of `unit` pages; what is left over stays at the front, or goes into the last one with `rest`.
+
+        Big ones may have three quarters of that, or three quarters more, so that less is left over to be moved.
+        """
         done = 0
-        while self._fill - done >= unit or (rest and done < self._fill):
-            count = min(unit, self._fill - done)
+        least = unit * 3 // 4 if unit == BIG_FRAME else unit
+        while self._fill - done >= least or (rest and done < self._fill):
+            left = self._fill - done
+            count = left if unit == BIG_FRAME and left < unit + least else min(unit, left)
             self._write(done, count)
             done += count
         left = self._fill - done

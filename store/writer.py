@@ -1,6 +1,6 @@
 """The point writer: takes a dump's pages and images, and commits them as one point. It is a PageSink.
 
-Pages are read, tested for zero, hashed, looked up and compressed by threads of its own, a megabyte at a
+Pages are read, tested for zero, hashed, looked up and compressed by threads of its own, two megabytes at a
 time, in buffers that are reused. While somebody waits in `drain` in a hurry (the job is frozen then), reading goes first
 and compressing waits. Nothing of a writer exists for anybody else before `commit` returns; a writer that is
 left without it removes its packs. After one failure a writer is broken and only says so.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from store.pagemap import U64
     from store.repository import Store
 
-SPARE_BUFFERS = 64
+SPARE_BUFFERS = 32
 """Chunks that `drain` may have read ahead of compressing: 64 MiB."""
 
 

@@ -56,6 +56,14 @@ def ascending(nr_pages):
     ).tobytes()
 
 
+def heap(nr_pages):
+    """Small objects: a type's address, a count, a length, an address."""
+    words = np.empty((nr_pages * 128, 4), dtype="<u8")
+    words[:] = (1, 0x7F3A_5C00_1000, 3, 0)
+    words[:, 3] = 0x7F3A_6000_0000 + 32 * np.random.default_rng(3).permutation(len(words))
+    return words.tobytes()
+
+
 def text(nr_pages):
     chance = random.Random(1)
     words = ["the", "job", "goes", "on", "as", "if", "it", "had", "never", "been", "touched", "snapshot"]
@@ -106,6 +114,16 @@ def test_planes_are_tried_again_when_frames_begin_to_compress_otherwise():
     codecs = [compressor.pages(memoryview(ascending(256)))[0] for _ in range(6)]
     assert codecs[0] == CODEC_ZSTD
     assert codecs[-1] == CODEC_ZSTD_PLANES
+
+
+def test_the_faster_level_where_it_costs_little():
+    """Of numbers it makes about as little, of a heap half as much again."""
+    for memory, limit in ((numbers(256), 1.1), (heap(256), 1.0)):
+        planes = as_planes(memory)
+        compressor = FrameCompressor()
+        best = min(len(compressor._context(-1).compress(one)) for one in (memory, planes))
+        assert len(compressor.pages(memoryview(memory))[1]) <= best * limit
+        assert len(compressor.pages(memoryview(memory))[1]) <= best * limit
 
 
 def test_small_frames_go_as_they_are():
