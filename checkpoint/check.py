@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from checkpoint.kernel import proc
 from checkpoint.kernel import sys as ksys
-from checkpoint.kernel.tasks import children, task_ids
+from checkpoint.kernel.tasks import children, task_ids, without_workers
 from checkpoint.resources import files, memory, sharing, task_look
 from snapshotter.base.errors import (
     Finding,
@@ -188,7 +188,7 @@ def _walk(report: CheckReport, max_tasks: int) -> None:
     seen = set(queue)
     own = os.getpid()
     for pid in queue:
-        tids = task_ids(pid)
+        tids = [tid for _, tid in without_workers((pid, tid) for tid in task_ids(pid))]
         try:
             stat = proc.read_stat(pid)
         except (OSError, SnapshotterError):

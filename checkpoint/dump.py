@@ -482,7 +482,7 @@ def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
             try:
                 tree.__enter__()
             except (CannotStopError, TreeChangedError):
-                if number == _FREEZE_TRIES - 1:
+                if number == _FREEZE_TRIES - 1 or tree.seized.stuck:
                     raise
                 continue
             with contextlib.ExitStack() as stack:

@@ -27,7 +27,7 @@ from checkpoint.hurry import hurried
 from checkpoint.kernel import interrupted, proc, ptrace, threads
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.mem import ProcMem
-from checkpoint.kernel.tasks import children_of, task_ids
+from checkpoint.kernel.tasks import children_of, task_ids, without_workers
 from checkpoint.kernel.threads import ThreadFacts
 from checkpoint.parasite import cure, frames, stranded
 from checkpoint.parasite.remote import MAGIC_SIZE, blob
@@ -95,12 +95,12 @@ class FrozenTree:
         deadline = time.monotonic() + self.timeout_s
         for _ in range(_MAX_PASSES):
             tree = self._look()
-            fresh = [
+            fresh = without_workers(
                 (pid, tid)
                 for pid, tids in tree.items()
                 for tid in tids
                 if tid not in self.seized and not self.seized.is_known_dead(tid)
-            ]
+            )
             if not fresh:
                 break
             if len(self.seized) + len(fresh) > self.max_tasks:

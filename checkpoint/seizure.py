@@ -53,6 +53,8 @@ class Seizure:
         """CLOCK_MONOTONIC just before the first one was interrupted."""
         self.dead: dict[int, int] = {}
         """tid -> pid of what had ended before it could be seized and is still to be seen."""
+        self.stuck: list[int] = []
+        """What did not stop in time and still is seized: nobody can seize it again before we end."""
         self._vforked: dict[
             int, int
         ] = {}  # tid -> parent, children of vfork that were let go on for a moment
@@ -216,6 +218,7 @@ class Seizure:
             tids = [tid for tid in tids if not self.detach(tid)]
             if tids:
                 time.sleep(0.001)
+        self.stuck = tids
 
     def _stop_error(self, tids: list[int]) -> SnapshotterError:
         tid = tids[0]

@@ -12,8 +12,9 @@ import time
 
 import pytest
 
-from checkpoint import freeze
+from checkpoint import dump, freeze, seizure
 from checkpoint.check import check
+from checkpoint.context import DumpContext, DumpOptions
 from checkpoint.finisher import Finisher
 from checkpoint.freeze import FrozenTree, stopped_process
 from checkpoint.kernel import ptrace
@@ -242,3 +243,25 @@ def test_a_vfork_that_stays_is_refused_by_name(run):
     assert time.monotonic() - began < 5
     assert {finding.where for finding in report.findings} == {"address space"}
     assert "vfork" in report.findings[0].what
+
+
+def test_what_does_not_stop_is_said_and_not_seized_again(run, monkeypatch):
+    """It stays seized until we end: another try would be told that somebody traces it already, which is us."""
+    job = run("slow_vfork.c")
+    wait_until(lambda: listing.children(job.pid, [job.pid]), "the child is there")
+    monkeypatch.setattr(seizure, "_LET_GO_S", 0.05)
+    child = os.fork()
+    if child == 0:
+        tried = []
+        monkeypatch.setattr(
+            dump, "FrozenTree", lambda *args, **options: tried.append(1) or FrozenTree(*args, **options)
+        )
+        try:
+            with dump._frozen(DumpContext(job.pid, None, None, DumpOptions(freeze_timeout_s=0.2))):
+                pass
+        except CannotStopError as error:
+            os._exit(0 if "does not stop" in str(error) and len(tried) == 1 else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(reap(child)) == 0
+    wait_until(lambda: tracer(job.pid) == 0, "let go with its tracer")
