@@ -15,7 +15,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from images import files_pb2, manifest_pb2, mm_pb2, task_pb2, validate
-from snapshotter.base.errors import VerificationError
+from snapshotter.base.errors import UnsupportedError, VerificationError
 
 FORMAT_VERSION = 1
 """Of every kind of image but those that have a number of their own."""
@@ -91,6 +91,7 @@ def serialise(name: str, message: Message) -> bytes:
     Raises:
         VerificationError: the message is not what an image of this name holds, or breaks a bound (a fault of
             the dump: better found before the point is committed than at its rollback).
+        UnsupportedError: the job has more state of this kind than an image may hold.
     """
     kind = kind_of(name)
     if not isinstance(message, kind.message):
@@ -100,7 +101,12 @@ def serialise(name: str, message: Message) -> bytes:
         )
     message.format_version = kind.needs(message)  # type: ignore[attr-defined]
     data = message.SerializeToString(deterministic=True)
-    _check_size(name, kind, len(data))
+    if len(data) > kind.max_bytes:
+        raise UnsupportedError(
+            f"the {kind.title} image has {len(data)} bytes, more than snap keeps of this kind ({kind.max_bytes})",
+            where=f"image {name!r}",
+            hint="what waits in pipes and sockets is part of it: take the point when the job has read that",
+        )
     validate.check(name, message)
     return data
 
@@ -150,5 +156,5 @@ def _check_size(name: str, kind: Kind, size_bytes: int) -> None:
         raise VerificationError(
             f"{size_bytes} bytes, the limit of a {kind.title} image is {kind.max_bytes}",
             where=f"image {name!r}",
-            hint="it is damaged, or the job has more state of this kind than snap handles",
+            hint="it is damaged",
         )

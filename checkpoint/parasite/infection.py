@@ -14,6 +14,7 @@ left to be found and removed by the next infection).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import struct
@@ -306,7 +307,14 @@ class InfectedTask(RemoteTask):
             with contextlib.suppress(OSError, SnapshotterError):
                 self._gadget(self._place.context_only, "munmap", area.start, area.size)
             if isinstance(error, OSError):
-                raise SnapshotterError(f"cannot map memory in it: {error}", where=self.where) from error
+                full = error.errno == errno.ENOMEM
+                raise SnapshotterError(
+                    f"cannot map memory in it: {error}",
+                    where=self.where,
+                    hint="its address space is at its limit (ulimit -v; prlimit --pid PID --as=), or there is no memory"
+                    if full
+                    else "",
+                ) from error
             raise
         space.mapped = True
         for old in space.leftovers:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
+from checkpoint.parasite.infection import AREA_SIZE
 from checkpoint.resources import cgroups, directories, keyrings, sharing
 from snapshotter.base.errors import Finding, TargetGoneError
 
@@ -33,6 +34,7 @@ def look(pid: int, report: list[Finding]) -> None:
         return
     _look_personality(pid, report)
     _look_namespaces(pid, report)
+    _look_room(pid, status, report)
     directories.look(pid, report)
     cgroups.look(pid)
     keyrings.look(status.uids[0])
@@ -102,6 +104,24 @@ def _look_personality(pid: int, report: list[Finding]) -> None:
     if head[:4] == b"\x7fELF" and (head[4] != 2 or head[18:20] != b"\x3e\x00"):
         report.append(
             Finding(pid, "task", "is not an x86-64 program (32-bit)", "only 64-bit tasks can be dumped")
+        )
+
+
+def _look_room(pid: int, status: Status, report: list[Finding]) -> None:
+    """A limit of the address space (ulimit -v) must leave room for the parasite."""
+    with open(f"/proc/{pid}/limits", "rb") as file:
+        words = next((line for line in file if line.startswith(b"Max address space")), b"").split()
+    if len(words) < 5 or not words[3].isdigit():
+        return
+    left = int(words[3]) - int(status.fields.get("VmSize", "0 kB").split()[0]) * 1024
+    if left < AREA_SIZE:
+        report.append(
+            Finding(
+                pid,
+                "task",
+                f"has {max(left, 0) // 1024} KiB of address space left to its limit, and snap needs {AREA_SIZE // 1024}",
+                f"raise it: prlimit --pid {pid} --as={int(words[3]) + AREA_SIZE - min(left, 0)}:",
+            )
         )
 
 

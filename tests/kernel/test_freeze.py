@@ -16,7 +16,7 @@ from checkpoint import dump, freeze, seizure
 from checkpoint.check import check
 from checkpoint.context import DumpContext, DumpOptions
 from checkpoint.finisher import Finisher
-from checkpoint.freeze import FrozenTree, stopped_process
+from checkpoint.freeze import CannotStopError, FrozenTree, stopped_process
 from checkpoint.kernel import ptrace
 from checkpoint.kernel import tasks as listing
 from snapshotter.base import faults

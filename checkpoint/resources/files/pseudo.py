@@ -69,7 +69,7 @@ def system_of(seen: Seen) -> int:
 
 def is_pseudo(path: bytes) -> bool:
     """Whether a path is one of /proc or /sys."""
-    return path.startswith((b"/proc/", b"/sys/"))
+    return path in {b"/proc", b"/sys"} or path.startswith((b"/proc/", b"/sys/"))
 
 
 def refusal(seen: Seen, system: int) -> Finding | None:

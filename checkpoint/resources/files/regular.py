@@ -45,6 +45,9 @@ class RegularKind(kind.Kind):
             return Finding(seen.pid, seen.where, what, "take the point when it has been given up")
         if system := pseudo.system_of(seen):
             return pseudo.refusal(seen, system)
+        if seen.link.startswith(b"/secretmem"):
+            what = "is secret memory (memfd_secret), which nobody but its process can read"
+            return Finding(seen.pid, seen.where, what, "close it first")
         if seen.stat.st_nlink == 0 or _leads(seen):
             return None
         if seen.link.endswith(kind.DELETED):
@@ -119,9 +122,11 @@ class RegularKind(kind.Kind):
                 os.close(found)
             now = os.fstat(fd)
             if (now.st_size, now.st_mtime_ns) != (regular.identity.size_bytes, regular.identity.mtime_ns):
+                appends = description.flags & os.O_APPEND and description.flags & os.O_ACCMODE != os.O_RDONLY
+                at = "and goes on at its end" if appends else f"at its old offset {description.offset}"
                 opening.warn(
                     f"{where} changed since the point was taken ({regular.identity.size_bytes} bytes then, "
-                    f"{now.st_size} now); the job gets it as it is now, at its old offset {description.offset}"
+                    f"{now.st_size} now); the job gets it as it is now, {at}"
                 )
         if description.offset:
             os.lseek(fd, description.offset, os.SEEK_SET)
