@@ -104,10 +104,12 @@ def show_error(error: SnapshotterError, *, as_json: bool) -> None:
             body["findings"] = [finding.as_dict() for finding in error.findings]
         write(to_json({"error": body}))
         return
-    write_error(f"snap: {where_what}")
     if isinstance(error, UnsupportedError) and len(error.findings) > 1:
+        write_error(f"snap: {len(error.findings)} things stand in the way of a point:")
         for finding in error.findings:
-            write_error(f"  {finding}")
+            write_error(f"  {finding}")  # each with a hint of its own
+        return
+    write_error(f"snap: {where_what}")
     if error.hint:
         write_error(f"hint: {error.hint}")
 
