@@ -160,9 +160,7 @@ def _check_ids(ctx: RestoreContext, found: Survey) -> None:
             "snap runs inside the job that it should replace", hint="run it from outside of the job"
         )
     pid_max = int(Path("/proc/sys/kernel/pid_max").read_text())
-    ours = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
-        ctx.processes
-    )
+    ours = ctx.task_ids()
     deadline = time.monotonic() + ctx.options.reap_timeout_s
     for wanted in sorted(ours):
         if wanted >= pid_max:

@@ -36,9 +36,7 @@ def replace(ctx: RestoreContext, found: Survey, finisher: Finisher) -> None:
         RestoreConflictError: a zombie keeps a pid; whose task it is to reap it is named.
         UnsupportedError, CannotStopError: it cannot be frozen (a debugger has it); it runs on as before.
     """
-    wanted = {thread.tid for process in ctx.processes.values() for thread in process.threads} | set(
-        ctx.processes
-    )
+    wanted = ctx.task_ids()
     if found.old:
         with contextlib.ExitStack() as stack:
             trees = _freeze(found, stack)

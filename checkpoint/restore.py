@@ -127,10 +127,8 @@ def _prepare(
 
 def _numbers(ctx: RestoreContext, planned: RestorePlan) -> set[int]:
     """Every number that a task, group or session of the job needs."""
-    numbers = {thread.tid for process in ctx.processes.values() for thread in process.threads}
-    for process in ctx.processes.values():
-        numbers |= {process.pid, process.pgid, process.sid}
-    return numbers | set(planned.tree.helper_pids)
+    groups = {number for process in ctx.processes.values() for number in (process.pgid, process.sid)}
+    return ctx.task_ids() | groups | set(planned.tree.helper_pids)
 
 
 def _release(ctx: RestoreContext) -> None:

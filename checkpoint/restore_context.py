@@ -92,6 +92,12 @@ class RestoreContext:
     """For resources, by their name: what must live from one phase to the next."""
     _parsed: dict[str, Message] = field(default_factory=dict)
 
+    def task_ids(self) -> set[int]:
+        """The number of every task of the job, zombies included."""
+        return {thread.tid for process in self.processes.values() for thread in process.threads} | set(
+            self.processes
+        )
+
     def warn(self, text: str) -> None:
         """Add a warning once."""
         if text not in self.warnings:

@@ -37,6 +37,8 @@ MAX_BLOB_BYTES = 256 << 20
 VERSION = 1
 
 CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BASE, CODEC_ZSTD_PAGES, CODEC_ZSTD_PLANES = 0, 1, 2, 3, 4
+_BY_SLOT = frozenset({CODEC_ZSTD_PAGES, CODEC_ZSTD_PLANES})
+"""Of these a few pages are had without making all the others."""
 KIND_PAGES, KIND_IMAGES, KIND_MAPS = 0, 1, 2
 
 _HEADER = struct.Struct("<8sIIII16s8x")
@@ -350,12 +352,9 @@ class PackFile:
             if len(data) != frame.raw:
                 raise self.bad("a raw frame of another size than it says", number)
             return data
-        if frame.codec == CODEC_ZSTD_PAGES:
-            return self._pages_apart(number, frame, data, np.arange(frame.nr_pages))
-        content = self._decompress(number, frame, data, dictionary)
-        if frame.codec == CODEC_ZSTD_PLANES:
-            return self._out_of_planes(number, frame, content, np.arange(frame.nr_pages, dtype=np.uint32))
-        return content
+        if frame.codec in _BY_SLOT:
+            return self._slots(number, frame, data, np.arange(frame.nr_pages, dtype=np.uint32))
+        return self._decompress(number, frame, data, dictionary)
 
     def read_pages(
         self, number: int, slots: np.ndarray[Any, Any]
@@ -368,15 +367,22 @@ class PackFile:
         frame = self.frame(number)
         if frame.kind == KIND_PAGES and int(slots.max()) >= frame.nr_pages:
             raise self.bad("a page map names a page that the frame does not have", number)
-        if frame.codec not in {CODEC_ZSTD_PAGES, CODEC_ZSTD_PLANES}:
+        if frame.codec not in _BY_SLOT:
             return self.read(number, KIND_PAGES), slots
         frame, data = self.read_stored(number)
-        pages: bytes | bytearray
+        return self._slots(number, frame, data, slots), np.arange(len(slots), dtype=np.uint32)
+
+    def _slots(
+        self, number: int, frame: Frame, data: bytes, slots: np.ndarray[Any, Any]
+    ) -> bytes | bytearray:
+        """These slots, one after the other, of a frame that can be asked for them."""
+        if frame.kind != KIND_PAGES:
+            raise self.bad("a blob that is coded as pages are", number)
         if frame.codec == CODEC_ZSTD_PAGES:
-            pages = self._pages_apart(number, frame, data, slots)
-        else:
-            pages = self._out_of_planes(number, frame, self._decompress(number, frame, data), slots)
-        return pages, np.arange(len(slots), dtype=np.uint32)
+            return self._pages_apart(number, frame, data, slots)
+        # Byte planes (FORMAT.md, "Frame of codec 4").
+        planes = self._decompress(number, frame, data)
+        return native.from_planes(planes, np.ascontiguousarray(slots, dtype=np.uint32))
 
     def _decompress(self, number: int, frame: Frame, data: bytes, dictionary: bytes | None = None) -> bytes:
         try:
@@ -386,18 +392,10 @@ class PackFile:
         except zstandard.ZstdError as error:
             raise self.bad(f"the frame cannot be decompressed ({error})", number) from error
 
-    def _out_of_planes(
-        self, number: int, frame: Frame, planes: bytes, slots: np.ndarray[Any, Any]
-    ) -> bytearray:
-        """These slots out of a frame of byte planes (FORMAT.md, "Frame of codec 4")."""
-        if frame.kind != KIND_PAGES:
-            raise self.bad("a blob in byte planes", number)
-        return native.from_planes(planes, np.ascontiguousarray(slots, dtype=np.uint32))
-
     def _pages_apart(self, number: int, frame: Frame, data: bytes, slots: np.ndarray[Any, Any]) -> bytes:
         """These slots out of a frame whose pages are compressed one by one (FORMAT.md, "Frame of codec 3")."""
         head = 2 * frame.nr_pages
-        if frame.kind != KIND_PAGES or len(data) < head:
+        if len(data) < head:
             raise self.bad("a frame of single pages that is none", number)
         sizes = np.frombuffer(data, dtype="<u2", count=frame.nr_pages).astype(np.uint64)
         ends = np.cumsum(sizes) + np.uint64(head)

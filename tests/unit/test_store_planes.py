@@ -168,7 +168,7 @@ def test_a_blob_is_never_in_planes(tmp_path):
     )
     pack.filled(offset, len(stored))
     pack.seal()
-    with pytest.raises(VerificationError, match="planes"):
+    with pytest.raises(VerificationError, match="coded as pages"):
         Pack(tmp_path, 0x1234, KEYS).read(0, KIND_IMAGES)
 
 

@@ -78,7 +78,6 @@ _REASONS = {
     "sync_file": ("is a fence of a graphics driver", "close it first"),
     "dmabuf": ("is a buffer of a graphics driver", "close it first"),
     "landlock-ruleset": ("is a Landlock rule set", "close it first"),
-    "secretmem": ("is secret memory (memfd_secret), which cannot be read", "close it first"),
 }
 
 
