@@ -160,8 +160,7 @@ class Assembly:
             self._adopt(step.pid, made, step.maker)
             self._settle(step.pid)
             return
-        wanted = {thread.tid for process in self.ctx.processes.values() for thread in process.threads}
-        wanted.update(self.plan.tree.helper_pids)
+        wanted = self.ctx.task_ids() | set(self.plan.tree.helper_pids)
         for _ in range(_HELPER_TRIES):
             stub = maker.fork_child(0, exit_signal, flags)
             if stub.pid not in wanted:

@@ -48,6 +48,20 @@ def test_regular_files_share_offset_and_keep_flags(again, tmp_path):
     assert r.warnings == []
 
 
+def test_of_a_file_that_is_appended_to_no_old_offset_is_promised(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"old")
+    with child(lambda: os.open(path, os.O_WRONLY | os.O_APPEND)) as pid:
+        ctx = dump(pid)
+    with path.open("ab") as file:
+        file.write(b" and new")
+    r = Restored(ctx, pid)
+    assert "goes on at its end" in r.warnings[0]
+    os.write(r[3], b", appended")
+    assert path.read_bytes() == b"old and new, appended"
+    r.opening.close()
+
+
 def test_a_changed_file_is_said_and_a_replaced_one_is_a_conflict(tmp_path):
     path = tmp_path / "log"
     path.write_bytes(b"old")
@@ -57,6 +71,7 @@ def test_a_changed_file_is_said_and_a_replaced_one_is_a_conflict(tmp_path):
         file.write(b" and new")
     r = Restored(ctx, pid)
     assert "changed since" in r.warnings[0] and str(path) in r.warnings[0]
+    assert "at its old offset 3" in r.warnings[0]
     assert os.read(r[3], 100) == b" and new"
     r.opening.close()
     path.rename(tmp_path / "aside")

@@ -1,13 +1,14 @@
 """images/codec.py, validate.py and show.py on messages made here."""
 
+import dataclasses
 import json
 
 import pytest
 
-from images import files_pb2, manifest_pb2, mm_pb2, task_pb2
+from images import codec, files_pb2, manifest_pb2, mm_pb2, task_pb2
 from images.codec import KINDS, kind_of, parse, parse_as, serialise
 from images.show import show
-from snapshotter.base.errors import VerificationError
+from snapshotter.base.errors import UnsupportedError, VerificationError
 
 
 def a_process(pid: int = 42) -> task_pb2.Process:
@@ -87,6 +88,15 @@ def test_size_is_checked_before_parsing():
     kind = kind_of("shmem/1")
     with pytest.raises(VerificationError, match="limit of a shmem image"):
         parse("shmem/1", bytes(kind.max_bytes + 1))
+
+
+def test_more_state_than_an_image_may_hold_is_refused_and_no_damage(monkeypatch):
+    message = mm_pb2.Shmem(size_bytes=4096)
+    whole = len(serialise("shmem/1", message))
+    kind = dataclasses.replace(kind_of("shmem/1"), max_bytes=whole - 1)
+    monkeypatch.setattr(codec, "kind_of", lambda _: kind)
+    with pytest.raises(UnsupportedError, match=f"has {whole} bytes, more than snap keeps"):
+        serialise("shmem/1", message)
 
 
 def change_vmas(**fields):
