@@ -1,5 +1,5 @@
-// The loops that are too hot for Python: ptrace stops of a batch, runs of pages, PAGEMAP_SCAN, and
-// the birth of a restore stub (between fork and exec nothing but system calls may happen).
+// The loops that are too hot for Python: runs of pages, PAGEMAP_SCAN, and the birth of a restore stub
+// (between fork and exec nothing but system calls may happen).
 // No state of its own; errors come back as negative errno.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -7,134 +7,17 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
-#include <sys/user.h>
 #include <sys/wait.h>
 #include <linux/sched.h>
 #include <linux/userfaultfd.h>
 #include <unistd.h>
-#include "protocol.h"
 
 #define PAGE 4096UL
-#define NR_RT_SIGRETURN 15
-
-#ifndef PTRACE_EVENT_STOP
-#define PTRACE_EVENT_STOP 128
-#endif
-
-struct snap_drive {
-    int outcome;
-    int status;
-    int new_tid;
-};
-
-enum { DRIVE_DONE = 0, DRIVE_GONE = 1, DRIVE_FAULT = 2, DRIVE_ERROR = 3 };
-
-// Let a stopped task run until it leaves system call `until` (the sentinel, or one call made through
-// a gadget). Counts on being called at a stop that is not a syscall entry.
-int snap_drive_until(int tid, uint64_t until, struct snap_drive *d)
-{
-    int in_call = 0, matched = 0, sig = 0, status;
-
-    d->new_tid = 0;
-    for (;;) {
-        if (ptrace(PTRACE_SYSCALL, tid, 0, (void *)(long)sig) < 0) {
-            if (errno != ESRCH)
-                return -errno;
-            // dying: wait below says how
-        }
-        do {
-            status = 0;
-        } while (waitpid(tid, &status, __WALL) < 0 && errno == EINTR);
-        d->status = status;
-        sig = 0;
-        if (!WIFSTOPPED(status)) {
-            d->outcome = DRIVE_GONE;
-            return 0;
-        }
-        int event = status >> 16, stop = WSTOPSIG(status);
-        if (event == 0 && (stop == (SIGTRAP | 0x80) || stop == SIGTRAP)) {
-            in_call = !in_call;
-            if (in_call) {
-                errno = 0;
-                long nr = ptrace(PTRACE_PEEKUSER, tid, offsetof(struct user_regs_struct, orig_rax), 0);
-                if ((uint64_t)nr == until) {
-                    matched = 1;
-                } else if (nr == NR_RT_SIGRETURN && until == SNAP_SENTINEL) {
-                    // SNAP_B_LEAVE: the way out is the announcement. Call it off; it was not to happen yet.
-                    if (ptrace(PTRACE_POKEUSER, tid, offsetof(struct user_regs_struct, orig_rax), -1L) < 0)
-                        return -errno;
-                    matched = 1;
-                }
-            } else if (matched) {
-                d->outcome = DRIVE_DONE;
-                return 0;
-            }
-        } else if (event == PTRACE_EVENT_STOP) {
-            // an interrupt, or a group-stop that the kernel puts back when we detach: go on
-        } else if (event) {
-            unsigned long message = 0;
-            if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &message) == 0)
-                d->new_tid = (int)message;
-        } else if (stop == SIGSEGV || stop == SIGBUS || stop == SIGILL || stop == SIGFPE || stop == SIGSYS) {
-            d->outcome = DRIVE_FAULT;
-            return 0;
-        } else {
-            sig = stop;                 // everything that can be blocked is: this is SIGSTOP
-        }
-    }
-}
-
-// The same for a batch that announces its end by signal `sig`: no stop for each call. `ended` is the address
-// of its stopped_at, which tells our signal from one that somebody else sent (which the task ignores).
-int snap_drive_signal(int tid, int sentinel, uint64_t ended, struct snap_drive *d)
-{
-    int sig = 0, status;
-
-    d->new_tid = 0;
-    for (;;) {
-        if (ptrace(PTRACE_CONT, tid, 0, (void *)(long)sig) < 0 && errno != ESRCH)
-            return -errno;
-        do {
-            status = 0;
-        } while (waitpid(tid, &status, __WALL) < 0 && errno == EINTR);
-        d->status = status;
-        sig = 0;
-        if (!WIFSTOPPED(status)) {
-            d->outcome = DRIVE_GONE;
-            return 0;
-        }
-        int event = status >> 16, stop = WSTOPSIG(status);
-        if (event == 0 && stop == sentinel) {
-            errno = 0;
-            long word = ptrace(PTRACE_PEEKDATA, tid, ended, 0);
-            if (errno)
-                return -errno;
-            if ((uint32_t)word != SNAP_NOT_ENDED) {
-                d->outcome = DRIVE_DONE;
-                return 0;
-            }
-        } else if (event == PTRACE_EVENT_STOP) {
-            // an interrupt, or a group-stop that the kernel puts back when we detach: go on
-        } else if (event) {
-            unsigned long message = 0;
-            if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &message) == 0)
-                d->new_tid = (int)message;
-        } else if (stop == SIGSEGV || stop == SIGBUS || stop == SIGILL || stop == SIGFPE || stop == SIGSYS ||
-                   stop == SIGTRAP) {
-            d->outcome = DRIVE_FAULT;
-            return 0;
-        } else {
-            sig = stop;                 // everything that can be blocked is: this is SIGSTOP
-        }
-    }
-}
 
 // -- pages of another process ---------------------------------------------------------------------
 
@@ -196,6 +79,17 @@ static int64_t place_pages(int uffd, uint64_t first, uint64_t nr_pages, const ch
             break;
     }
     return (int64_t)done;
+}
+
+// Whether the runs have no more than `most` pages in all.
+int snap_runs_fit(const struct snap_run_pages *runs, size_t nr_runs, uint64_t most)
+{
+    for (size_t i = 0; i < nr_runs; i++) {
+        if (runs[i].nr_pages > most)
+            return 0;
+        most -= runs[i].nr_pages;
+    }
+    return 1;
 }
 
 #define PIECE 256UL                     // pages that are read at once

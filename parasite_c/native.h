@@ -3,7 +3,6 @@
 #include <stdint.h>
 #include "protocol.h"
 
-struct snap_drive { int outcome; int status; int new_tid; };
 struct snap_run_pages { uint64_t first; uint64_t nr_pages; };
 struct snap_missing { int uffd; size_t nr_ranges; const struct snap_run_pages *ranges; };
 struct snap_region { uint64_t start, end, categories; };

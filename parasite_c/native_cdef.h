@@ -1,11 +1,9 @@
 struct snap_regs;
-struct snap_drive { int outcome; int status; int new_tid; };
 struct snap_run_pages { uint64_t first; uint64_t nr_pages; };
 struct snap_missing { int uffd; size_t nr_ranges; const struct snap_run_pages *ranges; };
 struct snap_region { uint64_t start; uint64_t end; uint64_t categories; };
 
-int snap_drive_until(int tid, uint64_t until, struct snap_drive *d);
-int snap_drive_signal(int tid, int sentinel, uint64_t ended, struct snap_drive *d);
+int snap_runs_fit(const struct snap_run_pages *runs, size_t nr_runs, uint64_t most);
 int64_t snap_read_runs(int pid, int mem_fd, int pagemap_fd, const struct snap_run_pages *runs, size_t nr_runs,
                        char *buffer, uint64_t *bad, size_t max_bad);
 int64_t snap_write_runs(int pid, int mem_fd, const struct snap_missing *missing, const struct snap_run_pages *runs,

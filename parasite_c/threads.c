@@ -15,6 +15,7 @@
 #include <sys/user.h>
 #include <unistd.h>
 #include "native.h"
+#include "drive_cdef.h"
 #include "threads_cdef.h"
 
 #define PAGE 4096UL
@@ -37,7 +38,6 @@
 
 _Static_assert(sizeof(struct user_regs_struct) == 216, "27 words");
 
-int snap_drive_signal(int tid, int sentinel, uint64_t ended, struct snap_drive *d);
 size_t snap_frame_size(size_t xstate_used);
 size_t snap_put_frame(void *out, uint64_t address, const struct snap_regs *regs, uint64_t sigmask,
                       uint64_t restorer, const void *xstate, size_t xstate_used);
@@ -323,7 +323,7 @@ static int run(struct snap_visits *v, const struct snap_visit *one, const char *
 {
     struct snap_batch head;
     struct user_regs_struct regs;
-    struct snap_drive drive;
+    struct snap_drive drive = {0};
     int error;
 
     memcpy(&head, batch, sizeof(head));
@@ -346,14 +346,16 @@ static int run(struct snap_visits *v, const struct snap_visit *one, const char *
     regs.eflags = EFLAGS;
     if ((error = set_regs(one->tid, &regs)) || (error = passes(passed, SNAP_V_STARTED)))
         return error;
-    error = -snap_drive_signal(one->tid, one->sig, v->entries + offsetof(struct snap_batch, stopped_at), &drive);
+    error = -snap_drive_signal(one->tid, one->sig, v->entries + offsetof(struct snap_batch, stopped_at), v->limit_ms,
+                               &drive);
+    v->lost = drive.outcome == SNAP_DRIVE_RUNNING;
     if (error)
         return error;
-    if (drive.outcome == 1) {
+    if (drive.outcome == SNAP_DRIVE_GONE) {
         v->gone = 1;
         return ESRCH;
     }
-    if (drive.outcome) {
+    if (drive.outcome != SNAP_DRIVE_DONE) {
         v->stop_signal = (drive.status >> 8) & 0x7f;
         return EFAULT;
     }
@@ -368,12 +370,12 @@ static int run(struct snap_visits *v, const struct snap_visit *one, const char *
 
 // Each thread in turn goes into the parasite, runs the batch and is given its registers and mask back, by the steps
 // of PROTOCOL.md ("The way in and out"), in whose middle nobody else is inside. Whatever fails, the one that is
-// inside is led out before this returns its errno.
+// inside is led out before this returns its errno; but one that is lost, which nobody can reach, stays.
 int snap_visit_threads(struct snap_visits *v, const struct snap_visit *visits, size_t nr, const char *xstates,
                        const char *magic, size_t magic_size, const char *batch, const char *data, char *out,
                        int (*passed)(int))
 {
-    v->gone = v->stop_signal = 0;
+    v->gone = v->lost = v->stop_signal = 0;
     for (v->at = 0; (size_t)v->at < nr; v->at++, out += v->nr_bytes + v->nr_data) {
         const struct snap_visit *one = &visits[v->at];
         int error, late;
@@ -387,7 +389,7 @@ int snap_visit_threads(struct snap_visits *v, const struct snap_visit *visits, s
         if (!(error = passes(passed, SNAP_V_REDIRECTED)) &&
             !(error = set_mask(one->tid, ~(1UL << (one->sig - 1)))) && !(error = passes(passed, SNAP_V_BLOCKED)))
             error = run(v, one, batch, data, out, passed);
-        if (v->gone)
+        if (v->gone || v->lost)
             return error;
         if ((late = aim(v, one)) || (late = passes(error ? 0 : passed, SNAP_V_LEAVING)))
             error = error ? error : late;

@@ -73,6 +73,8 @@ struct snap_visits {
     int32_t at;                         // out: how many visits are done
     int32_t stop_signal;                // out: what it stopped with instead of the end of its batch
     int32_t gone;                       // out: it ended
+    int32_t lost;                       // out: it has not come back
+    uint32_t limit_ms;                  // how long each may take
     uint64_t place;                     // of the frames: magic, frame 1, frame 2, magic
     uint64_t room;
     uint64_t second;                    // offset of frame 2

@@ -16,7 +16,7 @@ the tracer lets the target go on where it was (parasite_c/PROTOCOL.md explains h
 
 from checkpoint.parasite.batch import Batch, Buffer, Ref, RemoteCallError, Results
 from checkpoint.parasite.infection import cure, infect, prepare
-from checkpoint.parasite.remote import RemoteTask
+from checkpoint.parasite.remote import LostTaskError, RemoteTask
 from checkpoint.parasite.session import Parasite
 from checkpoint.parasite.stub import StubTask, spawn_root_stub
 from checkpoint.parasite.visits import visit
@@ -24,6 +24,7 @@ from checkpoint.parasite.visits import visit
 __all__ = [
     "Batch",
     "Buffer",
+    "LostTaskError",
     "Parasite",
     "Ref",
     "RemoteCallError",

@@ -25,7 +25,7 @@ from checkpoint.kernel import interrupted, proc, ptrace
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.parasite import frames, gadgets, stranded
 from checkpoint.parasite.batch import Ending
-from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, Area, RemoteTask, blob
+from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, Area, RemoteTask, blob, lost
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, UnsupportedError
 
@@ -43,6 +43,7 @@ _LOWEST, _HIGHEST = 1 << 20, (1 << 47) - 4096
 _SECCOMP_STRICT, _SECCOMP_FILTER = 1, 2
 _NR_PLACES = 1024
 _STOP_TIMEOUT_S = 5.0
+_LIMIT_S = 20.0
 _IGNORED_BY_DEFAULT = (int(signal.SIGURG), int(signal.SIGWINCH))
 
 
@@ -74,6 +75,8 @@ class _Space:
         self.mapped = False
         self.users: set[InfectedTask] = set()
         self.inside: InfectedTask | None = None
+        self.lost_tid = 0
+        """The thread that is inside and did not come back: the area is its own now. It takes it away as it leaves."""
 
 
 _spaces: dict[int, _Space] = {}
@@ -152,6 +155,8 @@ def _leftovers(maps: list[proc.MapsEntry], mem: ProcMem, places: list[tuple[int,
 
 class InfectedTask(RemoteTask):
     """A task of a job with the parasite at hand. Made by infect(); ended by cure()."""
+
+    limit_s = _LIMIT_S
 
     def __init__(self, target: Target, space: _Space) -> None:
         super().__init__(target.tid, target.pid, space.mem, space.area)
@@ -237,6 +242,9 @@ class InfectedTask(RemoteTask):
             return
         if self not in space.users:
             raise SnapshotterError("it is cured", where=self.where)
+        self._note_lost()
+        if space.lost_tid:
+            raise lost(self.pid, space.lost_tid)
         if space.inside is not None:
             space.inside.park()
         used = frames.used_xstate(self._xstate)
@@ -326,7 +334,8 @@ class InfectedTask(RemoteTask):
 
     def park(self) -> None:
         """Give the task its own registers and signal mask back; the area stays."""
-        if self._space.inside is not self:
+        self._note_lost()
+        if self._space.inside is not self or self._space.lost_tid:
             return
         assert self._place is not None
         self._aim(self._place.unmap_first)
@@ -348,7 +357,10 @@ class InfectedTask(RemoteTask):
         space = self._space
         if self not in space.users:
             return
+        self._note_lost()
         try:
+            if space.lost_tid:
+                return  # whoever is lost leaves through its frames; all others are outside, with registers of their own
             if len(space.users) > 1 or not space.mapped:
                 self.park()
             else:
@@ -371,6 +383,11 @@ class InfectedTask(RemoteTask):
             if not space.users:
                 _spaces.pop(self.pid, None)
                 space.mem.close()
+
+    def _note_lost(self) -> None:
+        inside = self._space.inside
+        if inside is not None and inside.is_lost:
+            self._space.lost_tid = inside.tid
 
     def _faulted(self, sig: int) -> None:
         self.park()

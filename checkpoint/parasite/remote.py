@@ -12,11 +12,11 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from parasite_c._native import ffi, lib
 
-from checkpoint.kernel import ptrace, syscalls
+from checkpoint.kernel import proc, ptrace, syscalls
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.parasite import batch as encoding
@@ -32,7 +32,6 @@ MAGIC_SIZE: int = lib.SNAP_MAGIC_SIZE
 STACK_SIZE = 16384
 MIN_DATA_SIZE = 65536
 
-DONE, GONE, FAULT = 0, 1, 2
 ALL_SIGNALS = 2**64 - 1
 _EFLAGS = 0x202
 """Interrupts on, direction and trap flags clear."""
@@ -69,11 +68,34 @@ class Area:
         return ((self.size - CODE_SIZE - STACK_SIZE) // 4) & ~4095
 
 
+class LostTaskError(SnapshotterError):
+    """A remote call did not come back: the task is inside the kernel, and out of reach until it does."""
+
+    code = "lost_task"
+
+
+def lost(pid: int, tid: int) -> LostTaskError:
+    """The error of a task that did not come back, saying where it is."""
+    try:
+        place = proc.wchan(pid, tid) or "?"
+    except (OSError, SnapshotterError):
+        place = "?"
+    return LostTaskError(
+        f"a system call made in it does not come back (it waits in the kernel at {place})",
+        where=f"task {tid}",
+        hint="it goes on, unharmed, when that call returns and this snap has ended; a file server that is away?",
+    )
+
+
 class RemoteTask:
     """A ptrace-stopped task that can run system calls: one with call(), many with batch() and run().
 
-    Only the thread that seized the task may use it. Values are raw 64 bit; results are signed.
+    Only the thread that seized the task may use it. Values are raw 64 bit; results are signed. A signal that comes while a call
+    runs (Ctrl-C) is heeded when it has come back, or after a second.
     """
+
+    limit_s: ClassVar[float] = 0
+    """How long a batch may take, in seconds; 0: as long as it takes."""
 
     def __init__(self, tid: int, pid: int, mem: ProcMem, area: Area | None = None) -> None:
         self.tid = tid
@@ -85,6 +107,7 @@ class RemoteTask:
         self._entries_turn = 0
         self._ending = Ending()
         self._one_at_a_time = False
+        self._state = ffi.new("struct snap_drive *")
         self.new_tid = 0
         """The task that the last batch made, where PTRACE_O_TRACECLONE and its like tell."""
 
@@ -94,6 +117,11 @@ class RemoteTask:
     @property
     def where(self) -> str:
         return f"task {self.tid}"
+
+    @property
+    def is_lost(self) -> bool:
+        """It did not come back from what it was sent to do."""
+        return bool(self._state.outcome == lib.SNAP_DRIVE_RUNNING)
 
     @property
     def area(self) -> Area:
@@ -136,7 +164,8 @@ class RemoteTask:
     def run(self, batch: Batch) -> Results:
         """Run a batch to its end or to its first failure, which is raised as RemoteCallError.
 
-        Raises ValueError when its data does not fit into the area, TargetGoneError when the task died.
+        Raises ValueError when its data does not fit into the area, TargetGoneError when the task died, LostTaskError when it
+        does not come back.
         """
         self._enter()
         half = self.area.half
@@ -211,21 +240,26 @@ class RemoteTask:
         return value
 
     def _drive(self, until: int) -> None:
-        state = ffi.new("struct snap_drive *")
-        self._outcome(lib.snap_drive_until(self.tid, until, state), state)
+        self._outcome(lib.snap_drive_until(self.tid, until, self._limit_ms, self._state))
 
     def _drive_signal(self, ended: int) -> None:
-        state = ffi.new("struct snap_drive *")
-        self._outcome(lib.snap_drive_signal(self.tid, self._ending.sig, ended, state), state)
+        self._outcome(lib.snap_drive_signal(self.tid, self._ending.sig, ended, self._limit_ms, self._state))
 
-    def _outcome(self, error: int, state: Any) -> None:
+    @property
+    def _limit_ms(self) -> int:
+        return int(self.limit_s * 1000)
+
+    def _outcome(self, error: int) -> None:
+        state = self._state
+        if self.is_lost:
+            raise lost(self.pid, self.tid)
         if error:
             raise SnapshotterError(f"cannot drive it: errno {-error}", where=self.where)
         if state.new_tid:
             self.new_tid = state.new_tid
-        if state.outcome == DONE:
+        if state.outcome == lib.SNAP_DRIVE_DONE:
             return
-        if state.outcome == GONE:
+        if state.outcome == lib.SNAP_DRIVE_GONE:
             raise TargetGoneError("it ended while it was worked with", where=self.where)
         self._faulted(ptrace.WaitStatus(self.tid, state.status).stop_signal)
 

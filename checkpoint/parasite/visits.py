@@ -19,6 +19,7 @@ from checkpoint.parasite import batch as encoding
 from checkpoint.parasite import frames
 from checkpoint.parasite.batch import Batch, Ending, Results
 from checkpoint.parasite.infection import InfectedTask, live_frames, quiet_signal
+from checkpoint.parasite.remote import lost
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
 
@@ -115,6 +116,7 @@ def _run(
     plan.nr_bytes, plan.nr_data = len(raw), len(data)
     plan.syscall_ret, plan.sigreturn = space.gadgets.syscall_ret, space.gadgets.sigreturn
     plan.nr_munmap = syscalls.number("munmap")
+    plan.limit_ms = int(leader.limit_s * 1000)
     table = ffi.new("struct snap_visit[]", len(threads))
     for one, thread, sig in zip(table, threads, signals, strict=True):
         facts = thread.facts
@@ -136,12 +138,14 @@ def _run(
         plan, table, len(threads), ffi.from_buffer(threads[0].facts.room), frames.MAGIC, len(frames.MAGIC), raw, data,
         out, steps.callback,
     )  # fmt: skip
-    if not plan.gone:
+    if plan.lost:
+        space.lost_tid = threads[plan.at].tid  # its frames stay where they are
+    elif not plan.gone:
         leader.mem.write(place.address, place.saved)
     if steps.raised is not None:
         raise steps.raised
     if error:
-        _fail(plan, threads[plan.at], error)
+        _fail(leader, plan, threads[plan.at], error)
     view = ffi.buffer(out)
     return [
         _results(batch, piece, view[at * each : (at + 1) * each], len(raw), thread.tid)
@@ -158,8 +162,10 @@ def _results(batch: Batch, piece: encoding.Piece, raw: bytes, nr_bytes: int, tid
     return Results(batch, results, raw[nr_bytes:])
 
 
-def _fail(plan: Any, thread: Thread, error: int) -> None:
+def _fail(leader: RemoteTask, plan: Any, thread: Thread, error: int) -> None:
     where = f"task {thread.tid}"
+    if plan.lost:
+        raise lost(leader.pid, thread.tid)
     if plan.gone:
         raise TargetGoneError("it ended while it was worked with", where=where)
     if plan.stop_signal:

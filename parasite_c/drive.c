@@ -1,0 +1,266 @@
+// Driving: a stopped task runs until it has done what it was sent to do, and stands still again.
+//
+// Owns the ptrace stops of a batch and how long they are waited for. A call may not come back (a file system whose server is
+// gone): the wait then ends, the task is still inside, and only its fail-safe frame can bring it out, once snap lets it go.
+// Errors come back as negative errno.
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+#include "native.h"
+#include "drive_cdef.h"
+
+#define NR_RT_SIGRETURN 15
+#define NS_PER_MS 1000000LL
+#define NS_PER_S 1000000000LL
+#define PATIENCE_MS 1000        // so much longer for the task to come back when a signal wants us
+#define TICK_MS 100
+
+#ifndef PTRACE_EVENT_STOP
+#define PTRACE_EVENT_STOP 128
+#endif
+
+// -- waiting with a limit -----------------------------------------------------------------------------------------
+//
+// waitpid(2) has no time limit. A timer of this thread's own interrupts it, by a signal whose default is to be ignored, so that
+// a late one does no harm; it ticks on, because the first may come just before the wait begins.
+
+#define TICK SIGURG
+
+static __thread int timer_made;
+static __thread int timer_number;       // the kernel's timer_t
+static __thread pid_t timer_process;    // a child has no timers
+
+static void ignore(int sig)
+{
+    (void)sig;
+}
+
+static int make_timer(void)
+{
+    struct sigaction old, handler = {.sa_handler = ignore};     // no SA_RESTART
+    struct { union sigval value; int signo, notify, tid, pad[11]; } event = {
+        .signo = TICK, .notify = 4 /* SIGEV_THREAD_ID */, .tid = (int)syscall(SYS_gettid),
+    };
+
+    if (timer_made && timer_process == getpid())
+        return 0;
+    if (sigaction(TICK, NULL, &old) < 0)
+        return -errno;
+    if (!(old.sa_flags & SA_SIGINFO) && (old.sa_handler == SIG_DFL || old.sa_handler == SIG_IGN))
+        if (sigaction(TICK, &handler, NULL) < 0)
+            return -errno;
+    if (syscall(SYS_timer_create, CLOCK_MONOTONIC, &event, &timer_number) < 0)
+        return -errno;
+    timer_made = 1;
+    timer_process = getpid();
+    return 0;
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * NS_PER_S + now.tv_nsec;
+}
+
+// Ticks from the deadline on; 0 ends them.
+static int set_timer(int64_t deadline_ns)
+{
+    struct itimerspec when = {0};
+
+    if (deadline_ns) {
+        int error = make_timer();
+        if (error)
+            return error;
+        when.it_value.tv_sec = deadline_ns / NS_PER_S;
+        when.it_value.tv_nsec = deadline_ns % NS_PER_S;
+        when.it_interval.tv_nsec = TICK_MS * NS_PER_MS;
+    }
+    if (syscall(SYS_timer_settime, timer_number, TIMER_ABSTIME, &when, NULL) < 0)
+        return -errno;
+    return 0;
+}
+
+struct limit {
+    int64_t deadline_ns;                // 0: none
+};
+
+static int begin(struct limit *limit, uint32_t limit_ms)
+{
+    limit->deadline_ns = limit_ms ? now_ns() + limit_ms * NS_PER_MS : 0;
+    return limit_ms ? set_timer(limit->deadline_ns) : 0;
+}
+
+static void end(const struct limit *limit)
+{
+    if (limit->deadline_ns)
+        set_timer(0);
+}
+
+// The next stop of a task, or its end; -ETIMEDOUT.
+static int wait_for(int tid, struct limit *limit, int *status)
+{
+    for (;;) {
+        *status = 0;
+        if (waitpid(tid, status, __WALL) >= 0)
+            return 0;
+        if (errno == ECHILD)
+            return 0;                   // reaped by another thread of ours: it is gone
+        if (errno != EINTR)
+            return -errno;
+        int64_t now = now_ns(), soon = now + PATIENCE_MS * NS_PER_MS;
+        if (limit->deadline_ns && now >= limit->deadline_ns)
+            return -ETIMEDOUT;
+        // Not our tick, so somebody wants us: Ctrl-C, mostly.
+        if (!limit->deadline_ns || soon < limit->deadline_ns) {
+            limit->deadline_ns = soon;
+            int error = set_timer(soon);
+            if (error)
+                return error;
+        }
+    }
+}
+
+// -- until it is done ---------------------------------------------------------------------------------------------
+
+static int drive_until(int tid, uint64_t until, struct limit *limit, struct snap_drive *d)
+{
+    int in_call = 0, matched = 0, sig = 0, status;
+
+    for (;;) {
+        if (ptrace(PTRACE_SYSCALL, tid, 0, (void *)(long)sig) < 0) {
+            if (errno != ESRCH)
+                return -errno;
+            // dying: wait below says how
+        }
+        int error = wait_for(tid, limit, &status);
+        if (error)
+            return error;
+        d->status = status;
+        sig = 0;
+        if (!WIFSTOPPED(status)) {
+            d->outcome = SNAP_DRIVE_GONE;
+            return 0;
+        }
+        int event = status >> 16, stop = WSTOPSIG(status);
+        if (event == 0 && (stop == (SIGTRAP | 0x80) || stop == SIGTRAP)) {
+            in_call = !in_call;
+            if (in_call) {
+                errno = 0;
+                long nr = ptrace(PTRACE_PEEKUSER, tid, offsetof(struct user_regs_struct, orig_rax), 0);
+                if ((uint64_t)nr == until) {
+                    matched = 1;
+                } else if (nr == NR_RT_SIGRETURN && until == SNAP_SENTINEL) {
+                    // SNAP_B_LEAVE: the way out is the announcement. Call it off; it was not to happen yet.
+                    if (ptrace(PTRACE_POKEUSER, tid, offsetof(struct user_regs_struct, orig_rax), -1L) < 0)
+                        return -errno;
+                    matched = 1;
+                }
+            } else if (matched) {
+                d->outcome = SNAP_DRIVE_DONE;
+                return 0;
+            }
+        } else if (event == PTRACE_EVENT_STOP) {
+            // an interrupt, or a group-stop that the kernel puts back when we detach: go on
+        } else if (event) {
+            unsigned long message = 0;
+            if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &message) == 0)
+                d->new_tid = (int)message;
+        } else if (stop == SIGSEGV || stop == SIGBUS || stop == SIGILL || stop == SIGFPE || stop == SIGSYS) {
+            d->outcome = SNAP_DRIVE_FAULT;
+            return 0;
+        } else {
+            sig = stop;                 // everything that can be blocked is: this is SIGSTOP
+        }
+    }
+}
+
+static int drive_signal(int tid, int sentinel, uint64_t ended, struct limit *limit, struct snap_drive *d)
+{
+    int sig = 0, status;
+
+    for (;;) {
+        if (ptrace(PTRACE_CONT, tid, 0, (void *)(long)sig) < 0 && errno != ESRCH)
+            return -errno;
+        int error = wait_for(tid, limit, &status);
+        if (error)
+            return error;
+        d->status = status;
+        sig = 0;
+        if (!WIFSTOPPED(status)) {
+            d->outcome = SNAP_DRIVE_GONE;
+            return 0;
+        }
+        int event = status >> 16, stop = WSTOPSIG(status);
+        if (event == 0 && stop == sentinel) {
+            errno = 0;
+            long word = ptrace(PTRACE_PEEKDATA, tid, ended, 0);
+            if (errno)
+                return -errno;
+            if ((uint32_t)word != SNAP_NOT_ENDED) {
+                d->outcome = SNAP_DRIVE_DONE;
+                return 0;
+            }
+        } else if (event == PTRACE_EVENT_STOP) {
+            // an interrupt, or a group-stop that the kernel puts back when we detach: go on
+        } else if (event) {
+            unsigned long message = 0;
+            if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &message) == 0)
+                d->new_tid = (int)message;
+        } else if (stop == SIGSEGV || stop == SIGBUS || stop == SIGILL || stop == SIGFPE || stop == SIGSYS ||
+                   stop == SIGTRAP) {
+            d->outcome = SNAP_DRIVE_FAULT;
+            return 0;
+        } else {
+            sig = stop;                 // everything that can be blocked is: this is SIGSTOP
+        }
+    }
+}
+
+// Let a stopped task run until it leaves system call `until` (the sentinel, or one call made through
+// a gadget). Counts on being called at a stop that is not a syscall entry. -ETIMEDOUT: it has not come back after
+// limit_ms (0: no limit), or after a second when a signal came for us; it runs on, and `outcome` says so.
+int snap_drive_until(int tid, uint64_t until, uint32_t limit_ms, struct snap_drive *d)
+{
+    struct limit limit;
+
+    d->new_tid = 0;
+    int error = begin(&limit, limit_ms);
+    if (error)
+        return error;
+    d->outcome = SNAP_DRIVE_RUNNING;
+    error = drive_until(tid, until, &limit, d);
+    end(&limit);
+    if (error && error != -ETIMEDOUT)
+        d->outcome = SNAP_DRIVE_ERROR;
+    return error;
+}
+
+// The same for a batch that announces its end by signal `sig`: no stop for each call. `ended` is the address
+// of its stopped_at, which tells our signal from one that somebody else sent (which the task ignores).
+int snap_drive_signal(int tid, int sentinel, uint64_t ended, uint32_t limit_ms, struct snap_drive *d)
+{
+    struct limit limit;
+
+    d->new_tid = 0;
+    int error = begin(&limit, limit_ms);
+    if (error)
+        return error;
+    d->outcome = SNAP_DRIVE_RUNNING;
+    error = drive_signal(tid, sentinel, ended, &limit, d);
+    end(&limit);
+    if (error && error != -ETIMEDOUT)
+        d->outcome = SNAP_DRIVE_ERROR;
+    return error;
+}
