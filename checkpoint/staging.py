@@ -75,6 +75,9 @@ class Staging:
         self._buffers.append(buffer)
         return memoryview(buffer)
 
+    def expect(self, nr_pages: int) -> None:
+        """Nothing to prepare here."""
+
     def put(self, space: str, runs: PageRuns, reader: PageReader) -> None:
         """Copy the pages now."""
         runs = as_table(runs)

@@ -309,11 +309,8 @@ int snap_hash_init(snap_hash_key *key, const uint8_t *secret)
 	return 0;
 }
 
-/*
- * Digest of any message, 16 bytes: keyed BLAKE3 of a header of 32 bytes (the size in the first 8, zeroes) and the PH of each
- * block, the last one filled up with zeroes. -1: out of memory.
- */
-int snap_digest(const snap_hash_key *key, const uint8_t *data, size_t size, uint8_t *out)
+/* `slots`: where the message's blocks lie in `data`; NULL: one after the other. */
+static int digest(const snap_hash_key *key, const uint8_t *data, const uint32_t *slots, size_t size, uint8_t *out)
 {
 	size_t nr_full = size / SNAP_PAGE, rest = size % SNAP_PAGE, total = 32 * (1 + nr_full + (rest != 0));
 	uint64_t size_word = size;
@@ -324,7 +321,7 @@ int snap_digest(const snap_hash_key *key, const uint8_t *data, size_t size, uint
 		return -1;
 	memcpy(message, &size_word, 8);
 	for (size_t i = 0; i < nr_full; i++)
-		ph_block(key->ph, data + i * SNAP_PAGE, message + 32 * (i + 1));
+		ph_block(key->ph, data + (slots ? slots[i] : i) * SNAP_PAGE, message + 32 * (i + 1));
 	if (rest) {
 		uint8_t last[SNAP_PAGE] = {0};
 
@@ -335,6 +332,21 @@ int snap_digest(const snap_hash_key *key, const uint8_t *data, size_t size, uint
 	free(message);
 	memcpy(out, whole, SNAP_KEY);
 	return result;
+}
+
+/*
+ * Digest of any message, 16 bytes: keyed BLAKE3 of a header of 32 bytes (the size in the first 8, zeroes) and the PH of each
+ * block, the last one filled up with zeroes. -1: out of memory.
+ */
+int snap_digest(const snap_hash_key *key, const uint8_t *data, size_t size, uint8_t *out)
+{
+	return digest(key, data, NULL, size, out);
+}
+
+/* The same of whole pages, those in these slots of `pages`. */
+int snap_digest_pages(const snap_hash_key *key, const uint8_t *pages, const uint32_t *slots, size_t nr, uint8_t *out)
+{
+	return digest(key, pages, slots, nr * SNAP_PAGE, out);
 }
 
 /* The same for at most SNAP_PAGE_GROUP whole pages, anywhere, side by side. */

@@ -11,6 +11,7 @@
 
 #include "hash_cdef.h"
 
+int snap_digest_pages(const snap_hash_key *key, const uint8_t *pages, const uint32_t *slots, size_t nr, uint8_t *out);
 void snap_hash_page_group(const snap_hash_key *key, const uint8_t *const *pages, size_t nr, uint8_t (*keys)[SNAP_KEY]);
 
 #endif

@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "hash.h"
 
@@ -25,6 +26,18 @@ typedef struct {
 	uint64_t nr_keys;
 	uint32_t fanout_bits;
 } snap_table;
+
+typedef struct {
+	uint8_t *to;
+	size_t size;
+} snap_part;
+
+typedef struct {
+	uint64_t first_loc;
+	uint8_t *keys;
+	uint32_t *slots;
+	uint64_t nr;
+} snap_kind;
 
 static uint64_t load_be64(const uint8_t *p)
 {
@@ -85,6 +98,23 @@ struct snap_pending {
 };
 typedef struct snap_pending snap_pending;
 
+/* Zeroed. Looked into at random places, so that huge pages spare two faults and many walks for each small one. */
+static struct entry *entries_new(uint64_t nr)
+{
+	size_t size = nr * sizeof(struct entry);
+	void *found = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (found == MAP_FAILED)
+		return NULL;
+	madvise(found, size, MADV_HUGEPAGE); /* where there are none: small ones */
+	return found;
+}
+
+static void entries_free(struct entry *entries, uint64_t nr)
+{
+	munmap(entries, nr * sizeof(struct entry));
+}
+
 snap_pending *snap_pending_new(void)
 {
 	snap_pending *pending = calloc(1, sizeof(*pending));
@@ -92,7 +122,7 @@ snap_pending *snap_pending_new(void)
 	if (!pending)
 		return NULL;
 	pending->mask = 4095;
-	pending->entries = calloc(pending->mask + 1, sizeof(struct entry));
+	pending->entries = entries_new(pending->mask + 1);
 	if (!pending->entries) {
 		free(pending);
 		return NULL;
@@ -106,7 +136,7 @@ void snap_pending_free(snap_pending *pending)
 	if (!pending)
 		return;
 	pthread_mutex_destroy(&pending->lock);
-	free(pending->entries);
+	entries_free(pending->entries, pending->mask + 1);
 	free(pending);
 }
 
@@ -133,7 +163,7 @@ static int pending_reserve(snap_pending *pending, uint64_t more)
 		size *= 2;
 	if (size == old_size)
 		return 0;
-	pending->entries = calloc(size, sizeof(struct entry));
+	pending->entries = entries_new(size);
 	if (!pending->entries) {
 		pending->entries = old;
 		return -1;
@@ -142,8 +172,16 @@ static int pending_reserve(snap_pending *pending, uint64_t more)
 	for (uint64_t i = 0; i < old_size; i++)
 		if (old[i].loc)
 			*pending_find(pending, old[i].key) = old[i];
-	free(old);
+	entries_free(old, old_size);
 	return 0;
+}
+
+/* Room for so many pages that may come, at once. Best effort: there will be more room when it is needed. */
+void snap_pending_expect(snap_pending *pending, uint64_t nr_pages)
+{
+	pthread_mutex_lock(&pending->lock);
+	pending_reserve(pending, nr_pages);
+	pthread_mutex_unlock(&pending->lock);
 }
 
 static int page_is_zero(const uint8_t *page)
@@ -154,21 +192,98 @@ static int page_is_zero(const uint8_t *page)
 	return first == 0 && memcmp(page, page + 8, SNAP_PAGE - 8) == 0;
 }
 
+/* The sum of 256 bytes, none of them more than 1. */
+static unsigned count_of(const uint8_t *seen)
+{
+	uint64_t total = 0, word;
+
+	for (size_t i = 0; i < 256; i += 8) {
+		memcpy(&word, seen + i, 8);
+		total += word;
+	}
+	total = (total & 0x00ff00ff00ff00ffull) + (total >> 8 & 0x00ff00ff00ff00ffull);
+	return (unsigned)(total * 0x0001000100010001ull >> 48);
+}
+
+/*
+ * Whether a page's bytes look as if drawn by lot: encrypted or packed. Of 256 bytes drawn by lot 162 differ from each other, give or
+ * take 5; of 64, 57 do (2.5). Of numbers with arbitrary digits, which still lose a quarter as byte planes, nearly as many do, but of their highest
+ * bytes, as doubles and as floats have them, no more than 38.
+ */
+static int looks_random(const uint8_t *page)
+{
+	uint8_t seen[256] = {0}, high[256] = {0};
+
+	/* Eight half cache lines. After four bytes of each most other pages have told what they are. */
+	for (size_t i = 0; i < 8; i++) {
+		uint32_t word;
+
+		memcpy(&word, page + i * 512 + 96, 4);
+		seen[word & 255] = seen[word >> 8 & 255] = seen[word >> 16 & 255] = seen[word >> 24] = 1;
+	}
+	if (count_of(seen) < 24)
+		return 0;
+	for (size_t i = 0; i < 32; i++) {
+		uint64_t word;
+
+		memcpy(&word, page + i / 4 * 512 + 96 + i % 4 * 8, 8);
+		high[word >> 56] = high[word >> 24 & 255] = 1;
+		for (size_t k = 0; k < 8; k++, word >>= 8)
+			seen[word & 255] = 1;
+	}
+	return count_of(seen) >= 142 && count_of(high) >= 46;
+}
+
+static void compact(uint8_t *pages, const uint32_t *slots, size_t nr)
+{
+	for (size_t i = 0; i < nr; i++)
+		if (slots[i] != i)
+			memcpy(pages + i * SNAP_PAGE, pages + (size_t)slots[i] * SNAP_PAGE, SNAP_PAGE);
+}
+
+static int inside(const uint32_t *slots, size_t nr, size_t nr_pages)
+{
+	for (size_t i = 0; i < nr; i++)
+		if (slots[i] >= nr_pages)
+			return 0;
+	return 1;
+}
+
+/* The pages in these ascending slots, moved to the front. -1: a slot is outside, nothing was done. */
+int snap_compact(uint8_t *pages, size_t nr_pages, const uint32_t *slots, size_t nr)
+{
+	if (!inside(slots, nr, nr_pages))
+		return -1;
+	compact(pages, slots, nr);
+	return 0;
+}
+
+/* The next page of a kind; returns its location. */
+static uint64_t add_to(snap_kind *kind, size_t slot, const uint8_t *key)
+{
+	memcpy(kind->keys + kind->nr * SNAP_KEY, key, SNAP_KEY);
+	kind->slots[kind->nr] = (uint32_t)slot;
+	return kind->first_loc + kind->nr++;
+}
+
 /*
  * Decides for each of nr_pages pages where it is or will be: locs[i] is 0 (all zero), a location out of the
- * tables, or first_loc + k for the k-th page that nobody has. Those pages are moved to the front of `pages`, in
- * order, and their keys written to new_keys. Returns their number, or -1: out of memory.
+ * tables, or first_loc + k for the k-th page that nobody has, of its kind: `plain`, or `random` when that is not NULL and the page
+ * will not compress. Of both kinds keys and slots are noted. Plain pages are moved to the front of `pages`, in order, unless there
+ * are random ones: those must be taken from their slots first. Returns 0, or -1: out of memory.
  */
-int64_t snap_stage(const snap_hash_key *key, uint8_t *pages, size_t nr_pages, const snap_table *tables, size_t nr_tables,
-		   snap_pending *pending, uint64_t first_loc, uint64_t *locs, uint8_t *new_keys, uint64_t *nr_zero)
+int snap_stage(const snap_hash_key *key, uint8_t *pages, size_t nr_pages, const snap_table *tables, size_t nr_tables,
+	       snap_pending *pending, snap_kind *plain, snap_kind *random, uint64_t *locs, uint64_t *nr_zero)
 {
-	int64_t nr_new = 0;
 	size_t next = 0;
 
+	plain->nr = 0;
+	if (random)
+		random->nr = 0;
 	while (next < nr_pages) {
 		const uint8_t *group[SNAP_PAGE_GROUP];
 		size_t index[SNAP_PAGE_GROUP], count = 0;
-		uint8_t keys[SNAP_PAGE_GROUP][SNAP_KEY];
+		uint8_t keys[SNAP_PAGE_GROUP][SNAP_KEY], is_random[SNAP_PAGE_GROUP];
 
 		for (; next < nr_pages && count < SNAP_PAGE_GROUP; next++) {
 			const uint8_t *page = pages + next * SNAP_PAGE;
@@ -184,8 +299,10 @@ int64_t snap_stage(const snap_hash_key *key, uint8_t *pages, size_t nr_pages, co
 		if (!count)
 			continue;
 		snap_hash_page_group(key, group, count, keys);
-		for (size_t i = 0; i < count; i++)
+		for (size_t i = 0; i < count; i++) {
 			locs[index[i]] = snap_lookup(tables, nr_tables, keys[i]);
+			is_random[i] = random && !locs[index[i]] && looks_random(group[i]);
+		}
 		pthread_mutex_lock(&pending->lock);
 		if (pending_reserve(pending, count) < 0) {
 			pthread_mutex_unlock(&pending->lock);
@@ -199,18 +316,46 @@ int64_t snap_stage(const snap_hash_key *key, uint8_t *pages, size_t nr_pages, co
 			entry = pending_find(pending, keys[i]);
 			if (!entry->loc) {
 				memcpy(entry->key, keys[i], SNAP_KEY);
-				entry->loc = first_loc + (uint64_t)nr_new;
+				entry->loc = add_to(is_random[i] ? random : plain, index[i], keys[i]);
 				pending->used++;
-				memcpy(new_keys + (size_t)nr_new * SNAP_KEY, keys[i], SNAP_KEY);
-				if ((size_t)nr_new != index[i])
-					memcpy(pages + (size_t)nr_new * SNAP_PAGE, group[i], SNAP_PAGE);
-				nr_new++;
 			}
 			locs[index[i]] = entry->loc;
 		}
 		pthread_mutex_unlock(&pending->lock);
 	}
-	return nr_new;
+	if (!random || !random->nr)
+		compact(pages, plain->slots, plain->nr);
+	return 0;
+}
+
+/*
+ * Replaces locations that are marked by the highest bit: the place of one in `put`, and what is marked there too by that of its page in
+ * `finals`: nr_streams lists one after the other, of which the s-th begins at starts[s]; a location there is s << 48 and a serial
+ * number. -1: one is out of bounds.
+ */
+int snap_resolve(uint64_t *locs, size_t nr, const uint64_t *put, size_t nr_put, const uint64_t *finals, size_t nr_finals,
+		 const uint64_t *starts, size_t nr_streams)
+{
+	const uint64_t mark = 1ull << 63, serial = (1ull << 48) - 1;
+
+	for (size_t i = 0; i < nr; i++) {
+		uint64_t loc = locs[i], stream, at;
+
+		if (!(loc & mark))
+			continue;
+		if ((loc ^ mark) >= nr_put)
+			return -1;
+		loc = put[loc ^ mark];
+		if (loc & mark) {
+			stream = (loc ^ mark) >> 48;
+			at = stream < nr_streams ? starts[stream] + (loc & serial) : nr_finals;
+			if (at >= nr_finals)
+				return -1;
+			loc = finals[at];
+		}
+		locs[i] = loc;
+	}
+	return 0;
 }
 
 static int entry_order(const void *a, const void *b)
@@ -304,10 +449,40 @@ int snap_gather(uint8_t *dst, const uint8_t *src, size_t nr_src, const uint32_t 
 	return 0;
 }
 
-/* memcpy, for callers that must not hold Python's lock meanwhile. */
-void snap_copy(uint8_t *dst, const uint8_t *src, size_t size)
+/* Digests a message and copies it to its places, which together have its size. -1: out of memory. */
+int snap_put(const snap_hash_key *key, const uint8_t *data, size_t size, const snap_part *parts, size_t nr_parts, uint8_t *out)
 {
-	memcpy(dst, src, size);
+	int result = snap_digest(key, data, size, out);
+
+	for (size_t i = 0; i < nr_parts; data += parts[i++].size)
+		memcpy(parts[i].to, data, parts[i].size);
+	return result;
+}
+
+/* The same for a message of whole pages that lie in these slots of `pages`. -2: a slot is outside, nothing was done. */
+int snap_put_pages(const snap_hash_key *key, const uint8_t *pages, size_t nr_pages, const uint32_t *slots, size_t nr,
+		   const snap_part *parts, size_t nr_parts, uint8_t *out)
+{
+	size_t part = 0, done = 0;
+
+	if (!inside(slots, nr, nr_pages))
+		return -2;
+	for (size_t i = 0; i < nr; i++) {
+		const uint8_t *page = pages + (size_t)slots[i] * SNAP_PAGE;
+
+		for (size_t copied = 0; copied < SNAP_PAGE && part < nr_parts;) {
+			size_t room = parts[part].size - done, size = SNAP_PAGE - copied < room ? SNAP_PAGE - copied : room;
+
+			memcpy(parts[part].to + done, page + copied, size);
+			copied += size;
+			done += size;
+			if (done == parts[part].size) {
+				part++;
+				done = 0;
+			}
+		}
+	}
+	return snap_digest_pages(key, pages, slots, nr, out);
 }
 
 /* Starts write-back without waiting for it. Best effort: a file system without it returns -errno. */

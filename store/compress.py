@@ -33,8 +33,10 @@ BLOB_LEVEL = 5
 _PROBE_FROM = 64 * PAGE_SIZE
 _PROBE_AT = (0.07, 0.31, 0.58, 0.93)
 _WORTH = 0.97
-_TRY_EVERY, _TRY_AT_MOST_EVERY = 64, 4
-"""Frames after which all ways are tried again; the second one when they begin to compress otherwise."""
+_TRY_EVERY, _TRY_SELDOM, _TRY_AT_MOST_EVERY = 64, 512, 4
+"""Frames after which all ways are tried again: twice as many after each time that nothing came of it, and no fewer than the third
+number when they begin to compress otherwise.
+"""
 _OTHERWISE = 1.5
 _LARGER = 1.1
 """The faster level may cost a tenth of space. It takes a sixth less time then; that is so for arrays of numbers, and a heap would grow by half."""
@@ -49,7 +51,7 @@ class FrameCompressor:
         """The last frame did not compress: the next one may not either."""
         self._planes = memoryview(b"")
         self._as_planes = self._faster = False
-        self._since_tried = _TRY_EVERY
+        self._try_every = self._since_tried = _TRY_EVERY
         self._size_tried = 0.0
         """Part of its size that the frame had which was tried last."""
 
@@ -82,39 +84,42 @@ class FrameCompressor:
             len(context.compress(sample)) > limit and len(context.compress(self._in_planes(sample))) > limit
         )
 
-    def pages(self, pages: memoryview, level: int = FAST_LEVEL) -> tuple[int, bytes | memoryview]:
-        """(codec, bytes to store) of a frame of pages."""
+    def pages(
+        self, pages: memoryview, level: int = FAST_LEVEL, *, beside: int = 0
+    ) -> tuple[int, bytes | memoryview]:
+        """(codec, bytes to store) of a frame of pages; `beside`: bytes stored as they are, of pages that lay between these."""
         if self._was_random and len(pages) >= _PROBE_FROM and self._looks_random(pages, level):
             return CODEC_RAW, pages
         if len(pages) >= _PROBE_FROM:
-            codec, data = self._either_way(pages, level)
+            codec, data = self._either_way(pages, level, beside)
         else:
             codec, data = CODEC_ZSTD, self._context(level).compress(pages)
         self._was_random = len(data) >= len(pages) * _WORTH
         return (CODEC_RAW, pages) if self._was_random else (codec, data)
 
-    def _either_way(self, pages: memoryview, level: int) -> tuple[int, bytes]:
+    def _either_way(self, pages: memoryview, level: int, beside: int) -> tuple[int, bytes]:
         """As it is or as byte planes, whichever made less of the frame for which both were tried last.
 
         Neighbours are alike, mostly: a heap, an array, a file's text.
         """
-        if self._since_tried >= _TRY_EVERY:
-            return self._try(pages, level)
+        if self._since_tried >= self._try_every:
+            return self._try(pages, level, beside)
         codec = CODEC_ZSTD_PLANES if self._as_planes else CODEC_ZSTD
         faster = self._faster and level == FAST_LEVEL
         data = self._compress(pages, codec, FASTER_LEVEL if faster else level)
         if len(data) >= len(pages) * _WORTH:
-            return self._try(pages, level)
+            return self._try(pages, level, beside)
         self._since_tried += 1
         size = len(data) / len(pages)
         if self._since_tried >= _TRY_AT_MOST_EVERY and not (
             self._size_tried / _OTHERWISE < size < self._size_tried * _OTHERWISE
         ):
-            self._since_tried = _TRY_EVERY
+            self._since_tried = self._try_every = _TRY_EVERY
         return codec, data
 
-    def _try(self, pages: memoryview, level: int) -> tuple[int, bytes]:
+    def _try(self, pages: memoryview, level: int, beside: int) -> tuple[int, bytes]:
         """The frame in the best way, which is that of the next ones as well."""
+        before = self._as_planes, self._faster
         plain = self._compress(pages, CODEC_ZSTD, level)
         planes = self._compress(pages, CODEC_ZSTD_PLANES, level)
         # Planes cost a step more, there and back.
@@ -122,8 +127,10 @@ class FrameCompressor:
         codec, data = (CODEC_ZSTD_PLANES, planes) if self._as_planes else (CODEC_ZSTD, plain)
         if level == FAST_LEVEL:
             faster = self._compress(pages, codec, FASTER_LEVEL)
-            self._faster = len(faster) <= len(data) * _LARGER
+            self._faster = len(faster) + beside <= (len(data) + beside) * _LARGER
             data = faster if self._faster else data
+        same = before == (self._as_planes, self._faster)
+        self._try_every = min(2 * self._try_every, _TRY_SELDOM) if same else _TRY_EVERY
         self._since_tried, self._size_tried = 1, len(data) / len(pages)
         return codec, data
 

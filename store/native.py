@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from store.pagemap import U64
 
 KEY_BYTES = 16
+_OUTSIDE = -2
+_MOST_EXPECTED = 1 << 20
 Buffer = Any  # anything with the buffer protocol
 
 
@@ -115,12 +117,72 @@ def from_planes(planes: Buffer, slots: npt.NDArray[np.uint32]) -> bytearray:
     return pages
 
 
-def copy(target: Buffer, at: int, data: Buffer) -> None:
-    """target[at : at + len(data)] = data, without the GIL. ValueError: it does not fit."""
-    to, frm = ffi.from_buffer("uint8_t[]", target), ffi.from_buffer("uint8_t[]", data)
-    if at < 0 or at + len(frm) > len(to):
-        raise ValueError("target too small")
-    lib.snap_copy(to + at, frm, len(frm))
+class Pages:
+    """Whole pages in these slots of a buffer, in place of their bytes one after the other."""
+
+    def __init__(self, buffer: Buffer, slots: npt.NDArray[np.uint32]) -> None:
+        self._nr = len(slots)
+        view = ffi.from_buffer("uint8_t[]", buffer)
+        self.native = (view, len(view) // PAGE_SIZE, ffi.from_buffer("uint32_t[]", slots), self._nr)
+
+    def __len__(self) -> int:
+        return self._nr * PAGE_SIZE
+
+
+class Room:
+    """A buffer that things are put into."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.buffer = buffer
+        self.native = ffi.from_buffer("uint8_t[]", buffer)
+        self.size = len(self.native)
+
+
+def put(secret: bytes, data: Buffer | Pages, parts: Sequence[tuple[Room, int, int]]) -> bytes:
+    """Copy any bytes to their places, (room, offset, size) one after the other. Returns their digest, as `checksum` does.
+
+    In one call, because after each a thread has to wait for Python's lock. ValueError: it does not fit.
+    """
+    nr_parts = len(parts)
+    table = ffi.new("snap_part[]", nr_parts)
+    total = 0
+    for number, (room, at, size) in enumerate(parts):
+        if at < 0 or size < 0 or at + size > room.size:
+            raise ValueError("target too small")
+        entry = table[number]
+        entry.to, entry.size = room.native + at, size
+        total += size
+    if total != len(data):
+        raise ValueError("the places have another size than the data")
+    out = ffi.new("uint8_t[]", KEY_BYTES)
+    if isinstance(data, Pages):
+        error = lib.snap_put_pages(_context(secret), *data.native, table, nr_parts, out)
+    else:
+        error = lib.snap_put(
+            _context(secret), ffi.from_buffer("uint8_t[]", data), total, table, nr_parts, out
+        )
+    if error == _OUTSIDE:
+        raise ValueError("slot outside the buffer")
+    if error:
+        raise MemoryError
+    return bytes(ffi.buffer(out, KEY_BYTES))
+
+
+def compact(pages: Buffer, slots: npt.NDArray[np.uint32]) -> None:
+    """Move the pages in these ascending slots to the front. ValueError: a slot outside."""
+    if lib.snap_compact(*Pages(pages, slots).native):
+        raise ValueError("slot outside the buffer")
+
+
+def resolve(locs: U64, put: U64, finals: Sequence[U64]) -> None:
+    """Replace marked locations in place (snap_resolve in pages.c); `finals`: the final locations of each stream.
+
+    ValueError: one is of a page that was never put.
+    """
+    starts = np.cumsum([0, *map(len, finals)])[:-1].astype("<u8")
+    arrays = [ffi.from_buffer("uint64_t[]", array) for array in (locs, put, np.concatenate(finals), starts)]
+    if lib.snap_resolve(*(part for array in arrays for part in (array, len(array)))):
+        raise ValueError("a location out of bounds")
 
 
 def start_writeback(fd: int, offset: int, size: int) -> None:
@@ -168,24 +230,63 @@ class Stager:
         if self._pending == ffi.NULL:
             raise MemoryError
 
-    def stage(self, pages: memoryview, first_loc: int, locs: U64, new_keys: memoryview) -> tuple[int, int]:
-        """See snap_stage in pages.c. Returns (new pages, zero pages)."""
+    def expect(self, nr_pages: int) -> None:
+        """So many pages will come: room for them is made now, where it keeps nobody waiting."""
+        lib.snap_pending_expect(self._pending, min(nr_pages, _MOST_EXPECTED))
+
+    def stage(self, pages: memoryview, locs: U64, plain: Kind, random: Kind | None) -> int:
+        """See snap_stage in pages.c; what is new is in `plain` and `random`. Returns the number of zero pages."""
         nr_pages = len(locs)
-        if len(pages) != nr_pages * PAGE_SIZE or len(new_keys) < nr_pages * KEY_BYTES:
+        if len(pages) != nr_pages * PAGE_SIZE or any(
+            kind.most < nr_pages for kind in (plain, random) if kind is not None
+        ):
             raise ValueError("buffers do not fit the number of pages")
         nr_zero = ffi.new("uint64_t *")
-        nr_new = lib.snap_stage(
+        error = lib.snap_stage(
             self._key,
             ffi.from_buffer("uint8_t[]", pages),
             nr_pages,
             self._tables.array,
             self._tables.count,
             self._pending,
-            first_loc,
+            plain.native,
+            ffi.NULL if random is None else random.native,
             ffi.from_buffer("uint64_t[]", locs),
-            ffi.from_buffer("uint8_t[]", new_keys),
             nr_zero,
         )
-        if nr_new < 0:
+        if error < 0:
             raise MemoryError
-        return int(nr_new), int(nr_zero[0])
+        return int(nr_zero[0])
+
+
+class Kind:
+    """New pages of one kind that a staging has found: their keys and slots."""
+
+    def __init__(self, first_loc: int, most: int) -> None:
+        self.most = most
+        self._keys = memoryview(bytearray(most * KEY_BYTES))
+        self._slots = np.zeros(most, dtype="<u4")
+        self.native = ffi.new("snap_kind *")
+        self.native.first_loc = first_loc
+        self.native.keys = self._keys_view = ffi.from_buffer("uint8_t[]", self._keys)
+        self.native.slots = self._slots_view = ffi.from_buffer("uint32_t[]", self._slots)
+
+    @property
+    def nr(self) -> int:
+        """Pages found by the last staging."""
+        found: int = self.native.nr
+        return found
+
+    @property
+    def keys(self) -> memoryview:
+        """Their keys."""
+        return self._keys[: self.native.nr * KEY_BYTES]
+
+    @property
+    def slots(self) -> npt.NDArray[np.uint32]:
+        """Where they were in what was staged."""
+        return self._slots[: self.native.nr]
+
+    def go_on(self) -> None:
+        """The next one's location is behind theirs."""
+        self.native.first_loc += self.native.nr

@@ -138,7 +138,7 @@ class PackWriter:
             head = _HEADER.pack(_MAGIC, VERSION, 0, pack_id, 0, keys.store_id)
             head += native.checksum(keys.frames, head)
             self._make_room(len(head))
-            self._file.copy_in(head, 0)
+            self._file.copy_in(head, 0, keys.frames)
             self._file.filled(0, len(head))
         except BaseException:
             self.discard()  # nobody else knows of this pack yet
@@ -167,14 +167,13 @@ class PackWriter:
         return number, offset
 
     def put_frame(
-        self, number: int, offset: int, data: bytes | memoryview, *, raw: int, codec: int, kind: int,
+        self, number: int, offset: int, data: bytes | memoryview | native.Pages, *, raw: int, codec: int, kind: int,
         base: FrameRef | None, page_keys: bytes,
     ) -> None:  # fmt: skip
         """Copies a reserved frame to its place; any thread, no lock needed."""
         nr_pages = len(page_keys) // native.KEY_BYTES
         base_pack, base_frame = base or (0, 0)
-        check = native.checksum(self._keys.frames, data)
-        self._file.copy_in(data, offset)
+        check = self._file.copy_in(data, offset, self._keys.frames)
         self._frames[number] = _FRAME.pack(
             offset, len(data), raw, codec, kind, nr_pages, base_pack, base_frame, 0, check
         )

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from snapshotter.base.errors import SnapshotterError, StoreError, VerificationError
-from store import imageset, pagemap
+from store import imageset, native, pagemap
 from store.catalog import BlobRefs, PackRow
 from store.files import fsync_dir, wrapped
 from store.pack import (
@@ -155,7 +155,7 @@ class PackSet:
         raise StoreError("no free pack number was found", where=str(self._directory), hint="run `snap prune`")
 
     def append(
-        self, data: bytes | memoryview, *, raw: int, codec: int, kind: int, base: FrameRef | None = None,
+        self, data: bytes | memoryview | native.Pages, *, raw: int, codec: int, kind: int, base: FrameRef | None = None,
         page_keys: bytes = b"",
     ) -> FrameRef:  # fmt: skip
         """Takes one frame. Any thread; only the reservation is serialised, and waits while the disk is far behind."""

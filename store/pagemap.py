@@ -32,6 +32,8 @@ MAX_SPACES = 1 << 20
 MAX_PAGES = 1 << 36
 """256 TiB: more than an address space of 47 bits has pages, so that sums cannot overflow."""
 MAX_RESOLVED_PAGES = 1 << 28
+_FEW = 16
+"""A put is small beside what was put before when that is so many times as long."""
 
 _HEADER = struct.Struct("<8sIIII")
 _SPACE = struct.Struct("<HHII")
@@ -81,7 +83,7 @@ def to_runs(pages: U64) -> list[tuple[int, int]]:
 
 def ascending(array: U64) -> U64:
     """Sorted, each value once; np.unique hashes first, which costs more than everything else in here."""
-    if len(array) < 2 or (array[1:] > array[:-1]).all():
+    if _ascends(array):
         return array
     array = np.sort(array)
     return array[np.concatenate(([True], array[1:] != array[:-1]))]
@@ -108,24 +110,44 @@ def within(pages: U64, runs: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]
     return inside
 
 
-def latest(puts: Sequence[tuple[U64, U64]]) -> Space:
-    """Puts in order as one space; of a page that was put twice the later location stands."""
-    if not puts:
-        return EMPTY
-    pages = np.concatenate([pages for pages, _ in puts])
-    locs = np.concatenate([locs for _, locs in puts])
-    if len(pages) > 1 and not (pages[1:] > pages[:-1]).all():
-        order = np.argsort(pages, kind="stable")
-        pages, locs = pages[order], locs[order]
-        last = np.concatenate((pages[1:] != pages[:-1], [True]))
-        pages, locs = pages[last], locs[last]
-    return Space(pages, locs)
+def put_over(space: Space, pages: U64, locs: U64) -> Space:
+    """The space with these pages, in any order, at other locations than before; it is not to be used any more."""
+    # Mostly they continue it, or are a few pages in it: that is told and done faster than all are sorted.
+    if _ascends(pages):
+        if not len(space.pages):
+            return Space(pages, locs)
+        if not len(pages) or pages[0] > space.pages[-1]:
+            return Space(np.concatenate((space.pages, pages)), np.concatenate((space.locs, locs)))
+        if len(pages) * _FEW <= len(space.pages):
+            return _insert(space, pages, locs)
+    pages, locs = np.concatenate((space.pages, pages)), np.concatenate((space.locs, locs))
+    order = np.argsort(pages, kind="stable")
+    pages, locs = pages[order], locs[order]
+    last = np.concatenate((pages[1:] != pages[:-1], [True]))
+    return Space(pages[last], locs[last])
+
+
+def _insert(space: Space, pages: U64, locs: U64) -> Space:
+    """The space with other locations of some pages, in place, and with more pages."""
+    index, have = find(space.pages, pages)
+    space.locs[index[have]] = locs[have]
+    if have.all():
+        return space
+    pages, locs = pages[~have], locs[~have]
+    at = np.searchsorted(space.pages, pages)
+    return Space(np.insert(space.pages, at, pages), np.insert(space.locs, at, locs))
+
+
+def _ascends(array: U64) -> bool:
+    return len(array) < 2 or bool((array[1:] > array[:-1]).all())
 
 
 def overlay(present: U64, put: Space, parent: Space) -> tuple[Space, U64]:
     """The pages `present`, from `put` where it has them, else from `parent`; and those that neither has."""
-    locs = np.zeros(len(present), dtype="<u8")
     index, have = find(put.pages, present)
+    if len(present) and have.all():
+        return Space(present, put.locs[index]), EMPTY.pages
+    locs = np.zeros(len(present), dtype="<u8")
     if len(put.pages):
         locs[have] = put.locs[index[have]]
     rest = np.flatnonzero(~have)

@@ -16,6 +16,7 @@ import os
 
 from store import native
 from store.files import pwrite_all
+from store.native import Room
 
 SEGMENT_BYTES = 2 << 20
 """A multiple of every block size that O_DIRECT may ask for."""
@@ -27,7 +28,7 @@ class SegmentPool:
     """Buffers of SEGMENT_BYTES that are used again. The pack set's lock guards it."""
 
     def __init__(self) -> None:
-        self._free: list[mmap.mmap] = []
+        self._free: list[Room] = []
         self._made = 0
 
     @property
@@ -35,15 +36,14 @@ class SegmentPool:
         """Time to wait for the disk. What was reserved already gets its segments all the same."""
         return self._made - len(self._free) >= MOST_SEGMENTS
 
-    def take(self) -> mmap.mmap:
+    def take(self) -> Room:
         """A buffer; what is in it is whatever was there before."""
         if self._free:
             return self._free.pop()
-        buffer = mmap.mmap(-1, SEGMENT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._made += 1
-        return buffer
+        return Room(mmap.mmap(-1, SEGMENT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
-    def give_back(self, buffer: mmap.mmap) -> None:
+    def give_back(self, buffer: Room) -> None:
         """For the next segment."""
         self._free.append(buffer)
 
@@ -54,7 +54,7 @@ class SegmentedFile:
     def __init__(self, fd: int, pool: SegmentPool) -> None:
         self._fd = fd
         self._pool = pool
-        self._buffers: dict[int, mmap.mmap] = {}
+        self._buffers: dict[int, Room] = {}
         self._missing: dict[int, int] = {}
         self._direct: bool | None = None
 
@@ -64,15 +64,19 @@ class SegmentedFile:
             self._buffers[number] = self._pool.take()
             self._missing[number] = SEGMENT_BYTES
 
-    def copy_in(self, data: bytes | memoryview, offset: int) -> None:
-        """Put `data` at its place, which has room. Any thread, no lock needed; `filled` comes next."""
-        view = memoryview(data)
-        done = 0
-        while done < len(view):
-            number, at = divmod(offset + done, SEGMENT_BYTES)
-            size = min(SEGMENT_BYTES - at, len(view) - done)
-            native.copy(self._buffers[number], at, view[done : done + size])
-            done += size
+    def copy_in(self, data: bytes | memoryview | native.Pages, offset: int, secret: bytes) -> bytes:
+        """Put `data` at its place, which has room. Any thread, no lock needed; `filled` comes next.
+
+        Returns its checksum.
+        """
+        parts = []
+        end = offset + len(data)
+        while offset < end:
+            number, at = divmod(offset, SEGMENT_BYTES)
+            size = min(SEGMENT_BYTES - at, end - offset)
+            parts.append((self._buffers[number], at, size))
+            offset += size
+        return native.put(secret, data, parts)
 
     def filled(self, offset: int, size: int) -> list[int]:
         """Note what was copied in. Returns the segments that are complete now. Under the pack set's lock."""
@@ -89,7 +93,7 @@ class SegmentedFile:
 
     def write(self, number: int) -> None:
         """Write a complete segment. One thread; OSErrors are the caller's."""
-        buffer = self._buffers[number]
+        buffer = self._buffers[number].buffer
         offset = number * SEGMENT_BYTES
         if self._direct is None:
             self._set_direct(True)
@@ -120,7 +124,7 @@ class SegmentedFile:
             self._set_direct(False)
         start = min((number * SEGMENT_BYTES for number in self._buffers), default=end)
         left = [
-            memoryview(buffer)[: end - number * SEGMENT_BYTES]
+            memoryview(buffer.buffer)[: end - number * SEGMENT_BYTES]
             for number, buffer in sorted(self._buffers.items())
         ]
         pwrite_all(self._fd, b"".join((*left, rest)), start)

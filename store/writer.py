@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from store.pagemap import U64
     from store.repository import Store
 
+_MARK = np.uint64(PROVISIONAL)
 SPARE_BUFFERS = 32
 """Chunks that `drain` may have read ahead of compressing: 64 MiB."""
 
@@ -78,8 +79,12 @@ class PointWriter:
         self._stager: Stager = self._store.stager(packs)
         self._packs = PackSet(self._store.packs_dir, self._store.keys, packs)
         self._images: dict[str, bytes] = {}
-        self._puts: dict[str, list[tuple[U64, U64]]] = {}
-        self._present: dict[str, U64] = {}
+        self._puts: dict[str, list[U64]] = {}
+        """The locations of what was put, one array for each put; filled in by the workers."""
+        self._latest: dict[str, pagemap.Space] = {}
+        """The pages that were put. Their locations are _MARK and a place in what was put, one put after the other."""
+        self._closed: dict[str, pagemap.Space] = {}
+        """What close_space was told, with locations as in _latest or the parent's."""
         self._changed = threading.Condition()
         self._queue: deque[Task] = deque()
         self._read_ahead: deque[tuple[Task, bytearray]] = deque()
@@ -99,15 +104,17 @@ class PointWriter:
             Worker(i, self._stager, self._packs, big_frames=self._parent is None) for i in range(nr_threads)
         ]
         self._threads = [
-            threading.Thread(
-                target=self._run, args=(worker,), name=f"snap-store-{worker.number}", daemon=True
-            )
-            for worker in self._workers
+            threading.Thread(target=self._run, args=(worker,), name=f"snap-store-{number}", daemon=True)
+            for number, worker in enumerate(self._workers)
         ]
         for thread in self._threads:
             thread.start()
 
     # -- PageSink -------------------------------------------------------------------------------------
+
+    def expect(self, nr_pages: int) -> None:
+        """See PageSink."""
+        self._stager.expect(nr_pages)
 
     def put(self, space: str, runs: PageRuns, reader: PageReader) -> None:
         """Queue pages; may return before they were read. A later put of the same page wins."""
@@ -115,7 +122,9 @@ class PointWriter:
         table = as_table(runs)
         pages = pagemap.expand(table)
         locs = np.zeros(len(pages), dtype="<u8")
-        self._puts.setdefault(space, []).append((pages, locs))
+        puts = self._puts.setdefault(space, [])
+        first = sum(map(len, puts))
+        puts.append(locs)
         tasks = []
         for at, chunk in zip(range(0, len(pages), CHUNK_PAGES), cut(table, CHUNK_PAGES), strict=True):
             part = locs[at : at + CHUNK_PAGES]
@@ -124,6 +133,8 @@ class PointWriter:
             self._queue.extend(tasks)
             self._unread += len(tasks)
             self._changed.notify_all()
+        places = np.arange(first, first + len(pages), dtype="<u8") | _MARK
+        self._latest[space] = pagemap.put_over(self._latest.get(space, pagemap.EMPTY), pages, places)
 
     def drain(self, *, hurry: bool = True, leave: int = 0) -> None:
         """Wait until every queued page but `leave` was read (not necessarily stored); raises what a worker raised."""
@@ -155,8 +166,9 @@ class PointWriter:
         """The space's final set of pages; see snapshotter.base.pages."""
         self._check()
         pages = pagemap.ascending(pagemap.expand(present))
-        put = pagemap.latest([(numbers, numbers) for numbers, _ in self._puts.get(space, [])])
-        _, missing = pagemap.overlay(pages, put, self._inherited.get(space, pagemap.EMPTY))
+        closed, missing = pagemap.overlay(
+            pages, self._latest.get(space, pagemap.EMPTY), self._inherited.get(space, pagemap.EMPTY)
+        )
         if len(missing):
             raise MissingPagesError(
                 f"{len(missing)} pages were neither dumped nor in the parent point, the first is "
@@ -164,7 +176,7 @@ class PointWriter:
                 where=space,
                 hint="take the point again without a parent",
             )
-        self._present[space] = pages
+        self._closed[space] = closed
 
     # -- the rest of a point --------------------------------------------------------------------------
 
@@ -185,7 +197,7 @@ class PointWriter:
     def commit(self, meta: PointMeta) -> Point:
         """Everything on disk, then the one transaction that makes the point exist."""
         self._check()
-        unclosed = sorted(set(self._puts) - set(self._present))
+        unclosed = sorted(set(self._puts) - set(self._closed))
         if unclosed:
             raise UsageError(f"pages were put but the space was not closed: {', '.join(unclosed)}")
         try:
@@ -238,21 +250,15 @@ class PointWriter:
         return point
 
     def _resolve(self) -> pagemap.Maps:
-        """The point's page map, every provisional location replaced."""
-        finals = [worker.final_locations() for worker in self._workers]
+        """The point's page map: what close_space found out, every provisional location replaced."""
+        finals = [final for worker in self._workers for final in worker.final]
         maps: pagemap.Maps = {}
-        for space, present in self._present.items():
-            put = pagemap.latest(self._puts.get(space, []))
-            locs = put.locs.copy()
-            provisional = (put.locs & np.uint64(PROVISIONAL)) != 0
-            workers = put.locs >> np.uint64(48) & np.uint64(0xFF)  # of put.locs: final ones have a pack there
-            for worker, final in zip(self._workers, finals, strict=True):
-                mine = provisional & (workers == np.uint64(worker.number))
-                locs[mine] = final[(put.locs[mine] & np.uint64((1 << 48) - 1)).astype(np.int64)]
-            parent = self._inherited.get(space, pagemap.EMPTY)
-            resolved, _ = pagemap.overlay(present, pagemap.Space(put.pages, locs), parent)
-            if len(resolved.pages):
-                maps[space] = resolved
+        for space, closed in self._closed.items():
+            if not len(closed.pages):
+                continue
+            if space in self._puts:
+                native.resolve(closed.locs, np.concatenate(self._puts[space]), finals)
+            maps[space] = closed
         return maps
 
     # -- threads --------------------------------------------------------------------------------------

@@ -38,6 +38,9 @@ class MemoryPoint:
 
     # -- sink -------------------------------------------------------------------------------------------
 
+    def expect(self, nr_pages: int) -> None:
+        """A hint."""
+
     def put(self, space: str, runs: Sequence[Run], reader: PageReader) -> None:
         pages = self.spaces.setdefault(space, {})
         for first, count in runs:

@@ -142,12 +142,11 @@ class ProcMem:
     def _tables(self, runs: PageRuns, buffer: bytes | bytearray | memoryview) -> tuple[Any, Any]:
         """The runs as C wants them, and room for the numbers of pages that fail: none when there are no pages."""
         table = as_table(runs)
-        nr_pages = int(table[:, 1].sum())
-        size = memoryview(buffer).nbytes
-        if size < nr_pages * PAGE_SIZE:
-            raise ValueError(f"buffer of {size} bytes for {nr_pages} pages")
+        most = memoryview(buffer).nbytes // PAGE_SIZE
         native = ffi.from_buffer("struct snap_run_pages[]", table)
-        return native, ffi.new("uint64_t[]", min(nr_pages, 65536))
+        if not lib.snap_runs_fit(native, len(table), most):
+            raise ValueError(f"buffer of {most} pages for {int(table[:, 1].sum())} pages")
+        return native, ffi.new("uint64_t[]", min(most, 65536) if len(table) else 0)
 
     def _failed(self, result: int, bad: Any, done: str) -> list[int]:
         if result < 0:
@@ -155,7 +154,7 @@ class ProcMem:
             raise wrap_os_error(error, "cannot reach its memory", where=f"task {self.pid}") from error
         if result > len(bad):
             raise SnapshotterError(f"{result} pages cannot be {done}", where=f"task {self.pid}")
-        return list(bad[0:result])
+        return list(bad[0:result]) if result else []
 
     def close(self) -> None:
         self._finalizer()

@@ -32,6 +32,9 @@ class PageReader(Protocol):
 class PageSink(Protocol):
     """Where a dump puts pages (the store's point writer)."""
 
+    def expect(self, nr_pages: int) -> None:
+        """About so many pages will be put: what that takes may be prepared. Only a hint."""
+
     def put(self, space: str, runs: PageRuns, reader: PageReader) -> None:
         """Queue pages; may return before they were read. A later put of the same page wins."""
 

@@ -33,8 +33,10 @@ def cut(table: RunTable, nr_pages: int) -> list[RunTable]:
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     # Where a row of the result begins, counted in pages: at every run and at every piece.
-    begins = np.union1d(ends - counts, np.arange(0, total, nr_pages))
+    pieces = np.arange(0, total, nr_pages)
+    begins = np.sort(np.concatenate((ends - counts, pieces)))
+    begins = begins[np.append(begins[1:] != begins[:-1], True)] if total else begins[:0]
     row = np.searchsorted(ends, begins, side="right")
     rows = np.stack((firsts[row] + begins - (ends - counts)[row], np.diff(np.append(begins, total))), axis=1)
-    bounds = [*np.searchsorted(begins, np.arange(0, total, nr_pages)).tolist(), len(rows)]
+    bounds = [*np.searchsorted(begins, pieces).tolist(), len(rows)]
     return [rows[start:end] for start, end in itertools.pairwise(bounds)]

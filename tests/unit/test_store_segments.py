@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import mmap
 import os
 import threading
 
@@ -29,7 +28,7 @@ def written(path, sizes, rest=b"end"):
     for size in sizes:
         data = os.urandom(size)
         file.make_room(offset + size)
-        file.copy_in(data, offset)
+        assert file.copy_in(data, offset, KEYS.frames) == native.checksum(KEYS.frames, data)
         for number in file.filled(offset, size):
             file.write(number)
             file.drop(number)
@@ -190,12 +189,15 @@ def test_a_blob_larger_than_all_segments(tmp_path):
 
 
 def test_copy_stays_inside(tmp_path):
-    buffer = mmap.mmap(-1, 4096)
-    native.copy(buffer, 4090, b"abcdef")
-    assert buffer[4090:] == b"abcdef"
+    first, second = native.Room(bytearray(4096)), native.Room(bytearray(4096))
+    secret, data = KEYS.frames, b"abcdef"
+    assert native.put(secret, data, [(first, 4092, 4), (second, 0, 2)]) == native.checksum(secret, data)
+    assert (first.buffer[4092:], second.buffer[:3]) == (b"abcd", b"ef\0")
     for at in (-1, 4091):
         with pytest.raises(ValueError, match="too small"):
-            native.copy(buffer, at, b"abcdef")
+            native.put(secret, data, [(first, at, 6)])
+    with pytest.raises(ValueError, match="another size"):
+        native.put(secret, data, [(first, 0, 5)])
 
 
 def test_a_take_of_many_segments(tmp_path):
