@@ -50,8 +50,8 @@ _MIN_STAGED_BYTES = 4 << 20
 _MAPPINGS_FRESH_NS = 50_000_000
 _AHEAD_FROM, _AHEAD_PART = 32768, 16
 """Of so many pages to read, this part is read without watching, so that the sink has work while others are watched."""
-_TAIL_PAGES = 12288
-"""What the sink may still have to read when the next step begins: some 30 ms of it."""
+_TAIL_PAGES = 24576
+"""What the sink may still have to read when the next step begins: some 60 ms of it."""
 
 Commit = Callable[[DumpResult], None]
 
@@ -111,9 +111,15 @@ class _Take:
         self.dump_uptime_ns = 0
         self.frozen_readers: dict[int, memory.MmReader] = {}
         self.manifest = manifest_pb2.Manifest()
+        self.ready = contextlib.ExitStack()
+        """What is kept ready from pre-copy until the frozen window has been answered for."""
         self._marks = time.monotonic_ns()
 
     def run(self, commit: Commit | None, started: int) -> DumpResult:
+        with self.ready:
+            return self._run(commit, started)
+
+    def _run(self, commit: Commit | None, started: int) -> DumpResult:
         ctx, sink = self.ctx, self.ctx.sink
         self._mark("look")
         self.prepare_manifest()
@@ -164,6 +170,7 @@ class _Take:
                     found += self.begin_round(pid, start)
             nr_pages = sum(pageplan.count(one.due) for one in found)
             if nr_pages > _AHEAD_FROM:
+                ctx.sink.expect(nr_pages)
                 found = [self.read_ahead(one) for one in found]
             watch_s = watching_s(nr_pages, sum(pageplan.count(one.present) for one in found))
             time.sleep(watch_s)
@@ -171,7 +178,11 @@ class _Take:
             for one in found:
                 with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
                     nr_hot += self.end_round(one, watched=watch_s > 0)
+            if number == 0:
+                self.prepare_freeze()
             ctx.sink.drain(hurry=False, leave=_TAIL_PAGES)
+            if number == 0:
+                self.ready.enter_context(locks.kept_ready())
             ctx.stats.rounds = number + 1
             expected = (nr_hot + nr_pages // 4) * PAGE_SIZE
             self.expected_bytes = max(_MIN_STAGED_BYTES, min(expected, 256 << 20))
@@ -179,21 +190,25 @@ class _Take:
                 break
             if number == 0 and nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes // 8:
                 break
-        for pid in self.found.tasks:
-            if nr_bound := policies.mappings_with_a_policy(pid):
-                ctx.warn(
-                    f"task {pid}: the memory policy of {nr_bound} mappings (mbind) is not part of the point"
-                )
-            prepare(pid)
+        ctx.sink.drain(hurry=False, leave=_TAIL_PAGES // 4)
         for pid in self.precopied:
             # Read once more just before the freeze, so that smaps need not be read in it.
             if time.monotonic_ns() - self.mappings[pid][0] > _MAPPINGS_FRESH_NS:
                 with contextlib.suppress(SnapshotterError):
                     self.note_mappings(pid, memory.address_space(ctx, pid, frozen=False))
-        locks.prepare(ctx)
         # Whatever is read after the freeze is not of its instant.
         ctx.sink.drain(hurry=False)
+        locks.prepare(ctx)
         faults.point("dump.precopied")
+
+    def prepare_freeze(self) -> None:
+        """What can be found out while the sink has work."""
+        for pid in self.found.tasks:
+            if nr_bound := policies.mappings_with_a_policy(pid):
+                self.ctx.warn(
+                    f"task {pid}: the memory policy of {nr_bound} mappings (mbind) is not part of the point"
+                )
+            prepare(pid)
 
     def note_mappings(self, pid: int, space: memory.AddressSpace) -> None:
         self.mappings[pid] = (time.monotonic_ns(), space.mappings)
@@ -234,9 +249,8 @@ class _Take:
         """Have a part of what is due read at once."""
         ahead = pageplan.first_pages(one.due, pageplan.count(one.due) // _AHEAD_PART)
         with contextlib.suppress(TargetGoneError):
-            return dataclasses.replace(
-                one, due=pageplan.subtract(one.due, ahead), ahead=self.have_read(one.pid, ahead)
-            )
+            readers = self.have_read(one.pid, ahead)
+            return dataclasses.replace(one, due=pageplan.subtract(one.due, ahead), ahead=readers)
         return one
 
     def have_read(self, pid: int, pages: Runs) -> list[memory.MmReader]:
@@ -413,6 +427,7 @@ class _Take:
         ctx.stats.pages_dirty += staging.nr_pages
         for answer in ctx.later:
             answer()
+        self.ready.close()
         staging.flush()
         self._mark("flush")
         tasks: dict[int, int] = {}

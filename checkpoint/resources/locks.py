@@ -5,16 +5,19 @@ counters in /tmp so, for other Javas to see that it lives. /proc/locks has all l
 descriptors' matter (files/). Of the others, those on what the job maps are noted with the mapping, and taken again by the description that
 snap maps it from. What else is the job's by its pid, and nobody else's by any descriptor, is named in a warning.
 
-/proc/locks is read before the freeze and after the thaw, never in between: opening it waits for every processor (5-15 ms; percpu_down_write
-in fs/locks.c). What stands in both was there all the time: a lock like these comes and goes with a descriptor only.
+/proc/locks is read before the freeze and after the thaw, never in between: reading it waits for every processor (5-15 ms; percpu_down_write
+in fs/locks.c), unless somebody has done so a moment ago, for which `kept_ready` sees. What stands in both was there all the time: a lock
+like these comes and goes with a descriptor only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
-from collections.abc import Collection, Iterable, Mapping
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from checkpoint.restore_context import RestoreContext
 
 _BEFORE, _SEEN = "locks.before", "locks.seen"
+_READY_S = 0.006
+"""Less than a grace period of RCU."""
 _KEPT = frozenset({"FLOCK", "OFDLCK"})
 _ON_FILES = frozenset({"FLOCK", "OFDLCK", "POSIX", "LEASE"})
 _MAP_PRIVATE = 2
@@ -47,6 +52,26 @@ def prepare(ctx: DumpContext) -> None:
 def dump(ctx: DumpContext, spaces: Mapping[int, AddressSpace]) -> None:
     """Have found out after the thaw what there was in the frozen window, and what is to be done about it."""
     ctx.later.append(lambda: _answer(ctx, spaces, set(ctx.resources[_BEFORE]).intersection(_read())))
+
+
+@contextlib.contextmanager
+def kept_ready() -> Iterator[None]:
+    """For a moment the file can be read without a wait: a thread does so all the time."""
+    over = threading.Event()
+
+    def keep() -> None:
+        with contextlib.suppress(OSError), open("/proc/locks", "rb", buffering=0) as file:
+            while not over.is_set():
+                file.seek(0)
+                file.read(1)
+                over.wait(_READY_S)
+
+    thread = threading.Thread(target=keep, name="snap-locks", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _read() -> list[LockLine]:
