@@ -46,6 +46,7 @@ from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
 
 _NS_PER_S = 1_000_000_000
 _FREEZE_TRIES = 5
+_SETTLE_S = 0.02
 _MIN_STAGED_BYTES = 4 << 20
 _MAPPINGS_FRESH_NS = 50_000_000
 _AHEAD_FROM, _AHEAD_PART = 32768, 16
@@ -136,7 +137,7 @@ class _Take:
         with contextlib.ExitStack() as stack:
             finisher = stack.enter_context(Finisher()) if after != "run" else None
             stack.enter_context(stops_wait())
-            tree = stack.enter_context(_frozen(ctx))
+            tree = stack.enter_context(_frozen(ctx, self.shares_memory))
             ctx.processes = tree.processes
             faults.point("dump.frozen")
             self.dump_frozen(tree, staging)
@@ -345,6 +346,14 @@ class _Take:
         if findings:
             raise UnsupportedError.of(findings, self.ctx.root_pid)
 
+    def shares_memory(self, tree: FrozenTree) -> bool:
+        """Whether a process that was not there at the look runs in another's memory: on its way to an exec, mostly."""
+        living = {pid for pid, process in tree.processes.items() if not process.is_zombie}
+        findings: list[Finding] = []
+        if not living <= self.found.tasks.keys():
+            memory.look_sharing(living, findings)
+        return bool(findings)
+
     def copy_pages(self, process: FrozenProcess) -> memory.AddressSpace:
         """Collect, plan and copy the pages of one process that are not with the sink yet."""
         ctx, pid = self.ctx, process.pid
@@ -485,8 +494,10 @@ class _Take:
 
 
 @contextlib.contextmanager
-def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
-    """The frozen tree, at the highest priority and without garbage collection; a tree that does not stop is tried again."""
+def _frozen(ctx: DumpContext, unsettled: Callable[[FrozenTree], bool]) -> Iterator[FrozenTree]:
+    """The frozen tree, at the highest priority and without garbage collection; a tree that does not stop, or is `unsettled`, is
+    tried again.
+    """
     for number in range(_FREEZE_TRIES):
         tree = FrozenTree(
             ctx.root_pid,
@@ -502,8 +513,10 @@ def _frozen(ctx: DumpContext) -> Iterator[FrozenTree]:
                 continue
             with contextlib.ExitStack() as stack:
                 stack.push(tree.__exit__)
-                yield tree
-            return
+                if number == _FREEZE_TRIES - 1 or not unsettled(tree):
+                    yield tree
+                    return
+        time.sleep(_SETTLE_S * (number + 1))
 
 
 def _ranges(space: memory.AddressSpace) -> list[tuple[int, int]]:

@@ -95,7 +95,7 @@ class _Branch:
 
 
 class Batch:
-    """An array of system calls. Built once, run once, by one task."""
+    """An array of system calls, run by one task at a time, any number of times."""
 
     def __init__(self) -> None:
         self.entries: list[_Entry] = []

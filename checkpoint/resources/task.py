@@ -10,13 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
-from checkpoint.parasite import visit
+from checkpoint.parasite import Batch, visit
 from checkpoint.resources import (
     cgroups,
     credentials,
@@ -41,9 +41,10 @@ from snapshotter.base.errors import (
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext, FrozenProcess, FrozenTask
     from checkpoint.kernel.proc import Status
-    from checkpoint.parasite import Batch, Buffer, Ref, Results, StubTask
+    from checkpoint.parasite import Buffer, Ref, Results, StubTask
     from checkpoint.restore_context import RestoreContext
 
+_ASKED = "task.asked"
 _PERSONALITY_QUERY = 0xFFFFFFFF
 _STATES = {
     "running": task_pb2.Process.RUNNING,
@@ -101,10 +102,7 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
             )
         pending = signals.dump_pending(task.tid, shared=False) if task.facts.word(b"SigPnd", 16) else []
         message.threads.add(tid=task.tid, pending=pending)
-    batch = leader.infect().batch()
-    uid = process.status.uids[0]
-    own = _ask_thread(batch, uid)
-    asked = _ask_process(batch, process, process.status)
+    batch, own, asked = _questions(ctx, process)
     answers = leader.infect().run(batch)
     if answers[asked.ldt] > 0:
         raise UnsupportedError(
@@ -112,12 +110,14 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
             where=f"task {pid}",
             hint="wine and its like cannot be dumped",
         )
-    each = leader.infect().batch()
-    asked_each = _ask_thread(each, uid)
     session = None
     if keyrings.has_own_session(answers, own.keyrings):
         session = keyrings.read_session(leader.infect())
-    others = visit(leader.infect(), process.threads[1:], each)
+    others: list[Results] = []
+    if len(process.threads) > 1:
+        each = leader.infect().batch()
+        asked_each = _ask_thread(each, process.status.uids[0])
+        others = visit(leader.infect(), process.threads[1:], each)
     if leader.facts.word(b"ShdPnd", 16):
         message.shared_pending.extend(signals.dump_pending(pid, shared=True))
     message.umask = process.status.umask
@@ -188,6 +188,19 @@ class _AskedThread:
     personality: Ref
 
 
+def _questions(ctx: DumpContext, process: FrozenProcess) -> tuple[Batch, _AskedThread, _Asked]:
+    """The leader's batch. Processes that were forked from one another are asked the same."""
+    status, found = process.status, timers.describe(proc.read_timers(process.pid))
+    key = (status.uids[0], status.sig_caught, status.sig_ignored)
+    known: dict[tuple[int, int, int], tuple[Batch, _AskedThread, _Asked]] = ctx.resources.setdefault(
+        _ASKED, {}
+    )
+    if key not in known or found:
+        batch = Batch()
+        known[key] = batch, _ask_thread(batch, status.uids[0]), _ask_process(batch, found, status)
+    return known[key]
+
+
 def _ask_thread(batch: Batch, uid: int) -> _AskedThread:
     altstack, tid_address = signals.ask_altstack(batch), batch.buffer(8)
     batch.call("prctl", prctl.GET_TID_ADDRESS, tid_address, 0, 0, 0)
@@ -246,13 +259,13 @@ class _Asked:
     xcomp: Buffer
 
 
-def _ask_process(batch: Batch, process: FrozenProcess, status: Status) -> _Asked:
+def _ask_process(batch: Batch, found: Sequence[task_pb2.PosixTimer], status: Status) -> _Asked:
     subreaper, xcomp = batch.buffer(4), batch.buffer(8)
     batch.call("arch_prctl", _ARCH_GET_XCOMP_PERM, xcomp, check=False)
     batch.call("prctl", prctl.GET_CHILD_SUBREAPER, subreaper, 0, 0, 0)
     return _Asked(
         signals.ask_actions(batch, status.sig_caught, status.sig_ignored),
-        timers.ask(batch, timers.describe(proc.read_timers(process.pid))),
+        timers.ask(batch, found),
         limits.ask(batch),
         subreaper,
         batch.call("prctl", prctl.GET_DUMPABLE, 0, 0, 0, 0),

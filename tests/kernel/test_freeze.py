@@ -17,11 +17,12 @@ from checkpoint.check import check
 from checkpoint.context import DumpContext, DumpOptions
 from checkpoint.finisher import Finisher
 from checkpoint.freeze import CannotStopError, FrozenTree, stopped_process
-from checkpoint.kernel import ptrace
+from checkpoint.kernel import proc, ptrace
 from checkpoint.kernel import tasks as listing
 from snapshotter.base import faults
 from snapshotter.base.errors import TargetGoneError, UnsupportedError
 from tests.jobs import reap, state, wait_until
+from tests.memory_store import take
 
 pytestmark = pytest.mark.requires("root")
 
@@ -257,7 +258,9 @@ def test_what_does_not_stop_is_said_and_not_seized_again(run, monkeypatch):
             dump, "FrozenTree", lambda *args, **options: tried.append(1) or FrozenTree(*args, **options)
         )
         try:
-            with dump._frozen(DumpContext(job.pid, None, None, DumpOptions(freeze_timeout_s=0.2))):
+            with dump._frozen(
+                DumpContext(job.pid, None, None, DumpOptions(freeze_timeout_s=0.2)), lambda _: False
+            ):
                 pass
         except CannotStopError as error:
             os._exit(0 if "does not stop" in str(error) and len(tried) == 1 else 2)
@@ -265,3 +268,26 @@ def test_what_does_not_stop_is_said_and_not_seized_again(run, monkeypatch):
             os._exit(1)
     assert os.waitstatus_to_exitcode(reap(child)) == 0
     wait_until(lambda: tracer(job.pid) == 0, "let go with its tracer")
+
+
+@pytest.mark.parametrize("milliseconds", [30, 0])
+def test_a_child_in_the_same_memory_that_appears_before_the_freeze_is_waited_for(
+    run, monkeypatch, milliseconds
+):
+    job = run("shares_memory.c", str(milliseconds))
+    wait_until(lambda: proc.read_status(job.pid).sig_caught >> (signal.SIGUSR1 - 1) & 1, "it listens")
+    prepare = dump.locks.prepare
+
+    def late(ctx):
+        """The last step before the freeze."""
+        os.kill(job.pid, signal.SIGUSR1)
+        wait_until(lambda: listing.children(job.pid, [job.pid]), "the child is there")
+        prepare(ctx)
+
+    monkeypatch.setattr(dump.locks, "prepare", late)
+    if milliseconds:
+        assert len(take(job.pid).result.tasks) == 2
+    else:
+        with pytest.raises(UnsupportedError, match="CLONE_VM"):
+            take(job.pid)
+    assert tracer(job.pid) == 0
