@@ -222,19 +222,22 @@ class Seizure:
 
     def _stop_error(self, tids: list[int]) -> SnapshotterError:
         tid = tids[0]
-        pid = self.tasks[tid].pid if tid in self.tasks else tid
-        try:
-            with open(f"/proc/{pid}/task/{tid}/wchan", encoding="ascii") as file:
-                place = file.read() or "?"
-        except OSError as error:
-            if error.errno in {errno.ENOENT, errno.ESRCH}:
-                return TargetGoneError("ended while it was being frozen", where=f"task {pid}")
-            place = "?"
-        return CannotStopError(
-            f"does not stop (it waits in the kernel at {place})",
-            where=f"task {pid}, thread {tid}",
-            hint="a parent in vfork waits for its child, others for a device: try again",
-        )
+        return _does_not_stop(self.tasks[tid].pid if tid in self.tasks else tid, tid)
+
+
+def _does_not_stop(pid: int, tid: int) -> SnapshotterError:
+    try:
+        with open(f"/proc/{pid}/task/{tid}/wchan", encoding="ascii") as file:
+            place = file.read() or "?"
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ESRCH}:
+            return TargetGoneError("ended while it was being frozen", where=f"task {pid}")
+        place = "?"
+    return CannotStopError(
+        f"does not stop (it waits in the kernel at {place})",
+        where=f"task {pid}, thread {tid}",
+        hint="a parent in vfork waits for its child, others for a device: try again",
+    )
 
 
 def _reap(tid: int, *, block: bool = True) -> bool:
@@ -259,6 +262,8 @@ def _seize_error(pid: int, tid: int, error: Exception) -> SnapshotterError:
         tracer = proc.read_status(pid).tracer_pid
     except (OSError, SnapshotterError):
         tracer = 0
+    if tracer and os.path.exists(f"/proc/self/task/{tracer}"):
+        return _does_not_stop(pid, tid)  # one that we could not let go again, see Seizure.stuck
     if tracer:
         return UnsupportedError(
             f"traced by task {tracer} already",

@@ -7,6 +7,7 @@ Source: cgroups(7), Documentation/admin-guide/cgroup-v2.rst.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import proc, threads
 from checkpoint.kernel.tasks import task_ids
 from images import task_pb2
+from snapshotter.base.errors import Finding
 
 if TYPE_CHECKING:
     from checkpoint.restore_context import RestoreContext
@@ -65,8 +67,18 @@ def parse_mounts(data: bytes) -> dict[str, Mount]:
     return found
 
 
-def look(pid: int) -> None:
-    """Note whether its threads are in one group."""
+def look(pid: int, report: list[Finding]) -> None:
+    """Refuse a process in a frozen group (docker pause), which nothing can run in. Note whether its threads are in one group."""
+    for controllers, path in parse(proc.read_task_file(pid, "cgroup")).items():
+        if controllers and "freezer" not in controllers.split(","):
+            continue
+        mount = _own_mounts().get(controllers)
+        folder = _folder(mount, path) if mount is not None else None
+        if folder is not None and _is_frozen(folder):
+            hint = (
+                "thaw the group (docker unpause; its cgroup.freeze or freezer.state), and take the point then"
+            )
+            report.append(Finding(pid, "task", f"stands still in the frozen control group {path}", hint))
     tids = task_ids(pid)
     paths = [f"/proc/{pid}/task/{tid}/cgroup" for tid in tids]
     if len(tids) > 1 and len(set(threads.read_files(paths)) - {None}) > 1:
@@ -126,12 +138,17 @@ def _move(
             )
 
 
+@functools.cache
+def _own_mounts() -> dict[str, Mount]:
+    return parse_mounts(proc.read_task_file(os.getpid(), "mountinfo"))
+
+
 def _is_frozen(folder: str) -> bool:
-    """A stub that stands still could not be filled."""
-    for name, frozen in (("cgroup.freeze", b"1"), ("freezer.state", b"F")):
+    """Whether what is in a group stands still, by itself or because a group above it does."""
+    for name, frozen in (("cgroup.events", b"frozen 1"), ("cgroup.freeze", b"1"), ("freezer.state", b"FR")):
         try:
             with open(f"{folder}/{name}", "rb") as file:
-                if file.read().startswith(frozen):
+                if any(line.startswith(frozen) for line in file):
                     return True
         except OSError:
             continue
@@ -146,11 +163,14 @@ def plan(
         if own.get(controllers) == path or controllers not in own:
             continue
         mount = mounts.get(controllers)
-        if mount is None or ".." in path.split("/"):
-            yield controllers, path, None
-        elif mount.root == "/":
-            yield controllers, path, f"{mount.point}/{path.lstrip('/')}"
-        elif path == mount.root or path.startswith(f"{mount.root}/"):
-            yield controllers, path, f"{mount.point}{path[len(mount.root) :]}"
-        else:
-            yield controllers, path, None
+        yield controllers, path, None if mount is None else _folder(mount, path)
+
+
+def _folder(mount: Mount, path: str) -> str | None:
+    if ".." in path.split("/"):
+        return None
+    if mount.root == "/":
+        return f"{mount.point}/{path.lstrip('/')}"
+    if path == mount.root or path.startswith(f"{mount.root}/"):
+        return f"{mount.point}{path[len(mount.root) :]}"
+    return None

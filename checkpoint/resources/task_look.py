@@ -36,7 +36,7 @@ def look(pid: int, report: list[Finding]) -> None:
     _look_namespaces(pid, report)
     _look_room(pid, status, report)
     directories.look(pid, report)
-    cgroups.look(pid)
+    cgroups.look(pid, report)
     keyrings.look(status.uids[0])
     for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
         try:

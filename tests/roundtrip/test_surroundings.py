@@ -15,11 +15,11 @@ pytestmark = pytest.mark.requires("root")
 
 
 @pytest.fixture
-def group():
-    """A control group of our own: (controllers, path, folder)."""
+def group(request):
+    """A control group of our own: (controllers, path, folder); of the hierarchies that the test is marked with, or any."""
     mounts = cgroups.parse_mounts(pathlib.Path("/proc/self/mountinfo").read_bytes())
     own = cgroups.parse(pathlib.Path("/proc/self/cgroup").read_bytes())
-    for controllers in ("", "pids", "freezer"):
+    for controllers in getattr(request, "param", ("", "pids", "freezer")):
         mount = mounts.get(controllers)
         if mount is None or mount.root != "/":
             continue
@@ -54,6 +54,34 @@ def test_control_group_is_kept_and_its_loss_is_said(job, compile_program, group)
     assert groups_of(job.pid)[controllers] != path
     assert job.finish() == "PASS"
     reap(job.pid)
+
+
+@pytest.mark.parametrize("group", [("", "freezer")], indirect=True, ids=["freezer"])
+def test_a_frozen_group_is_refused_by_name(job, compile_program, group):
+    """As `docker pause` leaves it, in the group itself or in one above it."""
+    controllers, path, folder = group
+    switch, on, off = ("freezer.state", "FROZEN", "THAWED") if controllers else ("cgroup.freeze", "1", "0")
+    if not (folder / switch).exists():
+        pytest.skip("this kernel's control groups cannot be frozen")
+    inner = folder / "inner"
+    inner.mkdir()
+    try:
+        job.start([compile_program("nothing.c")]).wait_ready()
+        (inner / "cgroup.procs").write_text(str(job.pid))
+        for which in (inner, folder):
+            (which / switch).write_text(on)
+            with pytest.raises(SnapFailedError, match=f"frozen control group {path}/inner") as refused:
+                job.take()
+            assert refused.value.error["code"] == "unsupported"
+            (which / switch).write_text(off)
+        job.take()
+        assert job.finish() == "PASS"
+        reap(job.pid)
+    finally:
+        for which in (inner, folder):
+            (which / switch).write_text(off)
+        wait_until(lambda: not (inner / "cgroup.procs").read_text(), "the group is empty")
+        inner.rmdir()
 
 
 def test_keys_that_are_not_kept_are_named(job, compile_program):
