@@ -74,6 +74,8 @@ class FrozenProcess:
     state: ProcessState = "running"
     stop_signal: int = 0
     start_time_ticks: int = 0
+    brk: int = 0
+    """Where its heap ends; set by task.dump_process."""
 
     @property
     def parasite(self) -> RemoteTask:

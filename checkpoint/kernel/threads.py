@@ -98,18 +98,23 @@ class ThreadFacts:
         return proc.parse_status(self.status_text)
 
     @cached_property
+    def stat_text(self) -> bytes:
+        """/proc/PID/task/TID/stat."""
+        return bytes(self._piece("stat"))
+
+    @cached_property
     def stat(self) -> proc.Stat:
-        """/proc/PID/task/TID/stat, parsed."""
-        return proc.parse_stat(bytes(self._piece("stat")))
+        """The same, parsed."""
+        return proc.parse_stat(self.stat_text)
 
     @property
     def start_time_ticks(self) -> int:
-        return int(bytes(self._piece("stat")).rpartition(b")")[2].split()[19])
+        return int(self.stat_text.rpartition(b")")[2].split()[19])
 
     @property
     def comm(self) -> bytes:
         """Its name; unlike in status nothing in it is escaped."""
-        return bytes(self._piece("stat")).partition(b" (")[2].rpartition(b")")[0]
+        return self.stat_text.partition(b" (")[2].rpartition(b")")[0]
 
     @property
     def scheduling(self) -> bytes:

@@ -31,6 +31,7 @@ from snapshotter.base.errors import SnapshotterError, UnsupportedError
 
 if TYPE_CHECKING:
     from checkpoint.kernel.ptrace import Regs
+    from checkpoint.kernel.threads import ThreadFacts
 
 DATA_SIZE = 1 << 20
 """Mapped without reservation: only what batches touch costs memory."""
@@ -57,13 +58,17 @@ class Target(Protocol):
     places: list[tuple[int, int]]
     """(rip, rsp) of every thread of its process; empty: they are yet to be read."""
 
+    @property
+    def facts(self) -> ThreadFacts | None:
+        """What was read of it at its stop; None: it is yet to be read."""
+
 
 class _Space:
     """The parasite's area in one process and its users."""
 
-    def __init__(self, pid: int, places: list[tuple[int, int]]) -> None:
+    def __init__(self, pid: int, places: list[tuple[int, int]], start_time_ticks: int) -> None:
         self.pid = pid
-        self.start_time_ticks = proc.read_stat(pid).start_time_ticks
+        self.start_time_ticks = start_time_ticks
         self.mem = ProcMem(pid)
         self.maps = proc.read_maps(pid)
         self.gadgets = gadgets.find(_code_ranges(self.maps), self.mem.read, where=f"task {pid}")
@@ -82,13 +87,18 @@ class _Space:
 _spaces: dict[int, _Space] = {}
 
 
-def _space(pid: int, places: list[tuple[int, int]]) -> _Space:
+def _space(target: Target) -> _Space:
+    pid = target.pid
     known = _spaces.get(pid)
+    if target.facts is not None and target.tid == pid:
+        start = target.facts.start_time_ticks
+    else:
+        start = proc.read_stat(pid).start_time_ticks
     if known is not None:
-        if known.users and proc.read_stat(pid).start_time_ticks == known.start_time_ticks:
+        if known.users and start == known.start_time_ticks:
             return known
         known.mem.close()
-    _spaces[pid] = _Space(pid, places)
+    _spaces[pid] = _Space(pid, target.places, start)
     return _spaces[pid]
 
 
@@ -180,7 +190,8 @@ class InfectedTask(RemoteTask):
         """Refuse by name what cannot be infected."""
         if not self._own_regs.is_64bit:
             raise UnsupportedError("it runs 32-bit code", where=self.where)
-        status = proc.read_status(self.pid, self.tid)
+        facts = self._target.facts
+        status = proc.read_status(self.pid, self.tid) if facts is None else facts.status
         if status.shadow_stack:
             raise UnsupportedError("it uses user shadow stacks (CET)", where=self.where)
         self._seccomp = status.seccomp
@@ -209,6 +220,9 @@ class InfectedTask(RemoteTask):
         """Inside a restartable sequence the kernel would send it to the abort handler at its next preemption; having
         run something else in between, that is where it must go on.
         """
+        facts = self._target.facts
+        if facts is not None and not facts.raw.rseq_section:
+            return
         pointer, size, _, _ = ptrace.get_rseq(self.tid)
         if not pointer or size < 16:
             return
@@ -226,7 +240,8 @@ class InfectedTask(RemoteTask):
         """Everything that only reads."""
         self.check()
         self._abort_rseq()
-        self._xstate = ptrace.get_xstate(self.tid)
+        facts = self._target.facts
+        self._xstate = ptrace.get_xstate(self.tid) if facts is None else bytes(facts.xstate)
 
     @property
     def space(self) -> _Space:
@@ -438,7 +453,7 @@ def infect(task: Target) -> RemoteTask:
 
     Nothing happens to it before its first batch. Raises UnsupportedError, by name, for what cannot be infected.
     """
-    space = _space(task.pid, task.places)
+    space = _space(task)
     infected = InfectedTask(task, space)
     infected.prepare()
     space.users.add(infected)

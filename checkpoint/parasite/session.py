@@ -32,6 +32,7 @@ class _Stopped:
     regs: Regs
     sigmask: int
     places: list[tuple[int, int]]
+    facts: None = None
 
 
 class Parasite:

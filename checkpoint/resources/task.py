@@ -104,6 +104,7 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
         message.threads.add(tid=task.tid, pending=pending)
     batch, own, asked = _questions(ctx, process)
     answers = leader.infect().run(batch)
+    process.brk = answers[asked.brk]
     if answers[asked.ldt] > 0:
         raise UnsupportedError(
             "has segments of its own (modify_ldt)",
@@ -257,6 +258,7 @@ class _Asked:
     memory_merge: Ref
     ldt: Ref
     xcomp: Buffer
+    brk: Ref
 
 
 def _ask_process(batch: Batch, found: Sequence[task_pb2.PosixTimer], status: Status) -> _Asked:
@@ -275,6 +277,7 @@ def _ask_process(batch: Batch, found: Sequence[task_pb2.PosixTimer], status: Sta
         batch.call("prctl", prctl.GET_MEMORY_MERGE, 0, 0, 0, 0, check=False),
         batch.call("modify_ldt", 0, batch.buffer(8), 8, check=False),
         xcomp,
+        batch.call("brk", 0),
     )
 
 

@@ -37,7 +37,7 @@ def running(*command, **options):
         yield job
     finally:
         job.kill()
-        job.wait()
+        job.wait(30)  # one that a failed test still traces does not end
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_every_thread_of_a_process_runs_batches():
                 pass
 
             target = Target()
-            target.tid, target.pid, target.places = tid, job.pid, []
+            target.tid, target.pid, target.places, target.facts = tid, job.pid, [], None
             target.regs, target.sigmask = ptrace.getregs(tid), ptrace.get_sigmask(tid)
             targets.append(target)
         remotes = [infect(target) for target in targets]

@@ -182,10 +182,10 @@ def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace) -> str:
     _note_named(ctx, space)
     image = mm_pb2.Mm(format_version=FORMAT_VERSION, vmas=space.vmas)
     image.files.extend(space.files)
-    _dump_fields(image, proc.pid)
+    _dump_fields(image, proc)
     _dump_exe(ctx, image, proc.pid)
     image.auxv = _read(proc.pid, "auxv")[:_MAX_AUXV_BYTES]
-    image.brk = proc.parasite.call("brk", 0)
+    image.brk = proc.brk
     for vma in space.vmas:
         if vma.kind == model.VDSO and proc.mem is not None:
             image.vdso_build_id = vdso_build_id(proc.mem, vma.start, vma.end)
@@ -215,9 +215,10 @@ def _read(pid: int, name: str) -> bytes:
         raise wrap_os_error(error, f"cannot read {name}", where=f"task {pid}") from error
 
 
-def _dump_fields(image: mm_pb2.Mm, pid: int) -> None:
+def _dump_fields(image: mm_pb2.Mm, process: FrozenProcess) -> None:
     """Fields 26-28 and 45-51 of /proc/PID/stat (proc_pid_stat(5)), counted from 1."""
-    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    assert process.leader is not None
+    fields = process.leader.facts.stat_text.rpartition(b")")[2].split()
     numbers = [int(field) for field in fields[1:]]  # numbers[0] is field 4
 
     def field(number: int) -> int:
