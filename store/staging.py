@@ -2,7 +2,7 @@
 
 Chunks are read behind the new pages that wait in the buffer; staging moves the new ones of them up to the
 rest, in place, so that a fresh page is copied at most once. Pages that will not compress go to frames of their own, as they
-are. Locations are provisional (stream and serial number of the page) until the frame is written; `final_locations` translates.
+are. Locations are provisional (stream and serial number of the page) until the frame is written; `final` translates.
 """
 
 from __future__ import annotations
