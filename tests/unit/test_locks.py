@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from checkpoint.resources import locks
 from images import mm_pb2
 from images.codec import parse, serialise
 from snapshotter.base.errors import VerificationError
+from tests.jobs import wait_until
 
 LOCKS = b"""\
 1: FLOCK  ADVISORY  WRITE 40 fe:00:7 0 EOF
@@ -101,3 +103,9 @@ def test_images_with_such_locks():
     image.format_version = 1
     with pytest.raises(VerificationError):
         parse("mm/42", image.SerializeToString())
+
+
+def test_nothing_is_left_of_what_keeps_the_file_ready():
+    with locks.kept_ready():
+        assert "snap-locks" in {thread.name for thread in threading.enumerate()}
+    wait_until(lambda: "snap-locks" not in {thread.name for thread in threading.enumerate()}, "it ends")
