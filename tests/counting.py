@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import time
 
 import pytest
 
@@ -19,11 +20,16 @@ while True:
 
 
 def count(job) -> int:
-    """The last number that was written."""
-    try:
-        return int((job.directory / "count").read_text() or 0)
-    except FileNotFoundError:
-        return 0
+    """The last number that was written; 0: none yet, or the job stands still between emptying the file and writing."""
+    for _ in range(20):
+        try:
+            text = (job.directory / "count").read_text()
+        except FileNotFoundError:
+            return 0
+        if text:
+            return int(text)
+        time.sleep(0.005)
+    return 0
 
 
 def goes_on(job) -> None:

@@ -112,10 +112,12 @@ def test_killed_at_random_instants(start, job):
         when = f"after random kill {nr} (seed {seed}, {pause:.4f} s of {usual_s:.4f} s)"
         status = roll_back(watched, kill_after_s=pause)
         assert status in {signal.SIGKILL, 0}, said(job).read_text()
+        if status == 0:
+            usual_s *= 0.8  # the first one was slow, or the machine has less to do by now
         found[outcome(watched, before, when)] += 1
         if not is_running(job.pid):
             bring_back(watched, when)
-    assert set(found) > {"old"}, found
+    assert len(found) > 1, found
     bring_back(watched, "in the end")
     store = open_store(job.store, create=False)
     try:
