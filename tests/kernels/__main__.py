@@ -24,7 +24,11 @@ PIECES = {
     "keeper": ["tests/kernel/test_keeper.py"],
     "freeze": ["tests/kernel/test_freeze.py", "tests/kernel/test_stopped.py", "tests/kernel/test_finisher.py"],
     "memory": ["tests/kernel/test_memory_look.py", "tests/kernel/test_memory_restore.py", "tests/kernel/test_native.py"],
-    "parasite": ["tests/kernel/test_parasite.py", "tests/kernel/test_parasite_frames.py"],
+    "parasite": [
+        "tests/kernel/test_parasite.py",
+        "tests/kernel/test_parasite_frames.py",
+        "tests/kernel/test_parasite_lost.py",
+    ],
     "files": ["tests/kernel/test_files.py", "tests/kernel/test_pipes.py"],
     "sockets": ["tests/kernel/test_sockets.py", "tests/kernel/test_socket_options.py"],
     "parasite-killed": ["tests/kernel/test_parasite_kill.py"],
