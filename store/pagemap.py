@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from snapshotter.base.runs import PageRuns, as_table
+from snapshotter.base.runs import PageRuns, RunTable, as_table
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -99,11 +99,10 @@ def find(haystack: U64, needles: U64) -> tuple[npt.NDArray[np.intp], npt.NDArray
     return index, haystack[index] == needles
 
 
-def within(pages: U64, runs: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+def within(pages: U64, table: RunTable) -> npt.NDArray[np.bool_]:
     """Which of the page numbers are in one of the runs (sorted, disjoint)."""
-    if not len(runs):
+    if not len(table):
         return np.zeros(len(pages), dtype=bool)
-    table = np.asarray(runs, dtype=np.int64)
     edges = np.stack((table[:, 0], table[:, 0] + table[:, 1]), axis=1).ravel().astype("<u8")
     # Of touching runs the end of one is the beginning of the next: both are passed, and the parity is right.
     inside: npt.NDArray[np.bool_] = np.searchsorted(edges, pages, side="right") % 2 == 1

@@ -16,6 +16,7 @@ import numpy as np
 
 from snapshotter.base.errors import StoreError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE, Run
+from snapshotter.base.runs import PageRuns, RunTable, as_table
 from store import native, pagemap, parallel
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _DIRECT = 32
 _FRAME_SHIFT = np.uint64(12)
 _SLOT_MASK = np.uint64(0xFFF)
 
-Write = Callable[[Sequence[Run], memoryview], None]
+Write = Callable[[RunTable, memoryview], None]
 
 
 class PointReader:
@@ -103,11 +104,11 @@ class PointReader:
         """Every page of the space, sorted, merged. Unknown space: empty."""
         return pagemap.to_runs(self._spaces().get(space, pagemap.EMPTY).pages)
 
-    def fill(self, space: str, write: Write, only: Sequence[Run] | None = None) -> int:
+    def fill(self, space: str, write: Write, only: PageRuns | None = None) -> int:
         """Read, verify and decompress pages of the space; see PageSource."""
         pages, locs = self._stored(space)
         if only is not None:
-            inside = pagemap.within(pages, only)
+            inside = pagemap.within(pages, as_table(only))
             pages, locs = pages[inside], locs[inside]
         self._for_frames(pages, locs, write)
         return len(pages)
@@ -139,9 +140,9 @@ class PointReader:
             target = np.flatnonzero(locs != 0)
             view = memoryview(out)
 
-            def place(positions: Sequence[Run], data: memoryview) -> None:
+            def place(positions: RunTable, data: memoryview) -> None:
                 at = 0
-                for first, count in positions:
+                for first, count in positions.tolist():
                     size = count * PAGE_SIZE
                     view[first * PAGE_SIZE : first * PAGE_SIZE + size] = data[at : at + size]
                     at += size
@@ -224,11 +225,7 @@ class _Piece:
 
     def direct(self, pages: U64, data: memoryview) -> None:
         """A frame's pages as they are; the write callback must be done with them when it returns."""
-        order = np.argsort(pages, kind="stable")
-        if (order == np.arange(len(order))).all():
-            self._write(pagemap.to_runs(pages), data)
-        else:
-            self._write([(int(page), 1) for page in pages], data)
+        self._write(_runs_in_order(pages), data)
 
     def add(self, pages: U64, data: bytes | bytearray, slots: np.ndarray) -> None:
         """Copies pages behind the others, in order of page numbers."""
@@ -253,11 +250,11 @@ class _Piece:
             self._pages, self._fill = [], 0
 
 
-def _runs_in_order(pages: U64) -> list[Run]:
+def _runs_in_order(pages: U64) -> RunTable:
     """Runs of page numbers in the order given (not sorted: several frames follow one another)."""
     if not len(pages):
         raise StoreError("no pages to hand out")
     breaks = np.flatnonzero(pages[1:] != pages[:-1] + np.uint64(1)) + 1
     starts = np.concatenate(([0], breaks))
     counts = np.diff(np.concatenate((starts, [len(pages)])))
-    return [(int(pages[start]), int(count)) for start, count in zip(starts, counts, strict=True)]
+    return np.stack((pages[starts].astype(np.int64), counts), axis=1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import proc
 from checkpoint.parasite.infection import AREA_SIZE
 from checkpoint.resources import cgroups, directories, keyrings, sharing
-from snapshotter.base.errors import Finding, TargetGoneError
+from snapshotter.base.errors import Finding, TargetGoneError, wrap_os_error
 
 if TYPE_CHECKING:
     from checkpoint.kernel.proc import Status
@@ -33,7 +33,15 @@ def look(pid: int, report: list[Finding]) -> None:
     if stat.state in "ZX":
         return
     _look_personality(pid, report)
-    _look_namespaces(pid, report)
+    try:
+        _look_namespaces(pid, report)
+    except PermissionError as error:
+        # The kernel says so of a task that was reaped in this moment as well (proc_ns_readlink).
+        now = proc.read_stat(pid)  # TargetGoneError
+        if now.state in "ZX" or now.start_time_ticks != stat.start_time_ticks:
+            raise TargetGoneError("ended while it was looked at", where=f"task {pid}") from error
+        hint = "run as root or as the user of the job"
+        raise wrap_os_error(error, "cannot see its namespaces", where=f"task {pid}", hint=hint) from error
     _look_room(pid, status, report)
     directories.look(pid, report)
     cgroups.look(pid, report)

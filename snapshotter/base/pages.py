@@ -68,8 +68,8 @@ class PageSource(Protocol):
     def fill(
         self,
         space: str,
-        write: Callable[[Sequence[Run], memoryview], None],
-        only: Sequence[Run] | None = None,
+        write: Callable[[PageRuns, memoryview], None],
+        only: PageRuns | None = None,
     ) -> int:
         """Read, verify and decompress all pages of the space, or those of `only` (sorted, disjoint); `write(runs, data)`
         gets them in pieces, from several threads at once. All-zero pages are not handed out. Returns the number of pages

@@ -19,8 +19,9 @@ from checkpoint.finisher import Finisher
 from checkpoint.freeze import CannotStopError, FrozenTree, stopped_process
 from checkpoint.kernel import proc, ptrace
 from checkpoint.kernel import tasks as listing
+from checkpoint.resources import task_look
 from snapshotter.base import faults
-from snapshotter.base.errors import TargetGoneError, UnsupportedError
+from snapshotter.base.errors import PermissionDeniedError, TargetGoneError, UnsupportedError
 from tests.jobs import reap, state, wait_until
 from tests.memory_store import take
 
@@ -268,6 +269,32 @@ def test_what_does_not_stop_is_said_and_not_seized_again(run, monkeypatch):
             os._exit(1)
     assert os.waitstatus_to_exitcode(reap(child)) == 0
     wait_until(lambda: tracer(job.pid) == 0, "let go with its tracer")
+
+
+def test_a_process_that_is_reaped_while_it_is_looked_at_has_ended(monkeypatch):
+    """readlink(2) of /proc/PID/ns/* is refused then, as it is to somebody without the right to look."""
+    child = subprocess.Popen(["sleep", "1000"])
+    readlink = os.readlink
+
+    def refused(path, **options):
+        if "/ns/" not in path or path.startswith("/proc/self"):
+            return readlink(path, **options)
+        if reaped:
+            child.kill()
+            child.wait()
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(task_look.os, "readlink", refused)
+    try:
+        reaped = False
+        with pytest.raises(PermissionDeniedError, match=f"task {child.pid}: cannot see its namespaces"):
+            task_look.look(child.pid, [])
+        reaped = True
+        with pytest.raises(TargetGoneError):
+            task_look.look(child.pid, [])
+    finally:
+        child.kill()
+        child.wait()
 
 
 @pytest.mark.parametrize("milliseconds", [30, 0])

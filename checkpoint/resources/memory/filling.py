@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +22,8 @@ from checkpoint.model import vma as model
 from checkpoint.model.pageplan import Runs
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2
-from snapshotter.base.pages import PAGE_SIZE, Run
+from snapshotter.base.pages import PAGE_SIZE
+from snapshotter.base.runs import PageRuns
 
 if TYPE_CHECKING:
     from checkpoint.parasite import Batch, Ref, StubTask
@@ -74,15 +75,15 @@ def fill(
     ctx: RestoreContext,
     stub: StubTask,
     space: str,
-    only: Sequence[Run],
+    only: PageRuns,
     missing: MissingPages | None = None,
-    seen: Callable[[Sequence[Run]], None] | None = None,
+    seen: Callable[[PageRuns], None] | None = None,
 ) -> int:
     """Write pages of a space; returns how many. `seen` is told each piece, one at a time."""
     lock = threading.Lock()
     mem = stub.mem
 
-    def write(runs: Sequence[Run], data: memoryview) -> None:
+    def write(runs: PageRuns, data: memoryview) -> None:
         mem.write_runs(runs, data, missing=missing)
         if seen is not None:
             with lock:

@@ -85,7 +85,7 @@ def settle(ctx: RestoreContext, stub: StubTask, process: task_pb2.Process) -> No
             _drop(stub, pageplan.intersect(dropped, ranges))
             wanted = pageplan.union(wanted, pageplan.intersect(changed, ranges))
         with filling.missing_pages(stub, fresh, pages, sparse=sparse) as missing:
-            ctx.pages_written += filling.fill(ctx, stub, process.mm, pageplan.to_list(wanted), missing)
+            ctx.pages_written += filling.fill(ctx, stub, process.mm, pageplan.to_table(wanted), missing)
     ctx.holds[process.pid] = process.mm
 
 

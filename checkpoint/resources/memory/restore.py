@@ -19,6 +19,8 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import Runs
@@ -27,7 +29,8 @@ from checkpoint.resources.memory import filling, identity, inherited, mapped, ri
 from checkpoint.restore_context import RestoreContext
 from images import mm_pb2, task_pb2
 from snapshotter.base.errors import RestoreConflictError, VerificationError, wrap_os_error
-from snapshotter.base.pages import PAGE_SIZE, Run
+from snapshotter.base.pages import PAGE_SIZE
+from snapshotter.base.runs import as_table
 
 if TYPE_CHECKING:
     from checkpoint.parasite import Ref, StubTask
@@ -201,9 +204,12 @@ def _fill(ctx: RestoreContext, stub: StubTask, space: str, rest: Iterable[mm_pb2
     over_files = pageplan.intersect(
         wanted, pageplan.of_vmas(v for v in private if v.kind in model.OVER_FILE_KINDS)
     )
-    handed: list[Run] = []
-    nr_pages = filling.fill(ctx, stub, space, pageplan.to_list(wanted), seen=handed.extend)
-    for first, nr_zero in pageplan.to_list(pageplan.subtract(over_files, pageplan.from_list(handed))):
+    handed = [pageplan.EMPTY]
+    nr_pages = filling.fill(
+        ctx, stub, space, pageplan.to_table(wanted), seen=lambda runs: handed.append(as_table(runs))
+    )
+    written = pageplan.from_list(np.concatenate(handed))
+    for first, nr_zero in pageplan.to_list(pageplan.subtract(over_files, written)):
         for at in range(first, first + nr_zero, _ZEROS_AT_ONCE):
             size = min(_ZEROS_AT_ONCE, first + nr_zero - at)
             stub.mem.write_runs([(at, size)], memoryview(bytes(size * PAGE_SIZE)))

@@ -21,7 +21,6 @@ import fcntl
 import mmap
 import os
 import stat as stat_module
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from checkpoint.context import DumpContext
@@ -371,9 +370,9 @@ def _anonymous(size_bytes: int) -> int:
 
 
 def _fill(ctx: RestoreContext, name: str, image: mm_pb2.Shmem, fd: int) -> None:
-    def write(runs: Sequence[Run], data: memoryview) -> None:
+    def write(runs: PageRuns, data: memoryview) -> None:
         position = 0
-        for first, nr_pages in runs:
+        for first, nr_pages in as_table(runs).tolist():
             offset = first * PAGE_SIZE
             end = min(offset + nr_pages * PAGE_SIZE, image.size_bytes)
             at = position
