@@ -98,41 +98,17 @@ def test_the_other_threads_go_on_while_one_is_lost(program, tmp_path):
         job.end()
 
 
-def test_ctrl_c_is_heeded_in_a_call_that_takes_long(program, tmp_path):
+@pytest.mark.parametrize(("seconds", "expected"), [(2 * SLEEP_S, b"lost"), (0.4, b"waited")])
+def test_ctrl_c_waits_for_a_call_but_not_for_long(program, tmp_path, seconds, expected):
     job = Job(program, tmp_path, "spin")
 
-    def interrupted(write):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with Parasite(job.pid) as task:
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-            batch = task.batch()
-            batch.call("nanosleep", struct.pack("<QQ", 2 * SLEEP_S, 0), 0)
-            try:
-                task.run(batch)
-            except KeyboardInterrupt:
-                return b"lost" if task.is_lost else b"waited"
-        return b"nothing came"
-
-    try:
-        child, answer = in_a_child(interrupted)
-        assert os.read(answer, 100) == b"lost"
-        assert reap(child) == 0
-        os.close(answer)
-        job.untouched("after Ctrl-C")
-    finally:
-        job.end()
-
-
-def test_a_signal_in_a_call_that_comes_back_waits_for_it(program, tmp_path):
-    job = Job(program, tmp_path, "spin")
-
-    def interrupted(write):
+    def interrupted(_):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         came = b"nothing came"
         with Parasite(job.pid) as task:
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
             batch = task.batch()
-            batch.call("nanosleep", struct.pack("<QQ", 0, 400_000_000), 0)
+            batch.call("nanosleep", struct.pack("<QQ", int(seconds), int(seconds % 1 * 1e9)), 0)
             try:
                 task.run(batch)
                 time.sleep(5)
@@ -142,7 +118,7 @@ def test_a_signal_in_a_call_that_comes_back_waits_for_it(program, tmp_path):
 
     try:
         child, answer = in_a_child(interrupted)
-        assert os.read(answer, 100) == b"waited"
+        assert os.read(answer, 100) == expected
         assert reap(child) == 0
         os.close(answer)
         job.untouched("after Ctrl-C")
