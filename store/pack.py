@@ -329,6 +329,13 @@ class PackFile:
         base = (base_pack, base_frame) if base_pack else None
         return Frame(offset, stored, raw, codec, kind, nr_pages, base, check)
 
+    def is_cached(self, number: int) -> bool:
+        """Whether a frame's first byte can be read without waiting for the disk, as far as the kernel can tell (RWF_NOWAIT)."""
+        try:
+            return bool(os.preadv(self._fd, [bytearray(1)], self.frame(number).offset, os.RWF_NOWAIT))
+        except OSError:
+            return False
+
     def read_stored(self, number: int) -> tuple[Frame, bytes]:
         """A frame as it lies on disk, its checksum checked."""
         frame = self.frame(number)

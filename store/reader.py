@@ -185,9 +185,12 @@ class PointReader:
             except BaseException as error:
                 errors.append(error)
 
+        first = int(frames[0])
+        with self._store.naming_points(((first >> 20, first & 0xFFFFF),)):
+            cached = self._store.readers.get(first >> 20).is_cached(first & 0xFFFFF)
         threads = [
             threading.Thread(target=run, name="snap-fill", daemon=True)
-            for _ in range(parallel.for_restoring() - 1)
+            for _ in range(parallel.for_restoring(from_disk=not cached) - 1)
         ]
         for thread in threads:
             thread.start()
