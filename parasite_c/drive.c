@@ -134,98 +134,103 @@ static int wait_for(int tid, struct limit *limit, int *status)
 
 // -- until it is done ---------------------------------------------------------------------------------------------
 
+// On to its next stop. 1: it is gone, and `d` says so.
+static int go_on(int request, int tid, int sig, struct limit *limit, struct snap_drive *d)
+{
+    if (ptrace(request, tid, 0, (void *)(long)sig) < 0 && errno != ESRCH)   // dying: the wait says how
+        return -errno;
+    int error = wait_for(tid, limit, &d->status);
+    if (error)
+        return error;
+    if (WIFSTOPPED(d->status))
+        return 0;
+    d->outcome = SNAP_DRIVE_GONE;
+    return 1;
+}
+
+// A stop that is not the awaited one. Returns the signal to go on with, or -1: a fault, and `d` says so.
+static int pass_by(int tid, struct snap_drive *d)
+{
+    int event = d->status >> 16, stop = WSTOPSIG(d->status);
+
+    if (event == PTRACE_EVENT_STOP)     // an interrupt, or a group-stop that the kernel puts back when we detach
+        return 0;
+    if (event) {
+        unsigned long message = 0;
+        if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &message) == 0)
+            d->new_tid = (int)message;
+        return 0;
+    }
+    if (stop == SIGSEGV || stop == SIGBUS || stop == SIGILL || stop == SIGFPE || stop == SIGSYS || stop == SIGTRAP) {
+        d->outcome = SNAP_DRIVE_FAULT;
+        return -1;
+    }
+    return stop;                        // everything that can be blocked is: this is SIGSTOP
+}
+
 static int drive_until(int tid, uint64_t until, struct limit *limit, struct snap_drive *d)
 {
-    int in_call = 0, matched = 0, sig = 0, status;
+    int in_call = 0, matched = 0, sig = 0, error;
 
-    for (;;) {
-        if (ptrace(PTRACE_SYSCALL, tid, 0, (void *)(long)sig) < 0) {
-            if (errno != ESRCH)
-                return -errno;
-            // dying: wait below says how
+    while (sig >= 0) {
+        if ((error = go_on(PTRACE_SYSCALL, tid, sig, limit, d)))
+            return error > 0 ? 0 : error;
+        int stop = WSTOPSIG(d->status);
+        if (d->status >> 16 || (stop != (SIGTRAP | 0x80) && stop != SIGTRAP)) {
+            sig = pass_by(tid, d);
+            continue;
         }
-        int error = wait_for(tid, limit, &status);
-        if (error)
-            return error;
-        d->status = status;
         sig = 0;
-        if (!WIFSTOPPED(status)) {
-            d->outcome = SNAP_DRIVE_GONE;
-            return 0;
-        }
-        int event = status >> 16, stop = WSTOPSIG(status);
-        if (event == 0 && (stop == (SIGTRAP | 0x80) || stop == SIGTRAP)) {
-            in_call = !in_call;
-            if (in_call) {
-                errno = 0;
-                long nr = ptrace(PTRACE_PEEKUSER, tid, offsetof(struct user_regs_struct, orig_rax), 0);
-                if ((uint64_t)nr == until) {
-                    matched = 1;
-                } else if (nr == NR_RT_SIGRETURN && until == SNAP_SENTINEL) {
-                    // SNAP_B_LEAVE: the way out is the announcement. Call it off; it was not to happen yet.
-                    if (ptrace(PTRACE_POKEUSER, tid, offsetof(struct user_regs_struct, orig_rax), -1L) < 0)
-                        return -errno;
-                    matched = 1;
-                }
-            } else if (matched) {
-                d->outcome = SNAP_DRIVE_DONE;
-                return 0;
+        in_call = !in_call;
+        if (in_call) {
+            errno = 0;
+            long nr = ptrace(PTRACE_PEEKUSER, tid, offsetof(struct user_regs_struct, orig_rax), 0);
+            if ((uint64_t)nr == until) {
+                matched = 1;
+            } else if (nr == NR_RT_SIGRETURN && until == SNAP_SENTINEL) {
+                // SNAP_B_LEAVE: the way out is the announcement. Call it off; it was not to happen yet.
+                if (ptrace(PTRACE_POKEUSER, tid, offsetof(struct user_regs_struct, orig_rax), -1L) < 0)
+                    return -errno;
+                matched = 1;
             }
-        } else if (event == PTRACE_EVENT_STOP) {
-            // an interrupt, or a group-stop that the kernel puts back when we detach: go on
-        } else if (event) {
-            unsigned long message = 0;
-            if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &message) == 0)
-                d->new_tid = (int)message;
-        } else if (stop == SIGSEGV || stop == SIGBUS || stop == SIGILL || stop == SIGFPE || stop == SIGSYS) {
-            d->outcome = SNAP_DRIVE_FAULT;
+        } else if (matched) {
+            d->outcome = SNAP_DRIVE_DONE;
             return 0;
-        } else {
-            sig = stop;                 // everything that can be blocked is: this is SIGSTOP
         }
     }
+    return 0;
 }
 
 static int drive_signal(int tid, int sentinel, uint64_t ended, struct limit *limit, struct snap_drive *d)
 {
-    int sig = 0, status;
+    int sig = 0, error;
 
-    for (;;) {
-        if (ptrace(PTRACE_CONT, tid, 0, (void *)(long)sig) < 0 && errno != ESRCH)
-            return -errno;
-        int error = wait_for(tid, limit, &status);
-        if (error)
-            return error;
-        d->status = status;
-        sig = 0;
-        if (!WIFSTOPPED(status)) {
-            d->outcome = SNAP_DRIVE_GONE;
-            return 0;
+    while (sig >= 0) {
+        if ((error = go_on(PTRACE_CONT, tid, sig, limit, d)))
+            return error > 0 ? 0 : error;
+        if (d->status >> 16 || WSTOPSIG(d->status) != sentinel) {
+            sig = pass_by(tid, d);
+            continue;
         }
-        int event = status >> 16, stop = WSTOPSIG(status);
-        if (event == 0 && stop == sentinel) {
-            errno = 0;
-            long word = ptrace(PTRACE_PEEKDATA, tid, ended, 0);
-            if (errno)
-                return -errno;
-            if ((uint32_t)word != SNAP_NOT_ENDED) {
-                d->outcome = SNAP_DRIVE_DONE;
-                return 0;
-            }
-        } else if (event == PTRACE_EVENT_STOP) {
-            // an interrupt, or a group-stop that the kernel puts back when we detach: go on
-        } else if (event) {
-            unsigned long message = 0;
-            if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &message) == 0)
-                d->new_tid = (int)message;
-        } else if (stop == SIGSEGV || stop == SIGBUS || stop == SIGILL || stop == SIGFPE || stop == SIGSYS ||
-                   stop == SIGTRAP) {
-            d->outcome = SNAP_DRIVE_FAULT;
+        sig = 0;
+        errno = 0;
+        long word = ptrace(PTRACE_PEEKDATA, tid, ended, 0);
+        if (errno)
+            return -errno;
+        if ((uint32_t)word != SNAP_NOT_ENDED) {
+            d->outcome = SNAP_DRIVE_DONE;
             return 0;
-        } else {
-            sig = stop;                 // everything that can be blocked is: this is SIGSTOP
         }
     }
+    return 0;
+}
+
+static int finished(const struct limit *limit, struct snap_drive *d, int error)
+{
+    end(limit);
+    if (error && error != -ETIMEDOUT)
+        d->outcome = SNAP_DRIVE_ERROR;
+    return error;
 }
 
 // Let a stopped task run until it leaves system call `until` (the sentinel, or one call made through
@@ -240,11 +245,7 @@ int snap_drive_until(int tid, uint64_t until, uint32_t limit_ms, struct snap_dri
     if (error)
         return error;
     d->outcome = SNAP_DRIVE_RUNNING;
-    error = drive_until(tid, until, &limit, d);
-    end(&limit);
-    if (error && error != -ETIMEDOUT)
-        d->outcome = SNAP_DRIVE_ERROR;
-    return error;
+    return finished(&limit, d, drive_until(tid, until, &limit, d));
 }
 
 // The same for a batch that announces its end by signal `sig`: no stop for each call. `ended` is the address
@@ -258,9 +259,5 @@ int snap_drive_signal(int tid, int sentinel, uint64_t ended, uint32_t limit_ms, 
     if (error)
         return error;
     d->outcome = SNAP_DRIVE_RUNNING;
-    error = drive_signal(tid, sentinel, ended, &limit, d);
-    end(&limit);
-    if (error && error != -ETIMEDOUT)
-        d->outcome = SNAP_DRIVE_ERROR;
-    return error;
+    return finished(&limit, d, drive_signal(tid, sentinel, ended, &limit, d));
 }
