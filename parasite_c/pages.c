@@ -18,26 +18,7 @@
 #include <sys/mman.h>
 
 #include "hash.h"
-
-typedef struct {
-	const uint8_t *keys;	/* nr_keys * 16 bytes, ascending */
-	const uint64_t *locs;
-	const uint32_t *fanout; /* (1 << fanout_bits) + 1 entries: first index of each prefix */
-	uint64_t nr_keys;
-	uint32_t fanout_bits;
-} snap_table;
-
-typedef struct {
-	uint8_t *to;
-	size_t size;
-} snap_part;
-
-typedef struct {
-	uint64_t first_loc;
-	uint8_t *keys;
-	uint32_t *slots;
-	uint64_t nr;
-} snap_kind;
+#include "pages_cdef.h"
 
 static uint64_t load_be64(const uint8_t *p)
 {
@@ -96,7 +77,6 @@ struct snap_pending {
 	struct entry *entries;
 	uint64_t mask, used;
 };
-typedef struct snap_pending snap_pending;
 
 /* Zeroed. Looked into at random places, so that huge pages spare two faults and many walks for each small one. */
 static struct entry *entries_new(uint64_t nr)

@@ -1,9 +1,9 @@
-/* What Python sees of pages.c; read by cffi, so no preprocessor here. */
+/* What pages.c offers; read by cffi as well, so no preprocessor here. */
 typedef struct snap_pending snap_pending;
 typedef struct {
-	const uint8_t *keys;
+	const uint8_t *keys;	/* nr_keys * 16 bytes, ascending */
 	const uint64_t *locs;
-	const uint32_t *fanout;
+	const uint32_t *fanout; /* (1 << fanout_bits) + 1 entries: first index of each prefix */
 	uint64_t nr_keys;
 	uint32_t fanout_bits;
 } snap_table;
