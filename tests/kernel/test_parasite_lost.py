@@ -45,6 +45,15 @@ def in_a_child(work):
     return child, read
 
 
+def word_of(work):
+    """What `work` returned there, once that process has ended."""
+    child, answer = in_a_child(work)
+    word = os.read(answer, 100)
+    assert reap(child) == 0
+    os.close(answer)
+    return word
+
+
 def lose(pid):
     InfectedTask.limit_s = 0.1
     with Parasite(pid) as task:
@@ -62,10 +71,7 @@ def test_a_call_that_does_not_come_back_is_given_up(program, tmp_path, mode):
     job = Job(program, tmp_path, mode)
     try:
         job.before_injection()
-        child, answer = in_a_child(lambda _: lose(job.pid))
-        assert os.read(answer, 100) == b"lost"
-        assert reap(child) == 0
-        os.close(answer)
+        assert word_of(lambda _: lose(job.pid)) == b"lost"
         job.untouched("after its call came back")
     finally:
         job.end()
@@ -117,10 +123,7 @@ def test_ctrl_c_waits_for_a_call_but_not_for_long(program, tmp_path, seconds, ex
         return came
 
     try:
-        child, answer = in_a_child(interrupted)
-        assert os.read(answer, 100) == expected
-        assert reap(child) == 0
-        os.close(answer)
+        assert word_of(interrupted) == expected
         job.untouched("after Ctrl-C")
     finally:
         job.end()
