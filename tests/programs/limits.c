@@ -46,8 +46,7 @@ static void look(struct state *found)
         found->cwd[0] = 0;
     slurp("/proc/self/oom_score_adj", found->oom, sizeof(found->oom));
     slurp("/proc/self/coredump_filter", found->filter, sizeof(found->filter));
-    found->mask = umask(0);
-    umask(found->mask);
+    found->mask = check_umask();
 }
 
 int main(int argc, char **argv)

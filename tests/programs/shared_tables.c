@@ -26,8 +26,7 @@ static void serve(int index)
         usleep(1000);
     char cwd[4096];
     shared->fd_there[index] = fcntl(NEW_FD, F_GETFD) >= 0;
-    shared->umask_is[index] = (int)umask(0);
-    umask((mode_t)shared->umask_is[index]);
+    shared->umask_is[index] = (int)check_umask();
     shared->below_root[index] = getcwd(cwd, sizeof(cwd)) && strcmp(cwd, "/") == 0;
     atomic_fetch_add(&shared->done, 1);
     for (;;)

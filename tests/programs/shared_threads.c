@@ -70,8 +70,7 @@ static void *thread_main(void *argument)
         dup2(FD, FD + 1);
         atomic_fetch_add(&nr_done, 1);
     }
-    saw_umask[index] = umask(0);
-    umask(saw_umask[index]);
+    saw_umask[index] = check_umask();
     if (getcwd(saw_cwd[index], sizeof(saw_cwd[index])) == NULL)
         saw_cwd[index][0] = 0;
     if (index == FILES || index == FS)
