@@ -18,7 +18,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from checkpoint import environment, tracking
 from checkpoint.check import CheckReport, check, look_at_process
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
 from checkpoint.finisher import Finisher
-from checkpoint.freeze import CannotStopError, FrozenTree, TreeChangedError, lead_out
-from checkpoint.hurry import hurried
+from checkpoint.freeze import FrozenTree, lead_out, settled_tree
 from checkpoint.kernel import fdinfo, proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
@@ -45,8 +44,6 @@ from snapshotter.base.errors import Finding, SnapshotterError, TargetGoneError, 
 from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
 
 _NS_PER_S = 1_000_000_000
-_FREEZE_TRIES = 5
-_SETTLE_S = 0.02
 _MIN_STAGED_BYTES = 4 << 20
 _MAPPINGS_FRESH_NS = 50_000_000
 _AHEAD_FROM, _AHEAD_PART = 32768, 16
@@ -137,7 +134,14 @@ class _Take:
         with contextlib.ExitStack() as stack:
             finisher = stack.enter_context(Finisher()) if after != "run" else None
             stack.enter_context(stops_wait())
-            tree = stack.enter_context(_frozen(ctx, self.shares_memory))
+            tree = stack.enter_context(
+                settled_tree(
+                    ctx.root_pid,
+                    timeout_s=ctx.options.freeze_timeout_s,
+                    max_tasks=ctx.options.max_tasks,
+                    unsettled=self.shares_memory,
+                )
+            )
             ctx.processes = tree.processes
             faults.point("dump.frozen")
             self.dump_frozen(tree, staging)
@@ -491,32 +495,6 @@ class _Take:
         phases = self.ctx.stats.phases_us
         phases[phase] = phases.get(phase, 0) + (now - self._marks) // 1000
         self._marks = now
-
-
-@contextlib.contextmanager
-def _frozen(ctx: DumpContext, unsettled: Callable[[FrozenTree], bool]) -> Iterator[FrozenTree]:
-    """The frozen tree, at the highest priority and without garbage collection; a tree that does not stop, or is `unsettled`, is
-    tried again.
-    """
-    for number in range(_FREEZE_TRIES):
-        tree = FrozenTree(
-            ctx.root_pid,
-            timeout_s=min(ctx.options.freeze_timeout_s, 0.5 * (number + 1)),
-            max_tasks=ctx.options.max_tasks,
-        )
-        with hurried():
-            try:
-                tree.__enter__()
-            except (CannotStopError, TreeChangedError):
-                if number == _FREEZE_TRIES - 1 or tree.seized.stuck:
-                    raise
-                continue
-            with contextlib.ExitStack() as stack:
-                stack.push(tree.__exit__)
-                if number == _FREEZE_TRIES - 1 or not unsettled(tree):
-                    yield tree
-                    return
-        time.sleep(_SETTLE_S * (number + 1))
 
 
 def _ranges(space: memory.AddressSpace) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Literal, Self
 
@@ -36,9 +36,12 @@ from checkpoint.uninterrupted import stops_wait
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
 
-__all__ = ["CannotStopError", "FrozenTree", "TreeChangedError", "lead_out", "stopped_process"]
+__all__ = ["CannotStopError", "FrozenTree", "TreeChangedError", "lead_out", "settled_tree", "stopped_process"]
 
 _MAX_PASSES = 64
+_TRIES = 5
+_FIRST_TRY_S, _SETTLE_S = 0.5, 0.02
+"""How long the first of them may take and the pause after it; the n-th n times that."""
 
 
 class TreeChangedError(SnapshotterError):
@@ -258,6 +261,32 @@ class FrozenTree:
         problem = problem or late
         if problem is not None:
             raise problem
+
+
+@contextlib.contextmanager
+def settled_tree(
+    root_pid: int, *, timeout_s: float, max_tasks: int, unsettled: Callable[[FrozenTree], bool]
+) -> Iterator[FrozenTree]:
+    """The frozen tree, at the highest priority and without garbage collection. One that does not stop, or is `unsettled`, is let
+    go and tried again.
+
+    `unsettled` says whether the tree, as it stands, would be better in a moment; it is not asked in the last try.
+    """
+    for number in range(1, _TRIES + 1):
+        tree = FrozenTree(root_pid, timeout_s=min(timeout_s, _FIRST_TRY_S * number), max_tasks=max_tasks)
+        with hurried():
+            try:
+                tree.__enter__()
+            except (CannotStopError, TreeChangedError):
+                if number == _TRIES or tree.seized.stuck:
+                    raise
+                continue
+            with contextlib.ExitStack() as stack:
+                stack.push(tree.__exit__)
+                if number == _TRIES or not unsettled(tree):
+                    yield tree
+                    return
+        time.sleep(_SETTLE_S * number)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,8 @@ import pytest
 
 from checkpoint import dump, freeze, seizure
 from checkpoint.check import check
-from checkpoint.context import DumpContext, DumpOptions
 from checkpoint.finisher import Finisher
-from checkpoint.freeze import CannotStopError, FrozenTree, stopped_process
+from checkpoint.freeze import CannotStopError, FrozenTree, settled_tree, stopped_process
 from checkpoint.kernel import proc, ptrace
 from checkpoint.kernel import tasks as listing
 from checkpoint.resources import task_look
@@ -256,12 +255,10 @@ def test_what_does_not_stop_is_said_and_not_seized_again(run, monkeypatch):
     if child == 0:
         tried = []
         monkeypatch.setattr(
-            dump, "FrozenTree", lambda *args, **options: tried.append(1) or FrozenTree(*args, **options)
+            freeze, "FrozenTree", lambda *args, **options: tried.append(1) or FrozenTree(*args, **options)
         )
         try:
-            with dump._frozen(
-                DumpContext(job.pid, None, None, DumpOptions(freeze_timeout_s=0.2)), lambda _: False
-            ):
+            with settled_tree(job.pid, timeout_s=0.2, max_tasks=100, unsettled=lambda _: False):
                 pass
         except CannotStopError as error:
             os._exit(0 if "does not stop" in str(error) and len(tried) == 1 else 2)
