@@ -185,6 +185,11 @@ def resolve(locs: U64, put: U64, finals: Sequence[U64]) -> None:
         raise ValueError("a location out of bounds")
 
 
+def address(buffer: Buffer) -> int:
+    """Where a buffer is."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer("uint8_t[]", buffer)))
+
+
 def start_writeback(fd: int, offset: int, size: int) -> None:
     """Ask the kernel to start writing a range; an error here shows again, and counts, in fsync."""
     lib.snap_sync_range(fd, offset, size)
