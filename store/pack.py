@@ -330,9 +330,13 @@ class PackFile:
         return Frame(offset, stored, raw, codec, kind, nr_pages, base, check)
 
     def is_cached(self, number: int) -> bool:
-        """Whether a frame's first byte can be read without waiting for the disk, as far as the kernel can tell (RWF_NOWAIT)."""
+        """Whether a frame's last byte can be read without waiting for the disk, as far as the kernel can tell (RWF_NOWAIT).
+
+        The first ones come with the pack's header.
+        """
+        frame = self.frame(number)
         try:
-            return bool(os.preadv(self._fd, [bytearray(1)], self.frame(number).offset, os.RWF_NOWAIT))
+            return bool(os.preadv(self._fd, [bytearray(1)], frame.offset + frame.stored - 1, os.RWF_NOWAIT))
         except OSError:
             return False
 

@@ -281,6 +281,8 @@ def encode_delta(maps: Mapping[str, Space], base: Mapping[str, Space]) -> bytes:
 
 
 def _apply(old: Space, changed: Space, removed: U64) -> Space:
+    if not len(old.pages):
+        return changed
     if not len(changed.pages) and not len(removed):
         return old
     gone = np.concatenate((removed, changed.pages))

@@ -225,6 +225,24 @@ def test_reading_a_pack(tmp_path):
         PackFile(tmp_path, 0x1235, KEYS)
 
 
+@pytest.mark.parametrize(("nr_cached", "expected"), [(16384, False), (1 << 20, True)])
+def test_what_was_read_with_the_header_is_not_a_frame_in_the_cache(
+    tmp_path, monkeypatch, nr_cached, expected
+):
+    write_pack(tmp_path, os.urandom(16 * 4096))
+    pack = PackFile(tmp_path, 0x1234, KEYS)
+
+    def preadv(_fd, buffers, offset, flags):
+        assert flags == os.RWF_NOWAIT
+        size = min(len(buffers[0]), nr_cached - offset)
+        if size <= 0:
+            raise BlockingIOError
+        return size
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert pack.is_cached(0) is expected
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damaged_pack_reads_wrong(tmp_path_factory, data):
