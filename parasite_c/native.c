@@ -82,7 +82,7 @@ static int64_t place_pages(int uffd, uint64_t first, uint64_t nr_pages, const ch
 }
 
 // Whether the runs have no more than `most` pages in all.
-int snap_runs_fit(const struct snap_run_pages *runs, size_t nr_runs, uint64_t most)
+static int runs_fit(const struct snap_run_pages *runs, size_t nr_runs, uint64_t most)
 {
     for (size_t i = 0; i < nr_runs; i++) {
         if (runs[i].nr_pages > most)
@@ -142,15 +142,17 @@ static uint64_t read_own_pages(int pid, int pagemap_fd, const struct snap_run_pa
 }
 
 // Read runs of pages, in order, into `buffer`. Pages that cannot be reached are zeroed and their numbers put into bad[]; returns
-// their number, or -errno when the process itself cannot be reached. mem_fd, pagemap_fd: its files in /proc, the second -1 if
+// their number, or -errno when the process itself cannot be reached, -EOVERFLOW when `room` is not enough pages. mem_fd, pagemap_fd: its files in /proc, the second -1 if
 // there is none.
 int64_t snap_read_runs(int pid, int mem_fd, int pagemap_fd, const struct snap_run_pages *runs, size_t nr_runs,
-                       char *buffer, uint64_t *bad, size_t max_bad)
+                       char *buffer, uint64_t room, uint64_t *bad, size_t max_bad)
 {
     size_t nr_bad = 0, i = 0;
     uint64_t skip = 0;                  // pages of runs[i] that are done
     uint64_t by_pid = 0;                // a page that was read by the pid's number
 
+    if (!runs_fit(runs, nr_runs, room))
+        return -EOVERFLOW;
     while (i < nr_runs) {
         uint64_t page = runs[i].first + skip, left = runs[i].nr_pages - skip;
         uint64_t done = left ? read_own_pages(pid, pagemap_fd, runs + i, nr_runs - i, skip, buffer) : 0;
@@ -184,15 +186,17 @@ int64_t snap_read_runs(int pid, int mem_fd, int pagemap_fd, const struct snap_ru
     return (int64_t)nr_bad;
 }
 
-// Write runs of pages, in order, from `buffer`; pages that cannot be written go into bad[] as above. mem_fd also passes
+// Write runs of pages, in order, from `buffer`, which has `size` pages; pages that cannot be written go into bad[] as above. mem_fd also passes
 // protections. missing: NULL, or where to put pages in place.
 int64_t snap_write_runs(int pid, int mem_fd, const struct snap_missing *missing, const struct snap_run_pages *runs,
-                        size_t nr_runs, const char *buffer, uint64_t *bad, size_t max_bad)
+                        size_t nr_runs, const char *buffer, uint64_t size, uint64_t *bad, size_t max_bad)
 {
     struct iovec remote[MAX_IOV], local;
     size_t nr_bad = 0, i = 0;
     uint64_t skip = 0;                  // pages of runs[i] that are done
 
+    if (!runs_fit(runs, nr_runs, size))
+        return -EOVERFLOW;
     while (i < nr_runs) {
         size_t n = 0, left, most = MAX_IOV;
         uint64_t limit = 4096, pages = 0;

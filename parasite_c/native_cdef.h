@@ -3,11 +3,10 @@ struct snap_run_pages { uint64_t first; uint64_t nr_pages; };
 struct snap_missing { int uffd; size_t nr_ranges; const struct snap_run_pages *ranges; };
 struct snap_region { uint64_t start; uint64_t end; uint64_t categories; };
 
-int snap_runs_fit(const struct snap_run_pages *runs, size_t nr_runs, uint64_t most);
 int64_t snap_read_runs(int pid, int mem_fd, int pagemap_fd, const struct snap_run_pages *runs, size_t nr_runs,
-                       char *buffer, uint64_t *bad, size_t max_bad);
+                       char *buffer, uint64_t room, uint64_t *bad, size_t max_bad);
 int64_t snap_write_runs(int pid, int mem_fd, const struct snap_missing *missing, const struct snap_run_pages *runs,
-                        size_t nr_runs, const char *buffer, uint64_t *bad, size_t max_bad);
+                        size_t nr_runs, const char *buffer, uint64_t size, uint64_t *bad, size_t max_bad);
 int64_t snap_pagemap_scan(int fd, uint64_t *start, uint64_t end, uint64_t flags, uint64_t inverted, uint64_t mask,
                           uint64_t anyof, uint64_t return_mask, struct snap_region *out, size_t max_out);
 int snap_spawn_stub(int exe_fd, int pid, int go_read, int go_write);

@@ -41,6 +41,17 @@ _LOOK_FROM = 16
 """LOOK_FROM in native.c: with fewer pages the page map is not looked at."""
 
 
+def _tables(runs: PageRuns, buffer: bytes | bytearray | memoryview) -> tuple[Any, int, Any]:
+    """As C wants it: the runs, how many pages there are in the buffer, and room for the numbers of those that fail."""
+    table = as_table(runs)
+    nr_pages = memoryview(buffer).nbytes // PAGE_SIZE
+    return (
+        ffi.from_buffer("struct snap_run_pages[]", table),
+        nr_pages,
+        ffi.new("uint64_t[]", min(nr_pages, 65536)),
+    )
+
+
 def _open_pagemap(pid: int) -> int:
     """Its page map, or -1: then everything is read through /proc/PID/mem."""
     try:
@@ -105,8 +116,8 @@ class ProcMem:
         """Fill `buffer` with the pages of `runs`, in order. Returns the page numbers that could not be read;
         their place in the buffer is zeroed.
         """
-        table, bad = self._tables(runs, buffer)
-        if not len(bad):
+        table, room, bad = _tables(runs, buffer)
+        if not len(table):
             return []
         if self._pagemap is None and len(bad) >= _LOOK_FROM:
             self._pagemap = _open_pagemap(self.pid)
@@ -114,7 +125,7 @@ class ProcMem:
                 self._pagemap_finalizer = weakref.finalize(self, os.close, self._pagemap)
         pagemap = -1 if self._pagemap is None else self._pagemap
         data = ffi.from_buffer("char[]", buffer, require_writable=True)
-        result = lib.snap_read_runs(self.pid, self._fd, pagemap, table, len(table), data, bad, len(bad))
+        result = lib.snap_read_runs(self.pid, self._fd, pagemap, table, len(table), data, room, bad, len(bad))
         return self._failed(result, bad, "read")
 
     def write_runs(
@@ -127,28 +138,21 @@ class ProcMem:
 
         `missing`: where pages that are not there yet can be put in place, which costs half of writing into fresh memory.
         """
-        table, bad = self._tables(runs, data)
-        if not len(bad):
+        table, size, bad = _tables(runs, data)
+        if not len(table):
             return
         where = missing.native if missing is not None else ffi.NULL
         view = ffi.from_buffer("char[]", data)
-        result = lib.snap_write_runs(self.pid, self._fd, where, table, len(table), view, bad, len(bad))
+        result = lib.snap_write_runs(self.pid, self._fd, where, table, len(table), view, size, bad, len(bad))
         if failed := self._failed(result, bad, "written"):
             raise SnapshotterError(
                 f"{len(failed)} pages cannot be written, the first at {failed[0] * PAGE_SIZE:#x}",
                 where=f"task {self.pid}",
             )
 
-    def _tables(self, runs: PageRuns, buffer: bytes | bytearray | memoryview) -> tuple[Any, Any]:
-        """The runs as C wants them, and room for the numbers of pages that fail: none when there are no pages."""
-        table = as_table(runs)
-        most = memoryview(buffer).nbytes // PAGE_SIZE
-        native = ffi.from_buffer("struct snap_run_pages[]", table)
-        if not lib.snap_runs_fit(native, len(table), most):
-            raise ValueError(f"buffer of {most} pages for {int(table[:, 1].sum())} pages")
-        return native, ffi.new("uint64_t[]", min(most, 65536) if len(table) else 0)
-
     def _failed(self, result: int, bad: Any, done: str) -> list[int]:
+        if result == -errno.EOVERFLOW:
+            raise ValueError("the buffer has fewer pages than the runs")
         if result < 0:
             error = OSError(-result, os.strerror(-result))
             raise wrap_os_error(error, "cannot reach its memory", where=f"task {self.pid}") from error
