@@ -188,10 +188,8 @@ class PointReader:
         first = int(frames[0])
         with self._store.naming_points(((first >> 20, first & 0xFFFFF),)):
             cached = self._store.readers.get(first >> 20).is_cached(first & 0xFFFFF)
-        threads = [
-            threading.Thread(target=run, name="snap-fill", daemon=True)
-            for _ in range(parallel.for_restoring(from_disk=not cached) - 1)
-        ]
+        nr_threads = min(parallel.for_restoring(from_disk=not cached), len(starts) - 1)
+        threads = [threading.Thread(target=run, name="snap-fill", daemon=True) for _ in range(nr_threads - 1)]
         for thread in threads:
             thread.start()
         run()
