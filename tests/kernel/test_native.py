@@ -40,7 +40,7 @@ def test_an_old_errno_is_not_taken_for_an_interrupted_read():
             runs = ffi.new("struct snap_run_pages[]", [(16, 1)])
             page = ffi.new("char[4096]")
             ffi.errno = errno.EINTR
-            got = lib.snap_read_runs(target, mem.fileno(), -1, runs, 1, page, ffi.NULL, 0)
+            got = lib.snap_read_runs(target, mem.fileno(), -1, runs, 1, page, 1, ffi.NULL, 0)
         finally:
             os._exit(0 if got == -errno.ESRCH else 1)
     mem.close()
@@ -192,3 +192,22 @@ def test_another_process_under_the_same_pid_is_not_read():
         reap(target)
         os.close(out)
         os.close(told)
+
+
+def test_runs_that_do_not_fit_the_buffer_are_refused_before_anything_is_touched():
+    area = mmap.mmap(-1, 4 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(area)) // PAGE_SIZE
+    with ProcMem(os.getpid()) as mem:
+        for runs in ([(first, 3)], [(first, 1), (first + 2, 2)], [(first, 1 << 62)] * 4):
+            with pytest.raises(ValueError, match="fewer pages"):
+                mem.write_runs(runs, b"\xff" * (2 * PAGE_SIZE))
+            buffer = bytearray(b"\xee" * (2 * PAGE_SIZE))
+            with pytest.raises(ValueError, match="fewer pages"):
+                mem.read_runs(runs, buffer)
+            assert set(buffer) == {0xEE}
+        with pytest.raises(ValueError, match="fewer pages"):
+            mem.write_runs([(first, 1)], b"")
+        mem.write_runs([], b"")
+        assert mem.read_runs([], bytearray()) == []
+    assert area[:] == bytes(4 * PAGE_SIZE)
+    area.close()
