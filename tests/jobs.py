@@ -63,6 +63,19 @@ def tree(pid: int) -> list[int]:
     return found
 
 
+def signal_tree(pid: int, signo: int = signal.SIGKILL) -> list[int]:
+    """Send a signal to `pid` and all its descendants, children first; whoever ends meanwhile needs none. Returns them all.
+
+    Before a kill they are stopped, so that no parent sees its child's end and makes another.
+    """
+    for step in dict.fromkeys((signal.SIGSTOP, signo)):
+        pids = tree(pid)
+        for one in pids if step == signal.SIGSTOP else reversed(pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, step)
+    return pids
+
+
 def reap(pid: int, seconds: float = DEADLINE_S) -> int | None:
     """Wait for a child of ours to end and reap it; its wait status, None if it is not our child."""
     end = time.monotonic() + seconds
@@ -249,8 +262,6 @@ class Job:
         """Kill what is left of the job."""
         if not self.pid:
             return
-        for pid in reversed(tree(self.pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        signal_tree(self.pid)
         reap(self.pid)
         reap_all()

@@ -7,18 +7,16 @@ with that of an undisturbed run.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import random
-import signal
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
-from tests.jobs import is_running, reap, reap_all, snap, state, ticks, tree, wait_until
+from tests.jobs import is_running, reap, reap_all, signal_tree, snap, state, ticks, tree, wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -111,10 +109,7 @@ def size(job) -> int:
 
 def kill_all(job) -> None:
     """SIGKILL to the whole tree, at once."""
-    pids = tree(job.pid)
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # a short-lived child
-            os.kill(pid, signal.SIGKILL)
+    pids = signal_tree(job.pid)
     wait_until(lambda: reap_all() or all(state(pid) in {"", "Z"} for pid in pids), "the job dead")
     wait_until(lambda: reap_all() or not any(state(pid) for pid in pids), "the job reaped")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import shutil
@@ -18,7 +17,7 @@ from checkpoint.resources.memory import vdso
 from images import codec
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError, VerificationError
 from tests import memory_store
-from tests.jobs import reap_all, state, tree, wait_until
+from tests.jobs import reap_all, signal_tree, state, tree, wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -282,9 +281,7 @@ def counting(tmp_path):
 
 def kill_all(root: int) -> None:
     # Children first: Python's resource tracker removes the memory when it sees its parent go.
-    for pid in reversed(tree(root)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    signal_tree(root)
     wait_until(lambda: reap_all() or not state(root), "the job gone")
 
 

@@ -29,7 +29,7 @@ from checkpoint.tracking import keeper
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from checkpoint.tracking.write_protect import WriteProtectTracker
 from images import codec
-from tests.jobs import reap, tree, wait_until
+from tests.jobs import reap, signal_tree, wait_until
 from tests.memory_store import MemoryPoint
 
 PAGE = 4096
@@ -426,9 +426,7 @@ def test_fault_after_collecting_costs_a_full_dump_only(job, compile_program, tmp
             # happens nearly always (in an emulator) it stands still in the end.
             for number in range(10):
                 if number == 5:
-                    for pid in tree(job.pid):
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGSTOP)
+                    signal_tree(job.pid, signal.SIGSTOP)
                 if is_interrupted(job.pid, first):
                     break
             else:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import subprocess
 
 import pytest
 
-from tests.jobs import reap_all, state, tree, wait_until
+from tests.jobs import reap_all, signal_tree, state, wait_until
 
 
 @pytest.fixture
@@ -29,7 +26,5 @@ def start(tmp_path):
 
     yield run
     for root in roots:
-        for pid in tree(root):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        signal_tree(root)
     wait_until(lambda: reap_all() or not any(map(state, roots)), "jobs gone")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import signal
 
-from tests.jobs import reap, reap_all, tree, wait_until
+from tests.jobs import reap, reap_all, signal_tree, wait_until
 
 # One file for ever: a point may be taken while it is open, and a rollback needs it to be there.
 COUNTER = """
@@ -47,9 +46,7 @@ def in_session(sid: int) -> list[int]:
 
 
 def kill(pid: int) -> None:
-    for one in reversed(tree(pid)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one, signal.SIGKILL)
+    signal_tree(pid)
     reap(pid)
     # A child forked meanwhile, a short sleep mostly, has become ours and holds the job's session until it is reaped.
     wait_until(lambda: reap_all() or not in_session(pid), "the job gone")

@@ -20,7 +20,7 @@ from checkpoint.check import check
 from checkpoint.resources import files
 from snapshotter.base.errors import RestoreConflictError, UnsupportedError
 from tests import memory_store
-from tests.jobs import is_running, reap, reap_all, state, tree, wait_until
+from tests.jobs import is_running, reap, reap_all, signal_tree, state, tree, wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -57,9 +57,7 @@ def on_terminal():
 
     yield run
     for pid, master in made:
-        for one in tree(pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(one, signal.SIGKILL)
+        signal_tree(pid)
         with contextlib.suppress(OSError):
             os.close(master)
     wait_until(lambda: reap_all() or not any(state(pid) for pid, _ in made), "jobs gone")
@@ -136,9 +134,7 @@ def test_a_shell_pipeline(tmp_path, on_terminal):
         wait_until(lambda: count() > before + 5, "the pipeline goes on")
         assert count() < before + 5000
     finally:
-        for one in tree(pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(one, signal.SIGKILL)
+        signal_tree(pid)
         wait_until(lambda: reap_all() or not state(pid), "job gone")
 
 
@@ -182,8 +178,7 @@ def test_a_pipe_to_a_process_outside(tmp_path, alive):
             wait_until(lambda: len(lines()) > mark + 10, "the job writes to the same reader")
             assert is_running(reader)
         else:
-            for one in tree(job):
-                os.kill(one, signal.SIGKILL)
+            signal_tree(job)
             reap(job)
             reap(reader)
             reap_all()
@@ -191,9 +186,8 @@ def test_a_pipe_to_a_process_outside(tmp_path, alive):
             assert any("has ended" in warning for warning in result.warnings)
             wait_until(lambda: not is_running(job), "the job ends of SIGPIPE")
     finally:
-        for one in [*tree(job), reader]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(one, signal.SIGKILL)
+        for one in (job, reader):
+            signal_tree(one)
         wait_until(lambda: reap_all() or not any(map(state, (job, reader))), "all gone")
 
 
@@ -259,8 +253,7 @@ def test_a_child_born_while_it_is_looked_at_is_not_the_outside(monkeypatch):
         assert report.findings == []
         assert report.pids == tree(job.pid) != [job.pid]
     finally:
-        for pid in tree(job.pid):
-            os.kill(pid, signal.SIGKILL)
+        signal_tree(job.pid)
         job.wait()
         job.stdout.close()
         reap_all()
