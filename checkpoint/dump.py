@@ -77,6 +77,7 @@ def dump(
     """
     started = time.monotonic_ns()
     options = options or DumpOptions()
+    environment.check_children()
     found = check(pid, max_tasks=options.max_tasks)
     if not found.ok:
         # What stands in the way may be what a snap that was killed has left there.

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from checkpoint.kernel import features, proc
 from checkpoint.resources import credentials, registers
 from checkpoint.restore_context import RestoreContext
 from images import task_pb2
-from snapshotter.base.errors import PermissionDeniedError, RestoreConflictError
+from snapshotter.base.errors import PermissionDeniedError, RestoreConflictError, SnapshotterError
 
 # Flags of /proc/cpuinfo that name instructions a program may have chosen at its start.
 _INSTRUCTIONS = frozenset(
@@ -287,6 +288,21 @@ def check_machine(ctx: RestoreContext) -> None:
         raise RestoreConflictError(
             f"the job may use CPU instructions that are missing here: {' '.join(lost)}",
             hint="restore on a machine with the same or newer CPU",
+        )
+
+
+def check_children() -> None:
+    """Whether we can wait for our own children: probes, the finisher, tasks that are being built.
+
+    Raises:
+        SnapshotterError: SIGCHLD is ignored, so the kernel forgets them when they end (waitpid(2)). The command line sees to that
+            by itself; a program that uses this as a library has to decide.
+    """
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        raise SnapshotterError(
+            "SIGCHLD is ignored here, so that no child can be waited for",
+            where="this process",
+            hint="signal.signal(signal.SIGCHLD, signal.SIG_DFL) first; nothing was touched",
         )
 
 

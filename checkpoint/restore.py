@@ -107,6 +107,7 @@ def _prepare(
     ctx = decode(images, names, source, options)
     ksys.allow_descriptors()  # every mapped file is open at once from the check on
     try:
+        environment.check_children()
         environment.check_machine(ctx)
         environment.check_rights(ctx)
         found = environment.survey(ctx)

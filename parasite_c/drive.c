@@ -52,6 +52,7 @@ static int make_timer(void)
     struct { union sigval value; int signo, notify, tid, pad[11]; } event = {
         .signo = TICK, .notify = 4 /* SIGEV_THREAD_ID */, .tid = (int)syscall(SYS_gettid),
     };
+    sigset_t tick;
 
     if (timer_made && timer_process == getpid())
         return 0;
@@ -60,6 +61,10 @@ static int make_timer(void)
     if (!(old.sa_flags & SA_SIGINFO) && (old.sa_handler == SIG_DFL || old.sa_handler == SIG_IGN))
         if (sigaction(TICK, &handler, NULL) < 0)
             return -errno;
+    // Whoever started us may have it blocked.
+    sigemptyset(&tick);
+    sigaddset(&tick, TICK);
+    pthread_sigmask(SIG_UNBLOCK, &tick, NULL);
     if (syscall(SYS_timer_create, CLOCK_MONOTONIC, &event, &timer_number) < 0)
         return -errno;
     timer_made = 1;

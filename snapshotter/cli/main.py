@@ -182,6 +182,9 @@ def main() -> NoReturn:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # Linear algebra is all that numpy would start threads for, and there is none here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Whoever started us may ignore it, which is inherited; then none of our children could be waited for.
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is signal.SIG_DFL:
             signal.signal(signum, _on_signal)

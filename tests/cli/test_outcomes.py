@@ -399,3 +399,34 @@ def test_more_processes_than_descriptors_are_allowed(job):
     job.wait_gone()
     snap("rollback", "latest", store=job.store, preexec_fn=few)
     assert sorted(tree(job.pid)) == before
+
+
+def test_whatever_snap_inherits(counter, tmp_path):
+    """From cron, a service manager, a program with its own ideas: dispositions and masks of signals, a umask, a directory."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    def strange() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        os.umask(0o777)
+        os.chdir(gone)
+        gone.rmdir()
+
+    def run(*args):
+        gone.mkdir(exist_ok=True)
+        return snap(*args, store=counter.store, preexec_fn=strange)
+
+    run("check", counter.pid)
+    run("take", counter.pid)
+    with reaping():
+        run("rollback", "latest")
+    goes_on(counter)
+    run("take", counter.pid, "--stop")
+    continues(counter)
+    run("take", counter.pid, "--kill")
+    counter.wait_gone()
+    run("rollback", "latest")
+    goes_on(counter)
+    assert run("verify")["damage"] == []
+    run("doctor")

@@ -77,6 +77,22 @@ def test_a_call_that_does_not_come_back_is_given_up(program, tmp_path, mode):
         job.end()
 
 
+def test_a_limit_holds_where_its_signal_was_blocked(program, tmp_path):
+    """Whoever started us may have blocked everything."""
+    job = Job(program, tmp_path, "spin")
+
+    def work(_):
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        return lose(job.pid)
+
+    try:
+        job.before_injection()
+        assert word_of(work) == b"lost"
+        job.untouched("after its call came back")
+    finally:
+        job.end()
+
+
 def test_the_other_threads_go_on_while_one_is_lost(program, tmp_path):
     job = Job(program, tmp_path, "threads")
 

@@ -14,9 +14,7 @@ import pytest
 from checkpoint.restore import plan
 from checkpoint.restore_context import RestoreOptions
 from images import codec
-from snapshotter.base.errors import (
-    RestoreConflictError,
-)
+from snapshotter.base.errors import RestoreConflictError, SnapshotterError
 from tests import memory_store
 from tests.jobs import is_running, reap, reap_all, state, tree, wait_until
 from tests.roundtrip.engine_jobs import COUNTER, cmdline, kill, number
@@ -40,6 +38,22 @@ def test_counter_goes_on_from_the_point(start, tmp_path):
     first = wait_until(lambda: number(tmp_path / "n"), "counting again")
     assert low <= first < at + 50
     wait_until(lambda: number(tmp_path / "n") > at + 60, "counting on")
+
+
+def test_a_program_that_ignores_its_children_is_told_so(start, tmp_path):
+    """The engine as a library: nothing has happened, and the job goes on."""
+    pid = start(sys.executable, "-c", COUNTER)
+    wait_until(lambda: number(tmp_path / "n") > 5, "counting")
+    point = memory_store.take(pid)
+    old = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        for work in (lambda: memory_store.take(pid), lambda: memory_store.rollback(point)):
+            with pytest.raises(SnapshotterError, match="SIGCHLD is ignored"):
+                work()
+    finally:
+        signal.signal(signal.SIGCHLD, old)
+    at = number(tmp_path / "n")
+    wait_until(lambda: number(tmp_path / "n") > at + 20, "counting on")
 
 
 def test_any_number_of_times_and_in_any_order(start, tmp_path):
