@@ -280,12 +280,12 @@ def settled_tree(
             except (CannotStopError, TreeChangedError):
                 if number == _TRIES or tree.seized.stuck:
                     raise
-                continue
-            with contextlib.ExitStack() as stack:
-                stack.push(tree.__exit__)
-                if number == _TRIES or not unsettled(tree):
-                    yield tree
-                    return
+            else:
+                with contextlib.ExitStack() as stack:
+                    stack.push(tree.__exit__)
+                    if number == _TRIES or not unsettled(tree):
+                        yield tree
+                        return
         time.sleep(_SETTLE_S * number)
 
 

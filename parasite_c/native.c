@@ -141,9 +141,9 @@ static uint64_t read_own_pages(int pid, int pagemap_fd, const struct snap_run_pa
     return got > 0 ? (uint64_t)got / PAGE : 0;
 }
 
-// Read runs of pages, in order, into `buffer`. Pages that cannot be reached are zeroed and their numbers put into bad[]; returns
-// their number, or -errno when the process itself cannot be reached, -EOVERFLOW when `room` is not enough pages. mem_fd, pagemap_fd: its files in /proc, the second -1 if
-// there is none.
+// Read runs of pages, in order, into `buffer`, which has room for `room` pages. Pages that cannot be reached are zeroed and
+// their numbers put into bad[]; returns their number, or -errno when the process itself cannot be reached (-EOVERFLOW: there are
+// more pages than room). mem_fd, pagemap_fd: its files in /proc, the second -1 if there is none.
 int64_t snap_read_runs(int pid, int mem_fd, int pagemap_fd, const struct snap_run_pages *runs, size_t nr_runs,
                        char *buffer, uint64_t room, uint64_t *bad, size_t max_bad)
 {
@@ -186,8 +186,8 @@ int64_t snap_read_runs(int pid, int mem_fd, int pagemap_fd, const struct snap_ru
     return (int64_t)nr_bad;
 }
 
-// Write runs of pages, in order, from `buffer`, which has `size` pages; pages that cannot be written go into bad[] as above. mem_fd also passes
-// protections. missing: NULL, or where to put pages in place.
+// Write runs of pages, in order, from `buffer`, which has `size` pages; pages that cannot be written go into bad[] as above.
+// mem_fd also passes protections. missing: NULL, or where to put pages in place.
 int64_t snap_write_runs(int pid, int mem_fd, const struct snap_missing *missing, const struct snap_run_pages *runs,
                         size_t nr_runs, const char *buffer, uint64_t size, uint64_t *bad, size_t max_bad)
 {
