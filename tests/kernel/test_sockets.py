@@ -257,6 +257,65 @@ def test_an_address_that_somebody_else_has_is_a_conflict(tmp_path):
     r.opening.close()
 
 
+def server_at(address, folder="/"):
+    def prepare():
+        os.chdir(folder)
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(address)
+        server.listen()
+        return server
+
+    return prepare
+
+
+def test_an_abstract_address_that_somebody_else_has_is_a_conflict():
+    prepare = server_at("\0snap-tests-abstract")
+    with child(prepare) as pid:
+        ctx = dump(pid)
+    with child(prepare) as other, pytest.raises(RestoreConflictError, match=f"process {other} .* serves"):
+        Restored(ctx, pid)
+
+
+def test_the_same_relative_address_elsewhere_is_no_conflict(again, tmp_path):
+    """Two jobs of one program, each in its own directory."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    with child(server_at("sock", tmp_path / "there")):
+        r = again(server_at("sock", tmp_path / "here"))
+        with r.socket(3) as server, socket.socket(socket.AF_UNIX) as caller:
+            assert server.getsockname() == "sock"
+            caller.connect(str(tmp_path / "here" / "sock"))
+            server.accept()[0].close()
+
+
+def test_an_address_that_leads_to_somebody_no_more_is_no_conflict(again, tmp_path):
+    """He bound it, it was unlinked, and the job bound it anew."""
+    path = str(tmp_path / "sock")
+    with child(server_at(path)):
+        os.unlink(path)
+        r = again(server_at(path))
+        with r.socket(3) as server, socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(path)
+            server.accept()[0].close()
+
+
+def test_somebody_who_has_the_address_of_an_unlinked_socket_is_no_conflict(again, tmp_path):
+    """The job's is bound where nobody sees it."""
+    path = str(tmp_path / "sock")
+
+    def prepare():
+        server = server_at(path)()
+        os.unlink(path)
+        return server
+
+    with child(server_at(path)):
+        os.rename(path, path + ".other")
+        r = again(prepare)
+        os.rename(path + ".other", path)
+        with r.socket(3) as server:
+            assert server.getsockname() == path
+
+
 @pytest.fixture
 def public():
     """A directory where everybody may write; those of pytest are its own."""

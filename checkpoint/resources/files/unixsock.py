@@ -29,7 +29,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors, sockdiag
@@ -164,8 +164,8 @@ class UnixKind(kind.Kind):
         if image.address and image.state != sockdiag.STATE_ESTABLISHED:
             links = {
                 b"socket:[%d]" % info.ino
-                for info in opening.unix_now.values()
-                if info.state != sockdiag.STATE_ESTABLISHED and _name(info.name) == image.address
+                for info in _in_the_way(image, opening.unix_now.values())
+                if info.state != sockdiag.STATE_ESTABLISHED
             }
             for found in (outside.holders(links, opening.ctx.processes) if links else {}).values():
                 raise RestoreConflictError(
@@ -250,6 +250,23 @@ def _is_pair(image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket) -> bool:
 def _name(name: bytes) -> bytes:
     """An address without the NUL that ends a path; in an abstract one every byte counts."""
     return name if name.startswith(b"\0") else name.rstrip(b"\0")
+
+
+def _in_the_way(
+    image: files_pb2.UnixSocket, others: Iterable[sockdiag.UnixSocketInfo]
+) -> Iterator[sockdiag.UnixSocketInfo]:
+    """Sockets that have the abstract address that the job's is to have, or whose node is where its is to be.
+
+    An address in the file system says nothing by itself: a relative one leads elsewhere from elsewhere, and one that was
+    unlinked leads nowhere.
+    """
+    if not unixnode.has_path(image):
+        yield from (info for info in others if info.name == image.address)
+    elif image.HasField("bound"):
+        path = image.bound.path
+        with contextlib.suppress(OSError):
+            node = os.lstat(path)
+            yield from (info for info in others if info.name and _is_node(info, node, path))
 
 
 def _node_at(info: sockdiag.UnixSocketInfo, path: bytes) -> os.stat_result | None:
