@@ -269,7 +269,7 @@ def server_at(address, folder="/"):
 
 
 def test_an_abstract_address_that_somebody_else_has_is_a_conflict():
-    prepare = server_at("\0snap-tests-abstract")
+    prepare = server_at(f"\0snap-tests-{os.getpid()}")
     with child(prepare) as pid:
         ctx = dump(pid)
     with child(prepare) as other, pytest.raises(RestoreConflictError, match=f"process {other} .* serves"):
