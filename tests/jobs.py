@@ -64,15 +64,17 @@ def tree(pid: int) -> list[int]:
 
 
 def signal_tree(pid: int, signo: int = signal.SIGKILL) -> list[int]:
-    """Send a signal to `pid` and all its descendants, children first; whoever ends meanwhile needs none. Returns them all.
+    """Send a signal to `pid` and all its descendants; whoever ends meanwhile needs none. Returns them all.
 
-    Before a kill they are stopped, so that no parent sees its child's end and makes another.
+    Stopped are parents first, killed children first; and before a kill they are stopped, so that no parent sees its child's end
+    and makes another.
     """
-    for step in dict.fromkeys((signal.SIGSTOP, signo)):
-        pids = tree(pid)
-        for one in pids if step == signal.SIGSTOP else reversed(pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(one, step)
+    if signo == signal.SIGKILL:
+        signal_tree(pid, signal.SIGSTOP)
+    pids = tree(pid)
+    for one in pids if signo == signal.SIGSTOP else reversed(pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signo)
     return pids
 
 

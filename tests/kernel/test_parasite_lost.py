@@ -54,7 +54,8 @@ def word_of(work):
     return word
 
 
-def lose(pid):
+def lose(pid, blocked=()):
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     InfectedTask.limit_s = 0.1
     with Parasite(pid) as task:
         try:
@@ -66,28 +67,22 @@ def lose(pid):
     return b"came back"
 
 
-@pytest.mark.parametrize("mode", ["spin", "sleep", "sigsuspend", "ppoll", "threads", "stopped"])
-def test_a_call_that_does_not_come_back_is_given_up(program, tmp_path, mode):
+@pytest.mark.parametrize(
+    ("mode", "blocked"),
+    [
+        *(
+            pytest.param(mode, (), id=mode)
+            for mode in ("spin", "sleep", "sigsuspend", "ppoll", "threads", "stopped")
+        ),
+        # The limit's signal, too: whoever started us may have blocked everything.
+        pytest.param("spin", signal.valid_signals(), id="spin-all-blocked"),
+    ],
+)
+def test_a_call_that_does_not_come_back_is_given_up(program, tmp_path, mode, blocked):
     job = Job(program, tmp_path, mode)
     try:
         job.before_injection()
-        assert word_of(lambda _: lose(job.pid)) == b"lost"
-        job.untouched("after its call came back")
-    finally:
-        job.end()
-
-
-def test_a_limit_holds_where_its_signal_was_blocked(program, tmp_path):
-    """Whoever started us may have blocked everything."""
-    job = Job(program, tmp_path, "spin")
-
-    def work(_):
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        return lose(job.pid)
-
-    try:
-        job.before_injection()
-        assert word_of(work) == b"lost"
+        assert word_of(lambda _: lose(job.pid, blocked)) == b"lost"
         job.untouched("after its call came back")
     finally:
         job.end()

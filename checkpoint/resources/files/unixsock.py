@@ -164,7 +164,7 @@ class UnixKind(kind.Kind):
         if image.address and image.state != sockdiag.STATE_ESTABLISHED:
             links = {
                 b"socket:[%d]" % info.ino
-                for info in _in_the_way(image, opening.unix_now.values())
+                for info in _holders(image, opening.unix_now.values())
                 if info.state != sockdiag.STATE_ESTABLISHED
             }
             for found in (outside.holders(links, opening.ctx.processes) if links else {}).values():
@@ -252,10 +252,10 @@ def _name(name: bytes) -> bytes:
     return name if name.startswith(b"\0") else name.rstrip(b"\0")
 
 
-def _in_the_way(
+def _holders(
     image: files_pb2.UnixSocket, others: Iterable[sockdiag.UnixSocketInfo]
 ) -> Iterator[sockdiag.UnixSocketInfo]:
-    """Sockets that have the abstract address that the job's is to have, or whose node is where its is to be.
+    """Sockets that hold the place of the job's: its abstract address, or their node is where its is to be.
 
     An address in the file system says nothing by itself: a relative one leads elsewhere from elsewhere, and one that was
     unlinked leads nowhere.
