@@ -16,6 +16,7 @@ from checkpoint.restore_context import RestoreContext, RestoreOptions
 from images import codec, files_pb2, manifest_pb2, task_pb2
 from snapshotter.base.errors import UnsupportedError, VerificationError
 from snapshotter.base.pages import PageSource
+from snapshotter.base.text import visible
 from snapshotter.base.units import plural
 
 _HINT = "the point is damaged; run `snap verify`"
@@ -36,7 +37,7 @@ class RestorePlan:
     def __str__(self) -> str:
         processes = plural(self.nr_processes, "process", "processes")
         lines = [f"restore task {self.root_pid}: {processes}, {plural(self.nr_threads, 'thread')}"]
-        lines += [f"kill {name}" for name in self.replaces]
+        lines += [f"kill {visible(name)}" for name in self.replaces]
         lines += str(self.tree).splitlines()
         for steps in self.threads.values():
             lines += [str(step) for step in steps if not (step.files and step.fs)]

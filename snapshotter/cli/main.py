@@ -18,7 +18,14 @@ import click
 
 from snapshotter import __version__
 from snapshotter.base.errors import InterruptedByUserError, SnapshotterError, UsageError
-from snapshotter.cli.output import ReaderGoneError, flush, show_error, write_error
+from snapshotter.cli.output import (
+    ReaderGoneError,
+    flush,
+    guard_tracebacks,
+    show_error,
+    write_error,
+    write_traceback,
+)
 
 COMMANDS = {
     "take": "Take a point of a running job.",
@@ -97,7 +104,8 @@ def run(args: Sequence[str]) -> int:
         except click.exceptions.NoArgsIsHelpError as error:
             if as_json:
                 raise UsageError("which command?", hint="snap --help") from error
-            write_error(error.ctx.get_help() if error.ctx else "")
+            for line in (error.ctx.get_help() if error.ctx else "").split("\n"):
+                write_error(line)
             return UsageError.exit_status
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx is not None else "snap"
@@ -125,9 +133,8 @@ def run(args: Sequence[str]) -> int:
 
 def _fail(error: SnapshotterError, as_json: bool) -> int:
     if os.environ.get("SNAP_DEBUG"):
-        import traceback
-
-        traceback.print_exc()
+        cause = sys.exception() or error
+        write_traceback(type(cause), cause, cause.__traceback__)
     try:
         show_error(error, as_json=as_json)
         flush()
@@ -176,6 +183,7 @@ _SWITCH_INTERVAL_S = 0.001
 def main() -> NoReturn:
     """The `snap` command. Cron starts it again and again, so what it does not need is not done."""
     _have_standard_descriptors()
+    guard_tracebacks()
     # Importing makes some 120,000 objects that stay: looking through them again and again is a fifth of the start.
     gc.set_threshold(_GC_THRESHOLD)
     # The threads that compress need the interpreter for a moment at a time, and would wait 5 ms for it.

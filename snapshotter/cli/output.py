@@ -2,6 +2,10 @@
 
 Results go to stdout; warnings and errors go to stderr, except errors with --json, which are the object on
 stdout. Every command describes its result once, as (data, text).
+
+This is the only door to the terminal, and names that a job chose go through it. So `write` and `write_error` print
+exactly one line, with every character that is not visible escaped (base/text.py); whoever has several lines passes
+them one by one. JSON escapes by its own rules.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from snapshotter.base.errors import SnapshotterError, UnsupportedError, wrap_os_error
+from snapshotter.base.text import visible, whole
 
 if TYPE_CHECKING:
     from store import Point
@@ -44,10 +50,16 @@ def _printing() -> Iterator[None]:
         ) from error
 
 
-def write(text: str) -> None:
-    """To stdout, whatever bytes a file name holds."""
+def write(line: str) -> None:
+    """One line to stdout; whatever a job put into it stays on it."""
     with _printing():
-        sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+        sys.stdout.write(_encodable(visible(line), sys.stdout.encoding) + "\n")
+
+
+def _encodable(text: str, encoding: str | None) -> str:
+    """The text with escapes for what the locale's encoding does not have."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def flush() -> None:
@@ -56,13 +68,33 @@ def flush() -> None:
         sys.stdout.flush()
 
 
-def write_error(text: str) -> None:
-    """To stderr; a closed stderr is no reason to fail."""
+def write_error(line: str) -> None:
+    """One line to stderr, like `write`; a closed stderr is no reason to fail."""
     try:
-        sys.stderr.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+        sys.stderr.write(_encodable(visible(line), sys.stderr.encoding) + "\n")
         sys.stderr.flush()
     except (OSError, ValueError):
         pass
+
+
+def write_traceback(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """A traceback to stderr. Each line is marked, so that no message inside can pass for a line of ours."""
+    import traceback  # not on the way of a command that succeeds
+
+    for part in traceback.format_exception(kind, error, trace):
+        for line in part.rstrip("\n").split("\n"):
+            write_error(f"| {line}")
+
+
+def guard_tracebacks() -> None:
+    """Python prints what escapes from threads and destructors itself; that goes through our door, too."""
+    import threading
+
+    sys.excepthook = write_traceback
+    sys.unraisablehook = lambda found: write_traceback(found.exc_type, found.exc_value, found.exc_traceback)
+    threading.excepthook = lambda found: write_traceback(found.exc_type, found.exc_value, found.exc_traceback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +107,9 @@ class Output:
     def result(
         self, data: Mapping[str, Any], text: str | Iterable[str], brief: str | Iterable[str] = ()
     ) -> None:
-        """Print `data` as JSON, or else `text` (lines); with --quiet only `brief`."""
+        """Print `data` as JSON, or else `text` (a line, or lines); with --quiet only `brief`."""
         if self.as_json:
-            write(to_json(data))
+            _write_json(data)
             return
         chosen = brief if self.quiet else text
         for line in [chosen] if isinstance(chosen, str) else chosen:
@@ -102,7 +134,7 @@ def show_error(error: SnapshotterError, *, as_json: bool) -> None:
         body: dict[str, Any] = {"code": error.code, "message": where_what, "hint": error.hint}
         if isinstance(error, UnsupportedError) and error.findings:
             body["findings"] = [finding.as_dict() for finding in error.findings]
-        write(to_json({"error": body}))
+        _write_json({"error": body})
         return
     if isinstance(error, UnsupportedError) and len(error.findings) > 1:
         write_error(f"snap: {len(error.findings)} things stand in the way of a point:")
@@ -115,16 +147,33 @@ def show_error(error: SnapshotterError, *, as_json: bool) -> None:
 
 
 def to_json(data: Mapping[str, Any]) -> str:
-    """Indented on a terminal, else one line."""
+    """Indented on a terminal, else one line. ASCII without control characters, but for the line breaks between members."""
     indent = 2 if sys.stdout.isatty() else None
-    return json.dumps(data, indent=indent, default=_plain)
+    # json.dumps escapes everything but DEL, which it may leave as it is.
+    return json.dumps(_whole(data), indent=indent).replace("\x7f", "\\u007f")
 
 
-def _plain(value: Any) -> Any:
+def _write_json(data: Mapping[str, Any]) -> None:
+    for line in to_json(data).split("\n"):
+        write(line)
+
+
+def _whole(value: Any) -> Any:
+    """The same data, without lone surrogates in its texts."""
+    if isinstance(value, str):
+        return whole(value)
+    if isinstance(value, Mapping):
+        return {whole(str(key)): _whole(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_whole(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return whole(_plain(value))
+
+
+def _plain(value: Any) -> str:
     if isinstance(value, datetime):
         return iso(value)
-    if isinstance(value, (set, frozenset, tuple)):
-        return list(value)
     if isinstance(value, bytes):
         return value.hex()
     return str(value)
@@ -171,6 +220,7 @@ def short(point_id: str | None) -> str:
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
     """Columns as wide as they need to be; those in `right` are aligned right."""
     ends = frozenset(right)
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     lines = []
     for row in [heads, *rows]:

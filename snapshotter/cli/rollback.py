@@ -42,7 +42,9 @@ def command(app: App, point: str, dry_run: bool, leave_stopped: bool, terminal: 
             "root_pid": restored.root_pid,
             "pids": list(restored.pids),
         }
-        app.out.result(plan | {"plan": restored.plan, "warnings": list(report.warnings)}, restored.plan)
+        app.out.result(
+            plan | {"plan": restored.plan, "warnings": list(report.warnings)}, restored.plan.split("\n")
+        )
         return 0
     app.out.result(
         {

@@ -28,7 +28,7 @@ def command(app: App, point: str, image: str | None) -> int:
             import json
 
             decoded = image_json(session, point, image)
-            app.out.result(decoded, json.dumps(decoded, indent=2))
+            app.out.result(decoded, json.dumps(decoded, indent=2).split("\n"))
             return 0
         details = show(session, point)
     data = point_json(details.point) | {
