@@ -29,11 +29,17 @@ _ENDED_BY_STOPS = frozenset(
     NUMBERS[name]
     for name in (
         "epoll_wait", "epoll_pwait", "epoll_pwait2", "rt_sigtimedwait", "semop", "semtimedop", "io_getevents",
-        "io_pgetevents", "io_uring_enter", "read", "readv", "write", "writev", "recvfrom", "recvmsg", "recvmmsg", "sendto",
-        "sendmsg", "sendmmsg", "accept", "accept4",
+        "io_pgetevents", "io_uring_enter", "read", "readv", "preadv2", "write", "writev", "pwritev2", "recvfrom", "recvmsg",
+        "recvmmsg", "sendto", "sendmsg", "sendmmsg", "accept", "accept4", "connect", "sendfile", "splice", "select",
+        "pselect6", "ppoll",
     )
 )  # fmt: skip
-"""Waits that fail with EINTR before they did anything (those on sockets: with SO_RCVTIMEO or SO_SNDTIMEO)."""
+"""Waits that fail with EINTR before they did anything.
+
+Those on sockets do so where there is a SO_RCVTIMEO or SO_SNDTIMEO (sock_intr_errno). select, pselect6 and ppoll do where the kernel
+cannot write the remaining time back: it lies in read-only memory, or the personality has STICKY_TIMEOUTS
+(poll_select_finish). A connect that is made again goes on waiting for the same connection.
+"""
 _TIMER_ABSTIME = 1
 _FUTEX_FLAGS = 128 | 256  # FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME
 _SYSCALL = b"\x0f\x05"

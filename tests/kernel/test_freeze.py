@@ -113,6 +113,55 @@ def test_signal_that_arrives_meanwhile_is_delivered(job, compile_program):
     wait_until((job.directory / "out").exists, "SIGTERM arrived after the thaw")
 
 
+CONNECTING = """
+import os, socket, struct, sys, threading
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+listener.listen(0)
+others = [socket.socket() for _ in range(3)]
+for other in others:  # the queue is full then: a further connect waits
+    other.setblocking(False)
+    other.connect_ex(listener.getsockname())
+client = socket.socket()
+client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("qq", 100, 0))
+out = os.open(os.path.join(sys.argv[1], "result"), os.O_CREAT | os.O_WRONLY)
+
+def connect():
+    os.write(out, str(client.connect_ex(listener.getsockname())).encode())
+
+threading.Thread(target=connect).start()
+open(os.path.join(sys.argv[1], "ready"), "w").close()
+sys.stdin = os.fdopen(os.open(os.path.join(sys.argv[1], "go"), os.O_RDONLY))  # a FIFO
+for _ in range(3):
+    listener.accept()
+"""
+
+
+def test_connect_with_a_timeout_goes_on(job):
+    """It cannot be part of a point, but one may begin after the look, and a refused take must not end it."""
+    job.directory.mkdir()
+    os.mkfifo(job.directory / "go")
+    job.start([sys.executable, "-c", CONNECTING]).wait_ready()
+    nr_connect = "42 "
+
+    def connecting():
+        return any(
+            path.read_text().startswith(nr_connect)
+            for path in pathlib.Path(f"/proc/{job.pid}/task").glob("*/syscall")
+        )
+
+    wait_until(connecting, "a thread in connect")
+    for _ in range(5):
+        with FrozenTree(job.pid):
+            pass
+    wait_until(connecting, "in connect again")
+    with open(job.directory / "go", "w"):
+        pass
+    result = job.directory / "result"
+    wait_until(result.read_text, "connected")
+    assert result.read_text() == "0"
+
+
 def test_too_many_tasks(busy):
     with pytest.raises(UnsupportedError, match="more than 3 tasks"), FrozenTree(busy.pid, max_tasks=3):
         pass
