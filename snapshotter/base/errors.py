@@ -43,6 +43,13 @@ class TargetGoneError(SnapshotterError):
     exit_status = 4
 
 
+class JobEndedError(SnapshotterError):
+    """The job of a pid file has ended: nothing is left to take. Cron needs a status for it, not a failure."""
+
+    code = "ended"
+    exit_status = 8
+
+
 class UnsupportedError(SnapshotterError):
     """The job uses something that cannot be dumped or restored; `findings` names each."""
 
@@ -120,7 +127,7 @@ class RestoreConflictError(SnapshotterError):
     """Something on this machine stands in the way of a restore: a taken pid, a changed file, a lesser CPU."""
 
     code = "restore_conflict"
-    exit_status = 1
+    exit_status = 7
 
 
 class StoreError(SnapshotterError):

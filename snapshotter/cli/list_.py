@@ -34,10 +34,9 @@ def command(app: App, job: str | None) -> int:
         )
         for point in points
     ]
-    empty = f"no points of job {job} in {where}" if job else f"no points in {where}"
     app.out.result(
         {"points": [point_json(point) for point in points]},
-        table(HEADS, rows, right=(3, 4, 5, 6)) if rows else [empty],
+        table(HEADS, rows, right=(3, 4, 5, 6)) if rows else [f"no points in {where}"],
         brief=[point.id for point in points],
     )
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from snapshotter.base.errors import UsageError
+from snapshotter.base.errors import JobEndedError, UsageError
 from snapshotter.base.units import format_bytes, format_us, plural
 from snapshotter.cli.options import App, common
 from snapshotter.cli.output import point_json, short
@@ -21,11 +21,17 @@ from snapshotter.cli.output import point_json, short
 @click.option(
     "--keep-last", type=click.IntRange(min=1), metavar="N", help="With --pidfile: forget older points."
 )
-@click.option("--stop", "after", flag_value="stop", help="Leave the job stopped (SIGSTOP).")
-@click.option("--kill", "after", flag_value="kill", help="Kill the job once the point is safe on disk.")
+@click.option("--stop", is_flag=True, help="Leave the job stopped (SIGSTOP).")
+@click.option("--kill", is_flag=True, help="Kill the job once the point is safe on disk.")
 @common
 def command(
-    app: App, pid: int | None, job: str | None, pidfile: Path | None, keep_last: int | None, after: str | None
+    app: App,
+    pid: int | None,
+    job: str | None,
+    pidfile: Path | None,
+    keep_last: int | None,
+    stop: bool,
+    kill: bool,
 ) -> int:
     """Take a point of the process PID and everything below it.
 
@@ -33,12 +39,18 @@ def command(
     what is new.
 
     For cron: `snap take --job sim --pidfile FILE --quiet` skips, with a message and status 0, while an
-    earlier take of the job still runs and once the job has ended.
+    earlier take of the job still runs. Once the job has ended the status is 8, and the first run says so.
+
+    A small process called keeper stays beside the job until the job ends. It holds what the kernel knows of
+    the pages written since this point, so that the next take need not read everything. Ending it is
+    harmless: the next take then reads all memory.
     """
     from snapshotter.manager.ports import Skipped
     from snapshotter.manager.take import take, take_periodic
 
-    after = after or "run"
+    if stop and kill:
+        raise UsageError("--stop and --kill exclude each other", hint="a killed job cannot be left stopped")
+    after = "stop" if stop else "kill" if kill else "run"
     with app.session() as session:
         if pidfile is not None:
             if pid is not None:
@@ -50,8 +62,9 @@ def command(
             done = take_periodic(session, pidfile, job=job, after=after, max_points=keep_last)
             if isinstance(done, Skipped):
                 app.out.result({"skipped": done.reason, "job": done.job, "message": done.message}, ())
-                app.out.note(done.message)
-                return 0
+                if not done.said_before:
+                    app.out.note(done.message)
+                return JobEndedError.exit_status if done.reason == "ended" else 0
             point = done
         else:
             if keep_last is not None:

@@ -31,7 +31,9 @@ class RealEngine:
         from checkpoint.kernel import proc
 
         if not 0 < pid < 1 << 22:
-            raise UsageError(f"{pid} is no pid", hint="`ps -e` lists the processes that run")
+            raise UsageError(
+                f"{pid} cannot be the pid of a process", hint="`ps -e` lists the processes that run"
+            )
         try:
             stat = proc.read_stat(pid)
         except (TargetGoneError, FileNotFoundError, ProcessLookupError) as error:

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from snapshotter.base.errors import NoStoreError, SnapshotterError, UsageError
+from snapshotter.base.errors import NoSuchPointError, SnapshotterError, UsageError
 from snapshotter.manager.session import Session
-from snapshotter.manager.stores import not_a_directory
 from store import FileRecord, Point
 
 
 def list_points(session: Session, job: str | None = None) -> list[Point]:
-    """Every point in the order of the commits: a clock that was set back reorders nothing.
+    """Every point (of one job) in the order of the commits: a clock that was set back changes nothing.
 
-    A store that does not exist yet has none.
+    Raises:
+        NoStoreError: there is no store. A mistyped --store must not look like an empty one.
+        NoSuchPointError: `job` has no points. A mistyped name must not look like a job without points.
     """
-    try:
-        store = session.store()
-    except NoStoreError:
-        if _may_become_a_store(session.store_path):
-            return []
-        raise
-    return list(store.points(job))
-
-
-def _may_become_a_store(path: Path) -> bool:
-    """Whether the first take would make a store here: nothing there yet, or an empty directory."""
-    return not_a_directory(path) is None and not (path.is_dir() and any(path.iterdir()))
+    store = session.store()
+    points = list(store.points(job))
+    if job is not None and not points:
+        raise NoSuchPointError(
+            f"no job is called {job!r}", where=str(session.store_path), hint="`snap list` shows all points"
+        )
+    return points
 
 
 def resolve_many(session: Session, texts: Sequence[str]) -> list[Point]:
-    """Points by id, `latest`, `JOB~N` ... or ranges A..B (both ends, one job, by commits), without doubles.
+    """Points by id, `latest`, `JOB~N`, by ranges A..B (both ends, one job, by commits), or all of a JOB; without doubles.
 
     Everything is resolved before anything is returned, so that one wrong name stops the command.
     """
@@ -42,8 +37,8 @@ def resolve_many(session: Session, texts: Sequence[str]) -> list[Point]:
     for text in texts:
         first, dots, last = text.partition("..")
         if not dots:
-            point = store.resolve(text)
-            found[point.id] = point
+            for point in store.points(text) or [store.resolve(text)]:
+                found[point.id] = point
             continue
         if not first or not last:
             raise UsageError(f"range {text!r} lacks an end", hint="write FIRST..LAST")

@@ -56,7 +56,7 @@ def read(path: Path) -> PidFile | None:
         ) from error
     if not 0 < pid < 1 << 22:
         raise UsageError(
-            f"{pid} is no pid",
+            f"{pid} cannot be the pid of a process",
             where=str(path),
             hint="the first word of a pid file is the number of the job's first process",
         )

@@ -148,3 +148,5 @@ class Skipped:
     reason: str
     """"busy" or "ended"."""
     message: str
+    said_before: bool = False
+    """This end of the job was reported by an earlier run: only the status needs to say it."""

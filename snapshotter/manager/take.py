@@ -8,6 +8,7 @@ and the store finds what it has already.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from snapshotter.base.errors import (
     UsageError,
     VerificationError,
 )
-from snapshotter.manager import jobs, pidfile
+from snapshotter.manager import ended, jobs, pidfile
 from snapshotter.manager.ports import Dumped, Identity, ParentInfo, Skipped, StoreLike
 from snapshotter.manager.session import Session
 from store import Point
@@ -71,11 +72,15 @@ def take_periodic(
     """Take a point of the process that a pid file names, for cron: what is ordinary is not an error.
 
     Skips while an earlier take of the job still runs, and once the job has ended.
+
+    Raises:
+        TargetGoneError: there is no such process, and the job has no points either: a mistake in the command line.
+        SnapshotterError: the pid file is missing while the job still runs.
     """
     jobs.check_name(job)
     found = pidfile.read(path)
     if found is None:
-        return _ended(job, f"there is no pid file {path}")
+        return _ended(session, job, f"there is no pid file {path}", pidfile_missing=True)
     try:
         identity = session.engine.identify(found.pid)
         _check_is_job(session, job, found, identity)
@@ -87,7 +92,7 @@ def take_periodic(
     except TargetGoneError as error:
         if isinstance(error, StrangerError):
             raise
-        return _ended(job, f"process {found.pid} of {path} is gone")
+        return _ended(session, job, f"process {found.pid} of {path} is gone")
     if max_points is None:
         return point
     return _with_warnings(point, _keep_last(session, job, max_points))
@@ -121,8 +126,36 @@ def _with_warnings(point: Point, texts: Sequence[str]) -> Point:
     return dataclasses.replace(point, warnings=(*point.warnings, *texts)) if texts else point
 
 
-def _ended(job: str, why: str) -> Skipped:
-    return Skipped(job, "ended", f"job {job}: nothing to take, it has ended ({why})")
+def _ended(session: Session, job: str, why: str, *, pidfile_missing: bool = False) -> Skipped:
+    """The job has ended, unless nothing speaks for it: then it is a mistake, and an error."""
+    points = _known_points(session, job)
+    if not points:
+        raise TargetGoneError(
+            f"{why}, and no point of a job {job!r} was ever taken",
+            hint="check --pidfile, --job and --store; the job may not have started yet",
+        )
+    head = jobs.read_head(session.store_path, job)
+    running = _living(session, points, head)
+    if pidfile_missing and running is not None:
+        raise SnapshotterError(
+            f"{why}, but process {running.pid} of job {job} runs",
+            hint="check --pidfile, or write the file again",
+        )
+    new = ended.first_time(session.store_path, job, points, head)
+    message = f"job {job}: nothing to take, it has ended ({why})"
+    return Skipped(job, "ended", message, said_before=not new)
+
+
+def _living(session: Session, points: Sequence[Point], head: jobs.Head | None) -> Identity | None:
+    """The root process of the job, if it runs now."""
+    for pid in {point.pid for point in points}:
+        with contextlib.suppress(TargetGoneError):
+            identity = session.engine.identify(pid)
+            if any(_is_of(point, identity) for point in points) or (
+                head is not None and head.is_of(identity)
+            ):
+                return identity
+    return None
 
 
 def _check_is_job(session: Session, job: str, found: pidfile.PidFile, identity: Identity) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snapshotter.base.errors import UsageError
@@ -14,15 +15,29 @@ if TYPE_CHECKING:
     from store import PruneReport, VerifyReport
 
 
-def forget(session: Session, texts: Sequence[str], *, dry_run: bool = False) -> list[Point]:
-    """Take points out of the catalog; `prune` frees what only they needed. Children stay whole.
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Points that are going to be forgotten."""
 
-    Raises NoSuchPointError before anything is removed if one of the names means no point.
+    points: tuple[Point, ...]
+    wide: tuple[str, ...]
+    """Words of the user's that mean more than one point (a job's name, a range): ask before these are forgotten."""
+
+
+def select(session: Session, texts: Sequence[str]) -> Selection:
+    """What `forget` would remove. Changes nothing.
+
+    Raises NoSuchPointError if one of the names means no point.
     """
     points = resolve_many(session, texts)
-    if points and not dry_run:
+    jobs = {point.job for point in points}
+    return Selection(tuple(points), tuple(text for text in texts if ".." in text or text in jobs))
+
+
+def forget(session: Session, points: Sequence[Point]) -> None:
+    """Take points out of the catalog; `prune` frees what only they needed. Children stay whole."""
+    if points:
         session.store().forget(points, wait_s=session.config.lock_wait_s)
-    return points
 
 
 def forget_all_but(session: Session, job: str, keep_last: int, *, dry_run: bool = False) -> list[Point]:
@@ -31,8 +46,8 @@ def forget_all_but(session: Session, job: str, keep_last: int, *, dry_run: bool 
         raise UsageError("at least one point must be kept", hint="name points to forget them all")
     points = list_points(session, job)
     old = points[:-keep_last]
-    if old and not dry_run:
-        session.store().forget(old, wait_s=session.config.lock_wait_s)
+    if not dry_run:
+        forget(session, old)
     return old
 
 

@@ -153,6 +153,19 @@ def test_ambiguous_id(counter):
     assert snap("show", "abcd1", store=counter.store)["id"] == ids[0]
 
 
+def test_forget_a_job_and_one_of_its_points(counter):
+    ids = [counter.take()["id"] for _ in range(3)]
+    name = counter.points[0]["job"]
+    assert snap("forget", f"{name}~0", store=counter.store)["forgotten"] == [ids[2]], (
+        "one point needs no --yes"
+    )
+    for words in ((name,), (f"{name}~1..{name}",)):
+        assert "--yes" in fails(2, "forget", *words, store=counter.store)["hint"]
+    assert len(snap("list", store=counter.store)["points"]) == 2
+    assert snap("forget", name, "--yes", store=counter.store)["forgotten"] == ids[:2]
+    fails(13, "list", "--job", name, store=counter.store)
+
+
 def set_schema(store, revision) -> pathlib.Path:
     path = store / "catalog.sqlite"
     connection = sqlite3.connect(path)
@@ -301,7 +314,7 @@ def test_point_of_another_boot(counter):
 
     older = copy_point(counter.store, original["id"], manifest=other, boot_id=boot_id, alone=True)
     with untouched(counter):
-        error = fails(1, "rollback", older, store=counter.store)
+        error = fails(7, "rollback", older, store=counter.store)
         assert str(counter.pid) in error["message"]
         assert "not the job" in error["message"]
     point = counter.take()
@@ -330,11 +343,11 @@ def test_cpu_that_lacks_something(counter, change, name):
     foreign = copy_point(counter.store, counter.points[0]["id"], manifest=change)
     with untouched(counter):
         for options in ((), ("--dry-run",)):
-            error = fails(1, "rollback", foreign, *options, store=counter.store)
+            error = fails(7, "rollback", foreign, *options, store=counter.store)
             assert name in error["message"]
             assert "CPU" in error["message"] + error["hint"]
     counter.take("--kill")
-    assert name in fails(1, "rollback", foreign, store=counter.store)["message"]
+    assert name in fails(7, "rollback", foreign, store=counter.store)["message"]
     assert not is_running(counter.pid)
     counter.rollback(counter.points[0]["id"])
     goes_on(counter)

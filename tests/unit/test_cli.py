@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -89,9 +90,55 @@ def test_list(run):
 
 def test_list_without_a_store(run, fake):
     fake.exists = False
-    assert json.loads(run("list", "--json")[1]) == {"points": []}
-    status, out, _ = run("rollback", "latest", "--json")
-    assert (status, error_of(out)["code"]) == (10, "no_store")
+    lines = (("list",), ("rollback", "latest"), ("forget", "a"), ("forget", "--keep-last", 1, "--job", "a"))
+    for line in lines:
+        status, out, _ = run(*line, "--json")
+        assert (status, error_of(out)["code"]) == (10, "no_store"), line
+
+
+def test_a_job_that_is_not_there(run):
+    run("take", 7, "--job", "a")
+    for line in (
+        ("list", "--job", "b"),
+        ("forget", "b", "--yes"),
+        ("forget", "--keep-last", 1, "--job", "b"),
+    ):
+        status, out, _ = run(*line, "--json")
+        assert (status, error_of(out)["code"]) == (13, "no_such_point"), line
+        assert "'b'" in error_of(out)["message"]
+
+
+def test_forget_a_whole_job(run, monkeypatch):
+    points = [json.loads(run("take", 7, "--job", job, "--json")[1])["id"] for job in ("a", "a", "b", "a")]
+    of_a = [points[0], points[1], points[3]]
+    for words in (("a",), (f"{points[0]}..{points[3]}",), (points[2], "a")):
+        status, out, _ = run("forget", *words, "--json")
+        assert (status, error_of(out)["code"]) == (2, "usage")
+        assert "3 points of a" in error_of(out)["message"] or "4 points of a, b" in error_of(out)["message"]
+        assert "--yes" in error_of(out)["hint"]
+    assert json.loads(run("forget", "a", "-n", "--json")[1])["forgotten"] == of_a
+    assert json.loads(run("forget", "a", "--yes", "--json")[1])["forgotten"] == of_a
+    assert [point["id"] for point in json.loads(run("list", "--json")[1])["points"]] == [points[2]]
+
+
+@pytest.mark.parametrize(("answer", "status", "left"), [("y", 0, 0), ("n", 1, 2), ("", 1, 2)])
+def test_forget_asks_on_a_terminal(run, monkeypatch, answer, status, left):
+    run("take", 7, "--job", "a")
+    run("take", 7, "--job", "a")
+    typed = io.StringIO(answer + "\n")
+    monkeypatch.setattr(typed, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdin", typed)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    got, _, err = run("forget", "a")
+    assert got == status
+    assert "2 points of a" in err
+    assert "Forget them?" in err
+    assert len(json.loads(run("list", "--json")[1])["points"]) == left
+
+
+def test_verify_a_whole_job(run):
+    points = [json.loads(run("take", 7, "--job", job, "--json")[1])["id"] for job in ("a", "b", "a")]
+    assert json.loads(run("verify", "a", "--json")[1])["points"] == [points[0], points[2]]
 
 
 def test_rollback(run):
@@ -112,6 +159,8 @@ def test_rollback(run):
         (("take", 7, "--pidfile", "/x"), 2, "usage"),
         (("take", "--pidfile", "/x"), 2, "usage"),
         (("take", 7, "--keep-last", 3), 2, "usage"),
+        (("take", 7, "--stop", "--kill"), 2, "usage"),
+        (("take", "--job", "a", "--pidfile", "/nonexistent/pid"), 4, "target_gone"),
         (("rollback", "ffff"), 13, "no_such_point"),
         (("rollback",), 2, "usage"),
         (("verify", "ffff"), 13, "no_such_point"),
@@ -168,8 +217,10 @@ def test_cron_line(run, fake, tmp_path):
     assert json.loads(run(*line, "--json")[1])["skipped"] == "busy"
     del fake.engine.alive[7]
     status, out, err = run(*line)
-    assert (status, out) == (0, "")
+    assert (status, out) == (8, "")
     assert "ended" in err
+    assert run(*line) == (8, "", ""), "said once"
+    assert json.loads(run(*line, "--json")[1])["skipped"] == "ended"
 
 
 def test_cron_line_with_retention(run, tmp_path):
@@ -287,9 +338,10 @@ def test_a_store_of_today_needs_no_migrations_and_no_orm(tmp_path):
 @pytest.mark.parametrize("args", [("--version",), ("--help",), ("list",)])
 def test_all_output_is_written_before_the_process_ends(tmp_path, args):
     """The command leaves without finalising the interpreter, so nothing may be left in a buffer; errors show."""
+    Store.open(tmp_path / "store", create=True).close()
     command = [*SNAP, *args]
     env = {
-        "SNAP_STORE": str(tmp_path / "none"),
+        "SNAP_STORE": str(tmp_path / "store"),
         "HOME": str(tmp_path),
         "PATH": "/usr/bin",
         "PYTHONPATH": str(ROOT),
@@ -329,10 +381,11 @@ def test_closed_descriptors_are_no_error_and_get_nothing(tmp_path, closed, args,
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_left_is_told_nothing(tmp_path, unbuffered):
+    Store.open(tmp_path / "store", create=True).close()
     read_end, write_end = os.pipe()
     os.close(read_end)
     env = {
-        "SNAP_STORE": str(tmp_path / "none"),
+        "SNAP_STORE": str(tmp_path / "store"),
         "HOME": str(tmp_path),
         "PATH": "/usr/bin",
         "PYTHONPATH": str(ROOT),

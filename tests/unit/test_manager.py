@@ -140,7 +140,7 @@ def test_ranges(session):
 def test_forget_refuses_everything_when_one_is_unknown(session):
     point = take(session, 7)
     with pytest.raises(NoSuchPointError):
-        upkeep.forget(session, [point.id, "ffff"])
+        upkeep.select(session, [point.id, "ffff"])
     assert len(listing.list_points(session)) == 1
 
 
@@ -167,7 +167,7 @@ def test_forget_and_prune_wait_as_long_as_the_settings_say(tmp_path, engine, sto
     settings = config.Config(store=tmp_path / "store", store_from="test", lock_wait_s=7.5)
     session = Session(settings, open_store=store.opener, open_engine=lambda: engine)
     points = [take(session, 7, job="a") for _ in range(3)]
-    upkeep.forget(session, [points[0].id])
+    upkeep.forget(session, [points[0]])
     upkeep.forget_all_but(session, "a", 1)
     upkeep.prune(session)
     assert store.waited == [("forget", 7.5), ("forget", 7.5), ("prune", 7.5)]

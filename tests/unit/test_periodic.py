@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 
 import pytest
 
 from snapshotter.base.errors import (
+    SnapshotterError,
     TargetGoneError,
     UsageError,
 )
-from snapshotter.manager import pidfile
+from snapshotter.manager import ended, pidfile
 from snapshotter.manager.ports import Skipped
 from snapshotter.manager.rollback import rollback
 from snapshotter.manager.take import StrangerError, take, take_periodic
@@ -23,9 +25,6 @@ def periodic(session, path):
 
 def test_periodic(session, engine, store, tmp_path):
     path = tmp_path / "pid"
-    done = periodic(session, path)
-    assert isinstance(done, Skipped)
-    assert done.reason == "ended"
     path.write_text("7\n")
     first = periodic(session, path)
     assert periodic(session, path).parent == first.id
@@ -33,11 +32,73 @@ def test_periodic(session, engine, store, tmp_path):
     assert periodic(session, path).reason == "busy"
     store.locked.clear()
     del engine.alive[7]
+    done = periodic(session, path)
+    assert isinstance(done, Skipped)
+    assert done.reason == "ended"
+    path.unlink()
     assert periodic(session, path).reason == "ended"
+
+
+def test_a_job_that_nobody_knows_has_not_ended(session, engine, store, tmp_path):
+    """A mistyped --pidfile, or a job's name that is not the one of its points."""
+    path = tmp_path / "pid"
+    for exists in (True, False):
+        store.exists = exists
+        with pytest.raises(TargetGoneError, match="no point of a job 'a'"):
+            periodic(session, path)
+    path.write_text("8\n")
+    with pytest.raises(TargetGoneError, match=r"process 8 .* is gone, and no point"):
+        periodic(session, path)
+
+
+def test_a_pid_file_that_is_missing_while_the_job_runs(session, engine, tmp_path):
+    path = tmp_path / "pid"
+    path.write_text("7\n")
+    point = periodic(session, path)
+    with pytest.raises(SnapshotterError, match="process 7 of job a runs") as caught:
+        periodic(session, tmp_path / "pdi")
+    assert caught.value.exit_status == 1
+    rollback(session, point.id)  # known by its head now
+    with pytest.raises(SnapshotterError, match="process 7 of job a runs"):
+        periodic(session, tmp_path / "pdi")
+
+
+def test_the_end_of_a_job_is_said_once(session, engine, tmp_path, monkeypatch):
+    path = tmp_path / "pid"
+    path.write_text("7\n")
+    point = periodic(session, path)
+
+    def end():
+        del engine.alive[7]
+        done = [periodic(session, path) for _ in range(3)]
+        assert [one.reason for one in done] == ["ended"] * 3
+        return [one.said_before for one in done]
+
+    assert end() == [False, True, True]
+    rollback(session, point.id)
+    assert end() == [False, True, True], "it ran again, so this is another end"
+    engine.alive[7] = 300
+    os.utime(path)
+    periodic(session, path)
+    assert end() == [False, True, True]
+
+
+def test_the_end_is_said_again_where_it_cannot_be_written_down(session, engine, tmp_path, monkeypatch):
+    path = tmp_path / "pid"
+    path.write_text("7\n")
+    periodic(session, path)
+    del engine.alive[7]
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(ended, "publish", full)
+    assert [periodic(session, path).said_before for _ in range(2)] == [False, False]
 
 
 def test_periodic_job_that_ends_during_the_take(session, engine, tmp_path):
     (tmp_path / "pid").write_text("7")
+    periodic(session, tmp_path / "pid")
 
     def end():
         raise TargetGoneError("gone")
