@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from checkpoint.kernel import proc
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.tasks import children, task_ids, without_workers
-from checkpoint.resources import files, memory, sharing, task_look
+from checkpoint.resources import files, memory, sharing, task_look, unseen
 from snapshotter.base.errors import (
     Finding,
     PermissionDeniedError,
@@ -40,6 +40,8 @@ class CheckReport:
     tasks: dict[int, int] = field(default_factory=dict)
     """pid -> start time in ticks, of the processes that are not zombies."""
     nr_tasks: int = 0
+    unseen: tuple[str, ...] = ()
+    """What would be refused and cannot be seen from outside: only a take can find it."""
 
     @property
     def ok(self) -> bool:
@@ -75,6 +77,7 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
             raise TargetGoneError("ended while it was looked at", where=f"task {pid}")
     _look_at_sharing(report)
     _look_at_whole(report, max_tasks)
+    report.unseen = unseen.of_job(report.tasks)
     return report
 
 

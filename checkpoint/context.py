@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from checkpoint.kernel.ptrace import Regs
     from checkpoint.kernel.threads import ThreadFacts
     from checkpoint.parasite import RemoteTask
+    from checkpoint.resources.landlock import Bystanders
     from snapshotter.base.pages import PageSink, Run
+
+
+def _no_bystanders() -> Bystanders:
+    from checkpoint.resources.landlock import Bystanders
+
+    return Bystanders()
+
 
 ProcessState = Literal["running", "stopped", "zombie"]
 
@@ -168,6 +176,9 @@ class DumpContext:
 
     later: list[Callable[[], None]] = field(default_factory=list)
     """What is left to do after the thaw: images that are put together from what was read in the window."""
+
+    bystanders: Bystanders = field(default_factory=_no_bystanders)
+    """Whom the tasks are asked about, to find out about Landlock."""
 
     resources: dict[str, Any] = field(default_factory=dict)
     """What one resource must remember across processes, under its own name (shared memory objects, descriptions)."""

@@ -122,6 +122,7 @@ class _Take:
         ctx, sink = self.ctx, self.ctx.sink
         self._mark("look")
         self.prepare_manifest()
+        self.ready_bystanders()
         sysv.look_job(self.found.tasks, ctx.warn)
         keyrings.prepare()
         if ctx.options.precopy:
@@ -215,6 +216,14 @@ class _Take:
                     f"task {pid}: the memory policy of {nr_bound} mappings (mbind) is not part of the point"
                 )
             prepare(pid)
+
+    def ready_bystanders(self) -> None:
+        """Those that the frozen window will need, if nobody changes its ids until then."""
+        bystanders = self.ready.enter_context(self.ctx.bystanders)
+        for pid in self.found.tasks:
+            with contextlib.suppress(TargetGoneError):
+                status = proc.read_status(pid)
+                bystanders.of((status.uids[0], status.gids[0]))
 
     def note_mappings(self, pid: int, space: memory.AddressSpace) -> None:
         self.mappings[pid] = (time.monotonic_ns(), space.mappings)

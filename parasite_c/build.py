@@ -17,7 +17,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SOURCES = ("native.c", "drive.c", "frames.c", "threads.c", "hash.c", "pages.c", "planes.c", "options.c")
 CODE_SIZE_BYTES = 4096
-_PROGRAMS = ("keeper", "finisher")
+_PROGRAMS = ("keeper", "finisher", "bystander")
 """Small programs of their own, freestanding."""
 
 _BLOB_FLAGS = [
@@ -89,7 +89,7 @@ def _run(*command: str | Path) -> str:
 
 
 def build_blobs(directory: Path | str = HERE) -> None:
-    """Compile blob.bin, stub, keeper.bin and finisher.bin into `directory`. Raises BlobError when a check fails."""
+    """Compile blob.bin, stub, keeper.bin, finisher.bin and bystander.bin into `directory`. Raises BlobError when a check fails."""
     directory = Path(directory)
     cc = os.environ.get("CC", "gcc")
     scratch = directory / "blob.o"

@@ -1,4 +1,4 @@
-/* What the small programs that stay beside snap share (keeper.c, finisher.c): no libc, no heap, no signals beyond the
+/* What the small programs that stay beside snap share (keeper.c, finisher.c, bystander.c): no libc, no heap, no signals beyond the
  * default ones, so that one of them costs a few pages. */
 
 #ifndef SNAP_FREESTANDING_H
@@ -14,6 +14,10 @@
 #define SYS_KILL 62
 #define SYS_RENAME 82
 #define SYS_UNLINK 87
+#define SYS_SETGROUPS 116
+#define SYS_SETRESUID 117
+#define SYS_SETRESGID 119
+#define SYS_CAPSET 126
 #define SYS_PRCTL 157
 #define SYS_PIDFD_SEND_SIGNAL 424
 #define SYS_PIDFD_OPEN 434

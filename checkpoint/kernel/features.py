@@ -44,6 +44,7 @@ _UFFDIO_API, _UFFD_API = 0xC018AA3F, 0xAA
 _WP_UNPOPULATED, _WP_ASYNC = 1 << 13, 1 << 15
 _UFFD_USER_MODE_ONLY = 1
 _MADV_GUARD_INSTALL = 102
+_LANDLOCK_CREATE_RULESET_VERSION = 1
 _TCP_REPAIR = 19
 _SOFT_DIRTY = 1 << 55
 _PAGE = 4096
@@ -193,6 +194,10 @@ def _process_madvise() -> None:
         os.close(pidfd)
 
 
+def _landlock() -> None:
+    sys.syscall("landlock_create_ruleset", None, 0, _LANDLOCK_CREATE_RULESET_VERSION)
+
+
 def _children_list() -> None:
     with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
         file.read()
@@ -257,6 +262,7 @@ PROBES: dict[str, tuple[Callable[[], None], str]] = {
     "process_madvise": (_process_madvise, "advice for other processes' memory"),
     "io_uring": (_io_uring, "tests of io_uring being refused"),
     "rseq_configuration": (_rseq_configuration, "restartable sequences"),
+    "landlock": (_landlock, "programs that confine themselves: found out by a take, and refused"),
     "suspend_seccomp": (_suspend_seccomp, "jobs with a seccomp filter"),
 }
 """name -> (probe, what it is good for)."""

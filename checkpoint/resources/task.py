@@ -22,6 +22,7 @@ from checkpoint.resources import (
     credentials,
     directories,
     keyrings,
+    landlock,
     limits,
     loginuids,
     membarrier,
@@ -117,8 +118,17 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
     others: list[Results] = []
     if len(process.threads) > 1:
         each = leader.infect().batch()
-        asked_each = _ask_thread(each, process.status.uids[0])
+        asked_each = _ask_thread(ctx, each, process.status)
         others = visit(leader.infect(), process.threads[1:], each)
+    given = [(answers, own), *((results, asked_each) for results in others)]
+    landlock.judge(
+        ctx,
+        process,
+        [
+            (task, results, questions.confined)
+            for task, (results, questions) in zip(process.threads, given, strict=True)
+        ],
+    )
     if leader.facts.word(b"ShdPnd", 16):
         message.shared_pending.extend(signals.dump_pending(pid, shared=True))
     message.umask = process.status.umask
@@ -135,7 +145,6 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
             message.autogroup_nice = scheduling.autogroup_nice(pid)
         loginuids.answer(message)
         policies.warn(message, ctx.warn)
-        given = [(answers, own), *((results, asked_each) for results in others)]
         for task, thread, (results, questions) in zip(process.threads, message.threads, given, strict=True):
             _answer_thread(task, thread, results, questions)
             policies.answer_flags(results, questions.policies, task.facts, message, thread)
@@ -184,6 +193,7 @@ class _AskedThread:
     tsc_mode: Buffer
     policies: policies.Asked
     keyrings: keyrings.Asked
+    confined: Ref | None
     securebits: Ref
     slack: Ref
     personality: Ref
@@ -192,17 +202,18 @@ class _AskedThread:
 def _questions(ctx: DumpContext, process: FrozenProcess) -> tuple[Batch, _AskedThread, _Asked]:
     """The leader's batch. Processes that were forked from one another are asked the same."""
     status, found = process.status, timers.describe(proc.read_timers(process.pid))
-    key = (status.uids[0], status.sig_caught, status.sig_ignored)
-    known: dict[tuple[int, int, int], tuple[Batch, _AskedThread, _Asked]] = ctx.resources.setdefault(
+    key = (status.uids[0], status.gids[0], status.sig_caught, status.sig_ignored)
+    known: dict[tuple[int, int, int, int], tuple[Batch, _AskedThread, _Asked]] = ctx.resources.setdefault(
         _ASKED, {}
     )
     if key not in known or found:
         batch = Batch()
-        known[key] = batch, _ask_thread(batch, status.uids[0]), _ask_process(batch, found, status)
+        known[key] = batch, _ask_thread(ctx, batch, status), _ask_process(batch, found, status)
     return known[key]
 
 
-def _ask_thread(batch: Batch, uid: int) -> _AskedThread:
+def _ask_thread(ctx: DumpContext, batch: Batch, status: Status) -> _AskedThread:
+    """The questions for a thread of a process with that status."""
     altstack, tid_address = signals.ask_altstack(batch), batch.buffer(8)
     batch.call("prctl", prctl.GET_TID_ADDRESS, tid_address, 0, 0, 0)
     death_signal, tsc_mode = batch.buffer(4), batch.buffer(4)
@@ -214,7 +225,8 @@ def _ask_thread(batch: Batch, uid: int) -> _AskedThread:
         death_signal,
         tsc_mode,
         policies.ask(batch),
-        keyrings.ask(batch, uid),
+        keyrings.ask(batch, status.uids[0]),
+        landlock.ask(batch, ctx.bystanders.of((status.uids[0], status.gids[0]))),
         batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0),
         batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0),
         batch.call("personality", _PERSONALITY_QUERY),

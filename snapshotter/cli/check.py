@@ -24,12 +24,15 @@ def command(app: App, pid: int) -> int:
         lines = [f"job {pid} cannot be taken:", *(f"  {finding}" for finding in findings)]
     else:
         lines = [f"job {pid} can be taken: {plural(checked.nr_tasks, 'task')}"]
+        if checked.unseen:
+            lines.append(f"  only a take can see: {', '.join(checked.unseen)}")
     app.out.result(
         {
             "pid": pid,
             "ok": not findings,
             "nr_tasks": checked.nr_tasks,
             "pids": list(checked.pids),
+            "unseen": list(checked.unseen),
             "findings": [finding.as_dict() for finding in findings],
         },
         lines,

@@ -110,6 +110,7 @@ class RealEngine:
             nr_tasks=report.nr_tasks,
             findings=tuple(report.findings),
             pids=tuple(report.pids),
+            unseen=report.unseen,
         )
 
     def restore(

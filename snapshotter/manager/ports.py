@@ -110,6 +110,8 @@ class Checked:
     nr_tasks: int
     findings: Sequence[Finding] = ()
     pids: Sequence[int] = ()
+    unseen: Sequence[str] = ()
+    """What a take would refuse and no look from outside can see."""
 
 
 class EngineLike(Protocol):

@@ -60,6 +60,7 @@ def test_what_is_generated_is_inside(wheel):
     assert {f"images/{name}_pb2.py" for name in protos} <= names
     assert {
         "parasite_c/blob.bin",
+        "parasite_c/bystander.bin",
         "parasite_c/finisher.bin",
         "parasite_c/keeper.bin",
         "parasite_c/stub",
