@@ -128,6 +128,8 @@ class FakeEngine:
         self.clock_offset_s = time.time() - self.uptime_ns / 1e9
         """Wall clock minus uptime; a test sets the clock by changing it."""
         self.late_warnings = []
+        self.programs = {}
+        self.program_stored = "sim"
         self.dumps = []
         self.findings = ()
         self.images = {"manifest": b""}
@@ -178,6 +180,12 @@ class FakeEngine:
     def check(self, pid):
         self.identify(pid)
         return Checked(pid, 1, self.findings, (pid,))
+
+    def program(self, pid):
+        return self.programs.get(pid, "sim")
+
+    def program_at(self, reader, pid):
+        return self.program_stored
 
     def boot_id(self):
         return BOOT

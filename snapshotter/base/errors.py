@@ -95,6 +95,13 @@ class OutdatedStoreError(NoStoreError):
     code = "outdated_store"
 
 
+class OtherProgramError(SnapshotterError):
+    """A job's name was given to a process that is not a restart of the job."""
+
+    code = "other_program"
+    exit_status = 2
+
+
 class LockedError(SnapshotterError):
     """Another snap is at work on the same job or store."""
 

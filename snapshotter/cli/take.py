@@ -21,6 +21,11 @@ from snapshotter.cli.output import point_json, short
 @click.option(
     "--keep-last", type=click.IntRange(min=1), metavar="N", help="With --pidfile: forget older points."
 )
+@click.option(
+    "--other-program",
+    is_flag=True,
+    help="Take the point under the job's name although PID is not a restart of the job's program.",
+)
 @click.option("--stop", is_flag=True, help="Leave the job stopped (SIGSTOP).")
 @click.option("--kill", is_flag=True, help="Kill the job once the point is safe on disk.")
 @common
@@ -30,6 +35,7 @@ def command(
     job: str | None,
     pidfile: Path | None,
     keep_last: int | None,
+    other_program: bool,
     stop: bool,
     kill: bool,
 ) -> int:
@@ -40,6 +46,9 @@ def command(
 
     For cron: `snap take --job sim --pidfile FILE --quiet` skips, with a message and status 0, while an
     earlier take of the job still runs. Once the job has ended the status is 8, and the first run says so.
+
+    A job's name belongs to one program of one user: a restart of it goes on under the name, another
+    program is refused.
 
     A small process called keeper stays beside the job until the job ends. It holds what the kernel knows of
     the pages written since this point, so that the next take need not read everything. Ending it is
@@ -59,7 +68,9 @@ def command(
                 raise UsageError(
                     "--pidfile needs --job NAME", hint="the job keeps its name when its pid changes"
                 )
-            done = take_periodic(session, pidfile, job=job, after=after, max_points=keep_last)
+            done = take_periodic(
+                session, pidfile, job=job, after=after, max_points=keep_last, other_program=other_program
+            )
             if isinstance(done, Skipped):
                 app.out.result({"skipped": done.reason, "job": done.job, "message": done.message}, ())
                 if not done.said_before:
@@ -73,7 +84,7 @@ def command(
                 )
             if pid is None:
                 raise UsageError("which process? give its PID or --pidfile", hint="snap take --help")
-            point = take(session, pid, job=job, after=after)
+            point = take(session, pid, job=job, after=after, other_program=other_program)
     parent = f", after {short(point.parent)}" if point.parent else ""
     frozen = f"{plural(point.nr_tasks, 'task')}, frozen {format_us(point.frozen_us)} of {format_us(point.duration_us)}"
     stored = f"{format_bytes(point.bytes_stored)} stored for {format_bytes(point.bytes_logical)}"

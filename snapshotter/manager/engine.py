@@ -61,6 +61,18 @@ class RealEngine:
 
         return proc.boot_id()
 
+    def program(self, pid: int) -> object:
+        """Which program a process runs: equal for a restart of it; `str()` names it."""
+        from checkpoint import program
+
+        return program.running(pid)
+
+    def program_at(self, reader: ReaderLike, pid: int) -> object:
+        """Which program the root process of a point ran. Raises VerificationError."""
+        from checkpoint import program
+
+        return program.stored(reader.image, reader, pid)
+
     def dump(
         self,
         pid: int,

@@ -20,6 +20,7 @@ from snapshotter.base.errors import (
     MissingPagesError,
     NoStoreError,
     NoSuchPointError,
+    OtherProgramError,
     SnapshotterError,
     TargetGoneError,
     UnsupportedError,
@@ -43,7 +44,9 @@ class Parent:
     """The job was rolled back to it: the chain goes on, but every page is read."""
 
 
-def take(session: Session, pid: int, *, job: str | None = None, after: str = "run") -> Point:
+def take(
+    session: Session, pid: int, *, job: str | None = None, after: str = "run", other_program: bool = False
+) -> Point:
     """Take a point of the process tree below `pid`.
 
     Args:
@@ -51,8 +54,10 @@ def take(session: Session, pid: int, *, job: str | None = None, after: str = "ru
         pid: The root of the job.
         job: Its name; by default from the command's name and the pid.
         after: "run" lets the job go on, "stop" leaves it stopped, "kill" ends it once the point is safe.
+        other_program: The job's name may go to a process that is not a restart of it.
 
     Raises:
+        OtherProgramError: without `other_program`: it is not.
         TargetGoneError, UnsupportedError, PermissionDeniedError, LockedError, StoreError.
     """
     if after not in AFTER:
@@ -63,11 +68,19 @@ def take(session: Session, pid: int, *, job: str | None = None, after: str = "ru
     name = job or jobs.default_name(identity)
     _refuse_before_a_store_is_made(session, pid)
     with session.locked(name, create=True):
+        if not other_program:
+            _require_restart(session, name, identity)
         return _take_locked(session, name, identity, after)
 
 
 def take_periodic(
-    session: Session, path: Path, *, job: str, after: str = "run", max_points: int | None = None
+    session: Session,
+    path: Path,
+    *,
+    job: str,
+    after: str = "run",
+    max_points: int | None = None,
+    other_program: bool = False,
 ) -> Point | Skipped:
     """Take a point of the process that a pid file names, for cron: what is ordinary is not an error.
 
@@ -86,6 +99,8 @@ def take_periodic(
         _check_is_job(session, job, found, identity)
         _refuse_before_a_store_is_made(session, found.pid)
         with session.locked(job, create=True):
+            if not other_program:
+                _require_restart(session, job, identity)
             point = _take_locked(session, job, identity, after)
     except LockedError as error:
         return Skipped(job, "busy", f"job {job}: skipped, {error.what}")
@@ -96,6 +111,39 @@ def take_periodic(
     if max_points is None:
         return point
     return _with_warnings(point, _keep_last(session, job, max_points))
+
+
+def _require_restart(session: Session, job: str, identity: Identity) -> None:
+    """Raise OtherProgramError unless the job has no points, or the process is the job or a restart of it.
+
+    Else two programs would share one chain, and --keep-last would forget points of the one for those of the other.
+    """
+    points = _known_points(session, job)
+    head = jobs.read_head(session.store_path, job)
+    if not points or any(_is_of(point, identity) for point in points) or (head and head.is_of(identity)):
+        return
+    hint = (
+        f"choose another --job, or add --other-program if job {job} is to go on with process {identity.pid}"
+    )
+    running = _living(session, points, head)
+    if running is not None:
+        raise OtherProgramError(
+            f"job {job} still runs as process {running.pid}; process {identity.pid} is another one", hint=hint
+        )
+    newest = points[-1]
+    try:
+        before = session.engine.program_at(session.store().reader(newest), newest.pid)
+    except VerificationError as error:
+        raise OtherProgramError(
+            f"whether process {identity.pid} is a restart of job {job} cannot be known: its point {newest.id[:8]} is damaged",
+            hint=hint,
+        ) from error
+    now = session.engine.program(identity.pid)
+    if now != before:
+        raise OtherProgramError(
+            f"process {identity.pid} is no restart of job {job}: it runs {now}, the job ran {before}",
+            hint=hint,
+        )
 
 
 def _refuse_before_a_store_is_made(session: Session, pid: int) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from images import codec
 from store import PointMeta, Store
-from tests.counting import count, fails, goes_on
+from tests.counting import COUNTER, count, fails, goes_on
 from tests.jobs import ROOT, SNAP, is_running, reap, reap_all, reaping, snap, state, tree, wait_until
 
 pytestmark = pytest.mark.requires("root")
@@ -164,6 +164,34 @@ def test_forget_a_job_and_one_of_its_points(counter):
     assert len(snap("list", store=counter.store)["points"]) == 2
     assert snap("forget", name, "--yes", store=counter.store)["forgotten"] == ids[:2]
     fails(13, "list", "--job", name, store=counter.store)
+
+
+def test_a_restart_goes_on_under_the_name_and_another_program_does_not(job):
+    script = job.directory / "count.py"
+    job.directory.mkdir()
+    script.write_text(COUNTER)
+
+    def run(path):
+        job.start([sys.executable, path])
+        wait_until(lambda: count(job) > 3, "counting")
+
+    run(script)
+    first = job.take()
+    job.destroy()
+    run(script)
+    second = job.take()
+    assert (second["job"], second["parent"]) == (first["job"], None)
+    job.destroy()
+    other = job.directory / "other.py"
+    other.write_text(COUNTER)
+    run(other)
+    with untouched(job):
+        error = fails(2, "take", job.pid, "--job", first["job"], store=job.store)
+    assert error["code"] == "other_program"
+    assert str(script) in error["message"]
+    assert str(other) in error["message"]
+    assert len(snap("list", store=job.store)["points"]) == 2
+    assert snap("take", job.pid, "--job", first["job"], "--other-program", store=job.store)["pid"] == job.pid
 
 
 def set_schema(store, revision) -> pathlib.Path:

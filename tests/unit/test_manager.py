@@ -10,6 +10,7 @@ from snapshotter.base.errors import (
     LockedError,
     MissingPagesError,
     NoSuchPointError,
+    OtherProgramError,
     SnapshotterError,
     UsageError,
     VerificationError,
@@ -71,6 +72,38 @@ def test_unreadable_head_starts_a_new_chain(session):
     rollback(session, first.id)
     (session.store_path / "heads" / "a.json").write_text('{"point": 1}')
     assert take(session, 7, job="a").parent is None
+
+
+def test_a_name_belongs_to_one_program(session, engine):
+    first = take(session, 7, job="a")
+    engine.alive[8] = 200
+    with pytest.raises(OtherProgramError, match="job a still runs as process 7"):
+        take(session, 8, job="a")
+    del engine.alive[7]
+    engine.programs[8] = "another"
+    with pytest.raises(OtherProgramError, match="it runs another, the job ran sim") as caught:
+        take(session, 8, job="a")
+    assert caught.value.exit_status == 2
+    assert "--other-program" in caught.value.hint
+    assert [point.id for point in listing.list_points(session)] == [first.id]
+    taken = take(session, 8, job="a", other_program=True)
+    assert take(session, 8, job="a").parent == taken.id, "from now on the name is its"
+    del engine.alive[8]
+    engine.alive[9] = 300
+    assert take(session, 9, job="a").parent is None, "a restart"
+
+
+def test_a_pid_file_of_another_program(session, engine, tmp_path):
+    path = tmp_path / "pid"
+    take(session, 7, job="a")
+    del engine.alive[7]
+    engine.alive[8] = 200
+    engine.programs[8] = "another"
+    path.write_text("8")
+    with pytest.raises(OtherProgramError):
+        take_periodic(session, path, job="a", max_points=1)
+    assert take_periodic(session, path, job="a", max_points=1, other_program=True).pid == 8
+    assert len(listing.list_points(session)) == 1
 
 
 def test_two_takes_at_once(session, store):
