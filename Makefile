@@ -13,7 +13,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 venv: $(VENV)/.deps ## .venv with all dependencies
-$(VENV)/.deps: pyproject.toml
+$(VENV)/.deps: pyproject.toml setup.py parasite_c/launcher.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q 'setuptools>=77' wheel cffi grpcio-tools
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'

@@ -10,13 +10,13 @@ import pathlib
 import sys
 from typing import ClassVar
 
-from setuptools import Command, setup
+from setuptools import Command, Distribution, setup
 from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # the PEP 517 front end does not put the source on the path
 
-from parasite_c.build import build_blobs  # noqa: E402
+from parasite_c.build import build_blobs, build_launcher  # noqa: E402
 
 
 def generate_messages() -> None:
@@ -62,7 +62,19 @@ class BuildPy(build_py):
         super().run()
 
 
+class BuildScripts(Distribution().get_command_class("build_scripts")):
+    """Compiles the command: no entry point, whose `#!` line could not start Python isolated (launcher.c)."""
+
+    def run(self) -> None:
+        """Compile instead of copying."""
+        folder = pathlib.Path(self.build_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        build_launcher(folder / "snap")
+        (folder / "snap").chmod(0o755)
+
+
 setup(
-    cmdclass={"generate": Generate, "build_py": BuildPy},
+    cmdclass={"generate": Generate, "build_py": BuildPy, "build_scripts": BuildScripts},
+    scripts=["parasite_c/launcher.c"],
     cffi_modules=["parasite_c/build.py:ffibuilder"],
 )

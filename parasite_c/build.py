@@ -118,15 +118,26 @@ def build_blobs(directory: Path | str = HERE) -> None:
             HERE / "stub.S", "-o", directory / "stub",
         )  # fmt: skip
         for name in _PROGRAMS:
-            _run(
-                cc, "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-static", "-nostdlib", "-nostartfiles",
-                "-ffreestanding", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none",
-                "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-s",
-                HERE / f"{name}.c", "-o", directory / f"{name}.bin",
-            )  # fmt: skip
+            _build_program(f"{name}.c", directory / f"{name}.bin")
     finally:
         scratch.unlink(missing_ok=True)
         elf.unlink(missing_ok=True)
+
+
+def _build_program(source: str, target: Path, *options: str) -> None:
+    _run(
+        os.environ.get("CC", "gcc"), "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-static", "-nostdlib",
+        "-nostartfiles", "-ffreestanding", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none",
+        "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-s", *options,
+        HERE / source, "-o", target,
+    )  # fmt: skip
+
+
+def build_launcher(target: Path) -> None:
+    """Compile the command `snap` for the Python that runs this."""
+    _build_program(
+        "launcher.c", target, f'-DPYTHON="python{sys.version_info.major}.{sys.version_info.minor}"'
+    )
 
 
 ffibuilder = _make_ffibuilder()

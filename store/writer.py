@@ -351,7 +351,7 @@ class PointWriter:
         if self._error is not None:
             if isinstance(self._error, OSError):
                 raise store_error(self._error, "cannot write the point", self._store.path) from self._error
-            if isinstance(self._error, (SnapshotterError, KeyboardInterrupt)):
+            if isinstance(self._error, (SnapshotterError, KeyboardInterrupt, MemoryError)):
                 raise self._error
             raise StoreError(f"the point cannot be stored: {self._error}") from self._error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,10 @@ COMMANDS = {
 
 _MODULES = {"list": "list_"}
 
+_HANDLE_PAGES = frozenset({"take", "show", "rollback", "verify", "check", "prune"})
+_LEAST_ADDRESS_SPACE = 160 << 20
+"""What numpy's libraries, threads and our buffers need; with less, OpenBLAS ends the process with a message of its own."""
+
 
 class LazyGroup(click.Group):
     """A group whose commands are modules imported on first use."""
@@ -54,6 +59,8 @@ class LazyGroup(click.Group):
         """The command, by its full name."""
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name in _HANDLE_PAGES:
+            _require_address_space(cmd_name)
         module = import_module(f"snapshotter.cli.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
@@ -79,6 +86,16 @@ def cli(ctx: click.Context, flag_store: str | None, as_json: bool, quiet: bool) 
     the JOB's name (its latest point) or `JOB~3`.
     """
     ctx.obj = {"flag_store": flag_store, "as_json": as_json, "quiet": quiet}
+
+
+def _require_address_space(command: str) -> None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE:
+        raise SnapshotterError(
+            f"out of memory: `ulimit -v` allows {limit >> 10} KiB, `snap {command}` needs at least "
+            f"{_LEAST_ADDRESS_SPACE >> 10} KiB",
+            hint="raise it: ulimit -v unlimited",
+        )
 
 
 class _TerminatedError(BaseException):
@@ -149,8 +166,13 @@ def _internal(error: Exception) -> SnapshotterError:
         from snapshotter.base.errors import wrap_os_error
 
         return wrap_os_error(error, "an operation failed", where=str(error.filename or ""))
-    if isinstance(error, MemoryError):
-        return SnapshotterError("out of memory")
+    if isinstance(error, MemoryError) or (isinstance(error, ImportError) and "map segment" in str(error)):
+        return SnapshotterError("out of memory", hint="free some, or raise the limit (ulimit -v)")
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return SnapshotterError(
+            "no thread can be started: out of memory, or of processes",
+            hint="raise the limits (ulimit -v, ulimit -u, pids.max of the control group)",
+        )
     return SnapshotterError(
         f"internal error: {type(error).__name__}: {error}", hint="SNAP_DEBUG=1 shows where; please report it"
     )

@@ -84,8 +84,11 @@ def test_tests_are_not_inside(wheel):
 
 
 def test_the_command_is_installed(wheel):
-    entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "snap = snapshotter.cli.main:main" in wheel.read(entry).decode()
+    """It is a program, no entry point: nothing but that starts Python isolated."""
+    name = next(name for name in wheel.namelist() if name.endswith(".data/scripts/snap"))
+    assert wheel.read(name).startswith(b"\x7fELF")
+    assert wheel.getinfo(name).external_attr >> 16 & 0o111 == 0o111
+    assert not [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
 
 
 def test_every_pattern_of_package_data_matches(wheel):
@@ -140,6 +143,42 @@ def test_installed_doctor(snap, tmp_path):
     status, report = snap("doctor", "--store", tmp_path / "store")
     assert (status == 0) == report["ok"]
     assert {"pagemap_scan", "clone3_set_tid"} <= {feature["name"] for feature in report["features"]}
+
+
+def test_installed_elsewhere(built, tmp_path):
+    """`pip install --prefix` (and --user) put it beside no Python; isolated Python does not look there by itself."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+        "--prefix",
+        tmp_path,
+    ]
+    subprocess.run([*command, next(built.glob("*.whl"))], check=True, capture_output=True, cwd=built)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    system = next(
+        (p for p in (f"/usr/bin/{version}", f"/usr/local/bin/{version}") if os.access(p, os.X_OK)), None
+    )
+    if system is None:
+        pytest.skip(f"no {version} of the system")
+    here = next(path for path in map(pathlib.Path, sys.path) if (path / "sqlalchemy").is_dir())
+    for name in os.listdir(here):  # its dependencies
+        if "snap" not in name and name != "distutils-precedence.pth":
+            (tmp_path / "lib" / version / "site-packages" / name).symlink_to(here / name)
+    done = subprocess.run(
+        [tmp_path / "bin" / "snap", "--version"],
+        cwd=tmp_path,
+        env={},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.requires("root")
