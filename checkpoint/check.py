@@ -6,6 +6,7 @@ walk through every resource's look(). Reads /proc only. dump() begins with the s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from checkpoint.kernel import proc
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.tasks import children, task_ids, without_workers
-from checkpoint.resources import files, memory, sharing, task_look, unseen
+from checkpoint.resources import files, memory, namespaces, sharing, task_look, unseen
 from snapshotter.base.errors import (
     Finding,
     PermissionDeniedError,
@@ -29,6 +30,10 @@ _LOOKS_AT_WHOLE = 10
 _LOOKS: tuple[Callable[[int, list[Finding]], None], ...] = (task_look.look, memory.look, files.look)
 
 
+Program = tuple[object, ...]
+"""What an exec or a change of rights changes: if it is the same later, what the look decided still holds."""
+
+
 @dataclass(slots=True)
 class CheckReport:
     """What check() saw."""
@@ -39,6 +44,8 @@ class CheckReport:
     """Every process of the job, parents first, zombies included."""
     tasks: dict[int, int] = field(default_factory=dict)
     """pid -> start time in ticks, of the processes that are not zombies."""
+    programs: dict[int, Program] = field(default_factory=dict)
+    """What each of them ran, and with which rights, before the look at it."""
     nr_tasks: int = 0
     unseen: tuple[str, ...] = ()
     """What would be refused and cannot be seen from outside: only a take can find it."""
@@ -73,6 +80,8 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
         return report
     _walk(report, max_tasks)
     for one in report.tasks:
+        with contextlib.suppress(TargetGoneError):
+            report.programs[one] = program_of(proc.read_stat(one), proc.read_status(one))
         if not look_at_process(one, report.findings) and one == pid:
             raise TargetGoneError("ended while it was looked at", where=f"task {pid}")
     _look_at_sharing(report)
@@ -91,6 +100,22 @@ def look_at_process(pid: int, findings: list[Finding]) -> bool:
     return True
 
 
+def program_of(stat: proc.Stat, status: proc.Status) -> Program:
+    """By the places of an address space, which each exec chooses anew; ids, capabilities and what can only be added to them."""
+    places = (
+        stat.start_code,
+        stat.end_code,
+        stat.start_data,
+        stat.start_brk,
+        stat.start_stack,
+        stat.arg_start,
+        stat.env_start,
+    )
+    capabilities = (status.cap_permitted, status.cap_inheritable, status.cap_bounding, status.cap_ambient)
+    confined = (status.no_new_privs, status.seccomp, status.seccomp_filters, status.fields.get("untag_mask"))
+    return (*places, status.uids[:3], status.gids[:3], capabilities, confined)
+
+
 def _look_at_whole(report: CheckReport, max_tasks: int) -> None:
     """What takes all of the job to judge. A child that was born meanwhile looks like somebody outside: so what is found counts
     only if another look, at all that there are by then, finds the very same.
@@ -107,6 +132,8 @@ def _look_at_whole(report: CheckReport, max_tasks: int) -> None:
         _walk(now, max_tasks)
         for pid, start_time_ticks in now.tasks.items():
             if report.tasks.get(pid) != start_time_ticks:
+                with contextlib.suppress(TargetGoneError):
+                    report.programs[pid] = program_of(proc.read_stat(pid), proc.read_status(pid))
                 look_at_process(pid, report.findings)
         report.pids, report.tasks, report.nr_tasks = now.pids, now.tasks, now.nr_tasks
         if now.findings:
@@ -152,6 +179,7 @@ def _check_root(pid: int, report: CheckReport) -> None:
             Finding(pid, "task", "has ended (zombie)", f"its parent, task {stat.ppid}, must reap it")
         )
         return
+    namespaces.look_root(pid, report.findings)
     if pid in _own_line():
         what = "is snap itself" if pid == os.getpid() else "is an ancestor of snap"
         report.findings.append(

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import numpy as np
 
 from checkpoint import environment, tracking
-from checkpoint.check import CheckReport, check, look_at_process
+from checkpoint.check import CheckReport, check, look_at_process, program_of
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
 from checkpoint.finisher import Finisher
 from checkpoint.freeze import FrozenTree, lead_out, settled_tree
@@ -34,7 +34,7 @@ from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping, private_vmas
 from checkpoint.parasite import prepare
 from checkpoint.precopy import Precopied, Round, due, plausible_pages, watching_s
-from checkpoint.resources import files, keyrings, locks, memory, policies, registers, sysv, task
+from checkpoint.resources import files, keyrings, locks, memory, namespaces, policies, registers, sysv, task
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from checkpoint.uninterrupted import stops_wait
@@ -350,13 +350,27 @@ class _Take:
             staging.close_space(memory.space_name(pid), [])
 
     def look_at_new(self) -> None:
-        """Refuse by name what processes have that were not there at the look."""
+        """Refuse by name what processes have that were not there at the look, or have executed a program or changed their rights
+        since.
+        """
         findings: list[Finding] = []
         for process in self.ctx.living():
-            if self.found.tasks.get(process.pid) != process.start_time_ticks:
+            known = self.found.tasks.get(process.pid) == process.start_time_ticks
+            if not known or self.found.programs.get(process.pid) != program_of(process.stat, process.status):
                 look_at_process(process.pid, findings)
+            else:
+                namespaces.check_user(process.pid)
         if self.found.tasks.keys() != {process.pid for process in self.ctx.living()}:
             memory.look_sharing([process.pid for process in self.ctx.living()], findings)
+        if findings:
+            raise UnsupportedError.of(findings, self.ctx.root_pid)
+
+    def look_at_namespaces(self) -> None:
+        """Once more, of every thread, after the thaw: only somebody with rights over them can have left them for the window alone."""
+        findings: list[Finding] = []
+        for process in self.ctx.living():
+            with contextlib.suppress(TargetGoneError):
+                namespaces.look(process.pid, [one.tid for one in process.threads], findings)
         if findings:
             raise UnsupportedError.of(findings, self.ctx.root_pid)
 
@@ -450,6 +464,7 @@ class _Take:
         ctx.stats.pages_dirty += staging.nr_pages
         for answer in ctx.later:
             answer()
+        self.look_at_namespaces()
         self.ready.close()
         staging.flush()
         self._mark("flush")

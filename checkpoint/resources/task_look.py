@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
 from checkpoint.parasite.infection import AREA_SIZE
-from checkpoint.resources import cgroups, directories, keyrings, sharing
-from snapshotter.base.errors import Finding, TargetGoneError, wrap_os_error
+from checkpoint.resources import cgroups, directories, keyrings, namespaces, sharing
+from snapshotter.base.errors import Finding, TargetGoneError
 
 if TYPE_CHECKING:
     from checkpoint.kernel.proc import Status
@@ -23,7 +23,7 @@ _NOTHING_UNTAGGED = 2**64 - 1
 def look(pid: int, report: list[Finding]) -> None:
     """What of the task state of one process stands in the way of a dump. Reads /proc only.
 
-    Zombies inside a job are fine; that the root is none is the caller's to check (`look_root`).
+    Zombies inside a job are fine; that the root is none is the caller's to check.
     """
     status = proc.read_status(pid)
     stat = proc.read_stat(pid)
@@ -33,20 +33,13 @@ def look(pid: int, report: list[Finding]) -> None:
     if stat.state in "ZX":
         return
     _look_personality(pid, report)
-    try:
-        _look_namespaces(pid, report)
-    except PermissionError as error:
-        # The kernel says so of a task that was reaped in this moment as well (proc_ns_readlink).
-        now = proc.read_stat(pid)  # TargetGoneError
-        if now.state in "ZX" or now.start_time_ticks != stat.start_time_ticks:
-            raise TargetGoneError("ended while it was looked at", where=f"task {pid}") from error
-        hint = "run as root or as the user of the job"
-        raise wrap_os_error(error, "cannot see its namespaces", where=f"task {pid}", hint=hint) from error
+    tids = sorted(map(int, os.listdir(f"/proc/{pid}/task")))
+    namespaces.look(pid, tids, report)
     _look_room(pid, status, report)
     directories.look(pid, report)
     cgroups.look(pid, report)
     keyrings.look(status.uids[0])
-    for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
+    for tid in tids:
         try:
             of_thread = status if tid == pid else proc.read_status(pid, tid)
         except TargetGoneError:
@@ -54,13 +47,6 @@ def look(pid: int, report: list[Finding]) -> None:
         _look_thread(pid, tid, of_thread, report)
     for tid in sharing.directory_owners(pid):
         directories.look(pid, report, tid)
-
-
-def look_root(pid: int, report: list[Finding]) -> None:
-    """What only matters for the root of a job."""
-    stat = proc.read_stat(pid)
-    if stat.state in "ZX":
-        report.append(Finding(pid, "task", "is a zombie", f"its parent, task {stat.ppid}, must reap it"))
 
 
 def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> None:
@@ -131,23 +117,6 @@ def _look_room(pid: int, status: Status, report: list[Finding]) -> None:
                 f"raise it: prlimit --pid {pid} --as={int(words[3]) + AREA_SIZE - min(left, 0)}:",
             )
         )
-
-
-def _look_namespaces(pid: int, report: list[Finding]) -> None:
-    for name in proc.NAMESPACES:
-        try:
-            theirs, ours = os.readlink(f"/proc/{pid}/ns/{name}"), os.readlink(f"/proc/self/ns/{name}")
-        except FileNotFoundError:
-            continue
-        if theirs != ours:
-            report.append(
-                Finding(
-                    pid,
-                    f"namespace {theirs}",
-                    f"is in another {name} namespace than snap",
-                    "namespaces come next; run snap inside (nsenter) if the whole job shares it",
-                )
-            )
 
 
 def _comm(pid: int) -> str:
