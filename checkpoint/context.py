@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from checkpoint.kernel.threads import ThreadFacts
     from checkpoint.parasite import RemoteTask
     from checkpoint.resources.landlock import Bystanders
-    from snapshotter.base.pages import PageSink, Run
+    from snapshotter.base.pages import PageSink, PageSource, Run
 
 
 def _no_bystanders() -> Bystanders:
@@ -113,6 +113,8 @@ class ParentPoint:
     has_space: Callable[[str], bool]
     """Whether the parent stores a page space of that name."""
     tracker: str = ""
+    pages: PageSource | None = None
+    """Its pages, for the oracle alone; None: it cannot compare what is inherited, and says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ class DumpOptions:
     max_tasks: int = 32768
     freeze_timeout_s: float = 10.0
     files: Literal["open", "none"] = "open"
+    verify_pages: bool = False
+    """Compare every page that is not read in the frozen window with the living memory (checkpoint/oracle.py)."""
     producer: str = "snap"
     extra: Mapping[str, Any] = field(default_factory=dict)
     """For resources: options of theirs by name."""
@@ -151,6 +155,8 @@ class DumpStats:
     """Pages handed to the sink (read since the parent point or in full)."""
     pages_frozen: int = 0
     """Those of them that were copied in the frozen window."""
+    pages_verified: int = 0
+    """Pages that the oracle compared with the living memory."""
     pages_total: int = 0
     """Pages present in all spaces."""
     bytes_logical: int = 0

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from checkpoint import environment, tracking
+from checkpoint import environment, oracle, tracking
 from checkpoint.check import CheckReport, check, look_at_process, program_of
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
 from checkpoint.finisher import Finisher
@@ -109,6 +109,11 @@ class _Take:
         self.expected_bytes = _MIN_STAGED_BYTES
         self.dump_uptime_ns = 0
         self.frozen_readers: dict[int, memory.MmReader] = {}
+        self.witness: oracle.Witness | None = None
+        self.not_read: dict[int, Runs] = {}
+        """pid -> pages that were not read in the frozen window; kept for the oracle."""
+        if ctx.options.verify_pages or oracle.is_wanted():
+            ctx.sink = self.witness = oracle.Witness(ctx.sink)
         self.manifest = manifest_pb2.Manifest()
         self.ready = contextlib.ExitStack()
         """What is kept ready from pre-copy until the frozen window has been answered for."""
@@ -327,6 +332,7 @@ class _Take:
             spaces = {process.pid: self.copy_pages(process) for process in ctx.living()}
             faults.point("dump.copied")
             self._mark("pages")
+            self.verify_pages(spaces)
             for process in ctx.processes.values():
                 message = task.dump_process(ctx, process)
                 ctx.images[f"process/{process.pid}"] = message
@@ -406,9 +412,26 @@ class _Take:
         if len(to_read):
             ctx.sink.put(name, pageplan.to_table(to_read), reader)
         self.frozen_readers[pid] = reader
+        if self.witness is not None:
+            self.not_read[pid] = pageplan.subtract(plan.present, to_read)
         ctx.sink.close_space(name, pageplan.to_table(plan.present))
         ctx.stats.pages_total += plan.nr_present
         return space
+
+    def verify_pages(self, spaces: dict[int, memory.AddressSpace]) -> None:
+        """Where the oracle is wanted: before anything is run in the job, which would change its stacks."""
+        if self.witness is None:
+            return
+        parent = self.ctx.parent.pages if self.ctx.parent is not None else None
+        for pid, pages in self.not_read.items():
+            name, mem = memory.space_name(pid), self.ctx.processes[pid].mem
+            assert mem is not None
+            wrong = oracle.compare(name, pages, mem, self.witness.seen(name), parent)
+            self.ctx.stats.pages_verified += pageplan.count(pages)
+            if wrong:
+                raise oracle.error(pid, wrong, spaces[pid].mappings)
+        self.witness.rest()
+        self._mark("verify")
 
     def read_again(self, staging: Staging) -> None:
         """Pages that another thread of ours could not read: once more from this one, which is the tracer.

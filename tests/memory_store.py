@@ -138,6 +138,7 @@ class MemoryPoint:
             images=self.image,
             has_space=self.spaces.__contains__,
             tracker=result.tracker,  # type: ignore[attr-defined]
+            pages=self,
         )
 
 

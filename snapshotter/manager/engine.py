@@ -99,6 +99,7 @@ class RealEngine:
                 images=parent.images,
                 has_space=parent.has_space,
                 tracker=parent.tracker,
+                pages=parent.pages,
             )
         options = DumpOptions(
             after=cast("Literal['run', 'stop', 'kill']", after), producer=f"snap {__version__}"

@@ -68,6 +68,7 @@ class ParentInfo:
     images: Callable[[str], bytes]
     has_space: Callable[[str], bool]
     tracker: str = ""
+    pages: PageSource | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,6 +273,7 @@ def _parent_info(store: StoreLike, parent: Parent | None) -> ParentInfo | None:
         images=reader.image,
         has_space=lambda name: name in names,
         tracker=point.tracker,
+        pages=reader,
     )
 
 
