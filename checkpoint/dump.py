@@ -22,12 +22,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from checkpoint import environment, oracle, tracking
+from checkpoint import environment, oracle, tracking, transfers
 from checkpoint.check import CheckReport, check, look_at_process, program_of
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
 from checkpoint.finisher import Finisher
 from checkpoint.freeze import FrozenTree, lead_out, settled_tree
-from checkpoint.kernel import fdinfo, proc
+from checkpoint.kernel import proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
@@ -48,6 +48,7 @@ _MIN_STAGED_BYTES = 4 << 20
 _MAPPINGS_FRESH_NS = 50_000_000
 _AHEAD_FROM, _AHEAD_PART = 32768, 16
 """Of so many pages to read, this part is read without watching, so that the sink has work while others are watched."""
+_SETTLE_S = 2.0
 _TAIL_PAGES = 24576
 """What the sink may still have to read when the next step begins: some 60 ms of it."""
 
@@ -171,15 +172,12 @@ class _Take:
     def precopy(self) -> None:
         """Read what would be read in the frozen window, while the job runs; again while that is too much."""
         ctx = self.ctx
-        direct = {pid for pid in self.found.tasks if fdinfo.has_direct_io(pid)}
         for number in range(ctx.options.max_rounds):
             found: list[Round] = []
             for pid, start in self.found.tasks.items():
-                if pid in direct:
-                    # A device may write into a page that was already read, unseen by any page table.
-                    continue
                 with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
                     found += self.begin_round(pid, start)
+            found = self.settled(found)
             nr_pages = sum(pageplan.count(one.due) for one in found)
             if nr_pages > _AHEAD_FROM:
                 ctx.sink.expect(nr_pages)
@@ -264,6 +262,12 @@ class _Take:
         # Until the end of the round what the tracker said is nowhere but here.
         self.precopied[pid] = Precopied(start, complete=False)
         return [Round(pid, start, space, plan.present, to_read, known)]
+
+    def settled(self, found: list[Round]) -> list[Round]:
+        """Those rounds whose pages nobody writes into unseen; the rest is left to the frozen window (see transfers.py)."""
+        if not found or not transfers.settle(self.ctx.root_pid, _SETTLE_S):
+            return []
+        return [one for one in found if not transfers.asynchronous(one.pid, one.space.mappings)]
 
     def read_ahead(self, one: Round) -> Round:
         """Have a part of what is due read at once."""

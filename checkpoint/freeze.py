@@ -27,7 +27,7 @@ from checkpoint.hurry import hurried
 from checkpoint.kernel import interrupted, proc, ptrace, threads
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.mem import ProcMem
-from checkpoint.kernel.tasks import children_of, task_ids, without_workers
+from checkpoint.kernel.tasks import task_ids, tree_of, without_workers
 from checkpoint.kernel.threads import ThreadFacts
 from checkpoint.parasite import cure, frames, stranded
 from checkpoint.parasite.remote import MAGIC_SIZE, blob
@@ -123,14 +123,9 @@ class FrozenTree:
 
     def _look(self) -> dict[int, list[int]]:
         """The tree as it is now, parents first: pid -> its tids."""
-        tree: dict[int, list[int]] = {}
-        level = [self.root_pid]
-        while level:
-            here = {pid: tids for pid in level if (tids := task_ids(pid))}
-            if not here and not tree:
-                raise TargetGoneError("no such process", where=f"task {self.root_pid}")
-            tree |= here
-            level = [child for child in children_of(here) if child not in tree]
+        tree = tree_of(self.root_pid)
+        if not tree:
+            raise TargetGoneError("no such process", where=f"task {self.root_pid}")
         return tree
 
     def _describe(self, tree: dict[int, list[int]]) -> None:

@@ -193,7 +193,7 @@ def error(pid: int, wrong: Sequence[Wrong], mappings: Sequence[Mapping]) -> Wron
     what = "; ".join(name(one) for one in wrong[:_NAMED])
     more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
     return WrongPageError(
-        f"{len(wrong)} pages of the point differ from its memory: {what}{more}",
+        f"{len(wrong)} page{'s' * (len(wrong) != 1)} of the point would differ from its memory: {what}{more}",
         where=f"task {pid}",
         hint="a bug in snap, please report it; nothing was stored, the job runs on, and the next take reads everything",
     )

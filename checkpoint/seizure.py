@@ -12,7 +12,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from checkpoint.kernel import proc, ptrace
@@ -92,13 +92,16 @@ class Seizure:
         del self.dead[tid]
         return False
 
-    def stop(self, tids: Iterable[int], deadline: float) -> None:
-        """Interrupt those seized tasks and wait until each stands still or is gone."""
+    def stop(
+        self, tids: Iterable[int], deadline: float, stopped: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Interrupt those seized tasks and wait until each stands still or is gone; `stopped` is told of each as it is."""
         waiting = dict.fromkeys(tids)
         for tid in list(waiting):
             # One in a group-stop has trapped before SEIZE returned; interrupting it would leave a second trap behind.
             if self._poll(tid):
                 del waiting[tid]
+                stopped(tid)
         if not self.interrupted_at_ns:
             self.interrupted_at_ns = time.monotonic_ns()
         for tid in waiting:
@@ -112,6 +115,7 @@ class Seizure:
             done = [tid for tid in waiting if self._poll(tid)]
             for tid in done:
                 del waiting[tid]
+                stopped(tid)
             now = time.monotonic()
             if done or not waiting:
                 pause, quiet_until = 0.0, now + _STUCK_S

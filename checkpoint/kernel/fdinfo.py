@@ -7,7 +7,6 @@ descriptor has more state than it understands.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from dataclasses import dataclass, field
@@ -213,19 +212,3 @@ def parse_fdinfo(data: bytes) -> FdInfo:
         pid=None if pid_text is None else int(pid_text),
         extra=extra,
     )
-
-
-def has_direct_io(pid: int) -> bool:
-    """Whether a process has files open with O_DIRECT."""
-    try:
-        for name in os.listdir(f"/proc/{pid}/fdinfo"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{name}", "rb", buffering=0) as file:
-                for line in file.read(4096).splitlines():
-                    if line.startswith(b"flags:"):
-                        flags = int(line.split()[1], 8)
-                        if flags & O_DIRECT and (flags & os.O_ACCMODE) != os.O_WRONLY:
-                            return True
-                        break
-    except OSError:
-        return False
-    return False

@@ -32,6 +32,19 @@ def children_of(tree: Mapping[int, Iterable[int]]) -> list[int]:
     return [int(child) for text in read_files(paths) if text for child in text.split()]
 
 
+def tree_of(root_pid: int) -> dict[int, list[int]]:
+    """A process and all its descendants as they are now, parents first: pid -> its tids. Empty: it is gone."""
+    tree: dict[int, list[int]] = {}
+    level = [root_pid]
+    while level:
+        here = {pid: tids for pid in level if (tids := task_ids(pid))}
+        if not here and not tree:
+            break
+        tree |= here
+        level = [child for child in children_of(here) if child not in tree]
+    return tree
+
+
 def without_workers(tasks: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Those of (pid, tid) that are the program's own, in their order.
 

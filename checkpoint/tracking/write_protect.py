@@ -22,8 +22,9 @@ Registering happens only while every thread of the process stands still, with th
 a range that is no longer exactly a VMA would split one, and mremap(2) refuses ranges of several VMAs. (What a program
 maps later beside a registered VMA does not merge with it; only a program that mremaps two mappings as one can tell.)
 
-Not seen are writes by a device into a page that was pinned before the scan (O_DIRECT in flight). None is in
-flight when every task is stopped; so dump.py does not scan a running job that has O_DIRECT files.
+Not seen are writes into a page that was looked up before the scan and is written later (O_DIRECT in flight). After each scan of a
+job that runs, checkpoint/transfers.py waits for them; none is in flight when every task is stopped. checkpoint/tracking.md lists every
+way in which a page can change.
 """
 
 from __future__ import annotations

@@ -1,0 +1,84 @@
+"""No page of a point differs from the frozen job's memory, whoever writes into it behind the page tables.
+
+Each take here runs under the oracle (checkpoint/oracle.py), which fails it by name.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from checkpoint import dump, oracle
+from checkpoint.tracking.base import EMPTY
+from checkpoint.tracking.write_protect import WriteProtectSession
+from tests import slow
+from tests.jobs import reap, signal_tree, state
+from tests.memory_store import take
+
+pytestmark = pytest.mark.requires("root", "wp_async")
+
+NR_TAKES = int(os.environ.get("SNAP_TEST_WRONG_PAGE_TAKES", "8"))
+PROGRAM = "../kernel/programs/direct_reads.c"
+
+
+@pytest.fixture(autouse=True)
+def _under_the_oracle(monkeypatch, tmp_path):
+    monkeypatch.setenv(oracle.VARIABLE, "1")
+    monkeypatch.setenv("SNAP_RUNTIME_DIR", str(tmp_path / "run"))
+
+
+@pytest.fixture
+def varied_file(tmp_path):
+    """16 MiB on a disk, no two pages alike."""
+    path = tmp_path / "varied"
+    path.write_bytes(os.urandom(16 << 20))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return path
+
+
+@pytest.mark.parametrize("mode", ["reopen", "own-table", "held"])
+def test_direct_reads_in_flight(mode, job, compile_program, varied_file):
+    """The attack of the examination: no look at a descriptor table shows these files when the tracker is armed."""
+    job.start([compile_program(PROGRAM), varied_file, mode, "48", "4"]).wait_ready()
+    try:
+        with slow.disk(job.pid, varied_file, 20 << 20):
+            point = None
+            read_again = 0
+            for _ in range(NR_TAKES):
+                point = take(job.pid, point)
+                stats = point.result.stats
+                assert stats.pages_verified > 0, "the oracle had nothing to compare: nothing was pre-copied"
+                read_again += stats.pages_frozen
+        assert read_again > 0, "nothing was read into while the takes went on"
+    finally:
+        signal_tree(job.pid, signal.SIGKILL)
+        reap(job.pid)
+
+
+@pytest.mark.parametrize("way", ["pre-copied", "inherited"])
+def test_the_oracle_names_what_a_tracker_hides(way, job, compile_program, monkeypatch):
+    """A tracker that reports nothing: the take fails, says which page of which mapping, and the next one is whole."""
+    honest = WriteProtectSession.collect
+
+    def lying(self, pid, vmas, *, frozen=None):
+        runs = honest(self, pid, vmas, frozen=frozen)
+        return runs if runs is None or (way == "pre-copied" and frozen is None) else EMPTY
+
+    job.start([compile_program("mem_churn.c")]).wait_ready()
+    try:
+        first = take(job.pid)
+        with monkeypatch.context() as patch:
+            patch.setattr(WriteProtectSession, "collect", lying)
+            if way == "inherited":  # nothing is collected before the freeze, where it would be read
+                patch.setattr(dump, "watching_s", lambda *_: 0)
+            said = rf"task \d+: \d+ pages? .* 0x[0-9a-f]+ in mapping .*{way}"
+            with pytest.raises(oracle.WrongPageError, match=said):
+                take(job.pid, first)
+        assert state(job.pid) in {"R", "S"}
+        take(job.pid, first)
+    finally:
+        signal_tree(job.pid, signal.SIGKILL)
+        reap(job.pid)
