@@ -101,6 +101,10 @@ class Holder:
     state: str
     start_time_ticks: int
     comm: str
+    tty: int = 0
+    """Device number of its controlling terminal as /proc/PID/stat has it, 0: none."""
+    front: int = 0
+    """The process group in front on that terminal."""
 
     def __str__(self) -> str:
         return f"task {self.pid} ({self.comm})"
@@ -123,7 +127,7 @@ def survey(ctx: RestoreContext) -> Survey:
     Raises:
         RestoreConflictError: a needed pid is held by something that is not the job.
     """
-    found = Survey(_processes(), os.getsid(0), os.getpgid(0))
+    found = Survey(processes(), os.getsid(0), os.getpgid(0))
     same_boot = ctx.manifest.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     known: dict[int, set[int]] = {}
     for tasks in ctx.options.known_tasks:
@@ -137,8 +141,43 @@ def survey(ctx: RestoreContext) -> Survey:
         if holder.start_time_ticks in times:
             found.old[pid] = holder
     _add_descendants(found)
+    _await_reaped(found, time.monotonic() + ctx.options.reap_timeout_s)
     _check_ids(ctx, found)
     return found
+
+
+def _await_reaped(found: Survey, deadline: float) -> None:
+    """Wait until the dead processes of the old job are reaped by those outside who must do it.
+
+    Raises:
+        RestoreConflictError: at the deadline one still is there. The living rest of the job is not killed for nothing.
+    """
+    for holder in list(found.old.values()):
+        if holder.state not in "ZX" or holder.ppid in found.old:
+            continue
+        while _is_dead(holder):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(holder.pid, os.WNOHANG)
+            if time.monotonic() > deadline:
+                parent = holder_of(holder.ppid)
+                raise RestoreConflictError(
+                    f"pid {holder.pid} is still held by a zombie ({holder.comm}) that its parent has not reaped",
+                    hint=f"{parent or f'task {holder.ppid}'} must wait for it (or end), then roll back; nothing was touched",
+                )
+            time.sleep(_POLL_S)
+        if holder_of(holder.pid) is None:
+            del found.old[holder.pid]
+
+
+def _is_dead(holder: Holder) -> bool:
+    """Whether it is a zombie still: all of it, not only its first thread."""
+    now = holder_of(holder.pid)
+    if now is None or now.start_time_ticks != holder.start_time_ticks or now.state not in "ZX":
+        return False
+    try:
+        return len(os.listdir(f"/proc/{holder.pid}/task")) == 1
+    except OSError:
+        return False
 
 
 def _add_descendants(found: Survey) -> None:
@@ -232,7 +271,7 @@ def _stray(
     spared: Callable[[Holder], bool], wanted: set[int], living_only: bool
 ) -> tuple[str, int, Holder] | None:
     """A process whose session or group has a wanted number."""
-    for holder in _processes().values():
+    for holder in processes().values():
         if living_only and holder.state in "ZX":
             continue
         for kind, number in (("session", holder.sid), ("process group", holder.pgid)):
@@ -393,7 +432,8 @@ def until_free(pid: int, timeout_s: float, make: Callable[[], T]) -> T:
 # -- /proc ------------------------------------------------------------------------------------------------------
 
 
-def _processes() -> dict[int, Holder]:
+def processes() -> dict[int, Holder]:
+    """Everything in /proc."""
     found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -429,4 +469,6 @@ def _parse(pid: int) -> Holder | None:
         fields[0].decode(),
         int(fields[19]),
         os.fsdecode(head.partition(b"(")[2]),
+        int(fields[4]) & 0xFFFFFFFF,
+        int(fields[5]),
     )

@@ -15,7 +15,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from checkpoint import environment
+from checkpoint import environment, surroundings
 from checkpoint.assembly import ARENA_BYTES, Assembly
 from checkpoint.finisher import Finisher
 from checkpoint.kernel import sys as ksys
@@ -25,7 +25,7 @@ from checkpoint.resources import directories, files, memory, nameless, task
 from checkpoint.restore_context import RestoreContext, RestoreOptions, RestoreResult
 from checkpoint.uninterrupted import stops_wait
 from snapshotter.base import faults
-from snapshotter.base.errors import SnapshotterError, wrap_os_error
+from snapshotter.base.errors import RestoreConflictError, SnapshotterError, wrap_os_error
 from snapshotter.base.pages import PageSource
 
 __all__ = ["RestoreOptions", "RestoreResult", "plan", "restore"]
@@ -112,6 +112,7 @@ def _prepare(
         environment.check_rights(ctx)
         found = environment.survey(ctx)
         ctx.replaces = bool(found.old)
+        _check_surroundings(ctx, found)
         planned = make_plan(ctx, found)
         environment.check_free(planned.tree.helper_pids, found)
         for process in ctx.processes.values():
@@ -124,6 +125,17 @@ def _prepare(
         _release(ctx)
         raise
     return ctx, found, planned
+
+
+def _check_surroundings(ctx: RestoreContext, found: environment.Survey) -> None:
+    """What killing the old job does to others is allowed, or refused now."""
+    around = surroundings.look(found, ctx.manifest.root_pid)
+    refused = [one for one in around.obstacles if one.option not in ctx.options.allow]
+    if refused:
+        raise RestoreConflictError.of(refused)
+    ctx.accepted = around.obstacles
+    for text in (*map(str, around.obstacles), *around.notes):
+        ctx.warn(text)
 
 
 def _numbers(ctx: RestoreContext, planned: RestorePlan) -> set[int]:

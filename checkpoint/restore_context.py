@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from images import codec, files_pb2, manifest_pb2, mm_pb2, task_pb2
 from snapshotter.base.errors import VerificationError
+from snapshotter.base.obstacles import Obstacle
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -38,6 +39,8 @@ class RestoreOptions:
     """Identities (pid -> start time in ticks, this boot) of the living job besides the point's own: those that an
     earlier rollback (RestoreResult.tasks) or a later point gave it. They may be replaced too."""
     terminal: Literal["auto", "reopen", "null"] = "auto"
+    allow: frozenset[str] = frozenset()
+    """Options of Obstacle values that were given: what killing the living job may do to others."""
     before_release: Callable[[Mapping[int, int]], None] = lambda _tasks: None
     """Told the identities (RestoreResult.tasks) just before the job runs: whoever writes them down then knows it again even if
     snap dies at once."""
@@ -85,6 +88,8 @@ class RestoreContext:
     """[start, end) of the stub's own memory in every process: keep it until the end."""
     holds: dict[int, str] = field(default_factory=dict)
     """pid of a stub (a helper's number) -> the space whose pages its memory has; those of its maker at birth."""
+    accepted: tuple[Obstacle, ...] = ()
+    """What killing the living job does to others, and was allowed."""
     replaces: bool = False
     """A living job is replaced: it has gone on since the point."""
     pages_written: int = 0

@@ -190,7 +190,9 @@ class FakeEngine:
     def boot_id(self):
         return BOOT
 
-    def restore(self, reader, known_tasks, *, dry_run, leave_stopped, terminal="auto", record):
+    def restore(
+        self, reader, known_tasks, *, dry_run, leave_stopped, terminal="auto", allow=frozenset(), record
+    ):
         self.known_tasks = known_tasks
         pid = reader.point.pid
         # Far in the future of CLOCK_BOOTTIME here: nothing older than this restore compares as newer.

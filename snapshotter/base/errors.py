@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
+from snapshotter.base.obstacles import Obstacle
+
 
 class SnapshotterError(Exception):
     """Something a user must be told. `str()` gives "where: what; hint" without empty parts."""
@@ -135,6 +137,22 @@ class RestoreConflictError(SnapshotterError):
 
     code = "restore_conflict"
     exit_status = 7
+
+    def __init__(
+        self, what: str, *, where: str = "", hint: str = "", obstacles: tuple[Obstacle, ...] = ()
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.obstacles = obstacles
+        """Where killing the living job is what stands in the way: each reason."""
+
+    @classmethod
+    def of(cls, obstacles: Sequence[Obstacle]) -> Self:
+        """The refusal to kill a living job: says all reasons."""
+        return cls(
+            "; ".join(dict.fromkeys(str(one) for one in obstacles)),
+            hint="; ".join(dict.fromkeys(one.hint for one in obstacles)) + "; nothing was touched",
+            obstacles=tuple(obstacles),
+        )
 
 
 class StoreError(SnapshotterError):

@@ -20,7 +20,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from snapshotter.base.errors import SnapshotterError, UnsupportedError, wrap_os_error
+from snapshotter.base.errors import RestoreConflictError, SnapshotterError, UnsupportedError, wrap_os_error
 from snapshotter.base.text import visible, whole
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ def show_error(error: SnapshotterError, *, as_json: bool) -> None:
         body: dict[str, Any] = {"code": error.code, "message": where_what, "hint": error.hint}
         if isinstance(error, UnsupportedError) and error.findings:
             body["findings"] = [finding.as_dict() for finding in error.findings]
+        if isinstance(error, RestoreConflictError) and error.obstacles:
+            body["obstacles"] = [one.as_dict() for one in error.obstacles]
         _write_json({"error": body})
         return
     if isinstance(error, UnsupportedError) and len(error.findings) > 1:

@@ -22,17 +22,47 @@ from snapshotter.cli.output import short
     show_default=True,
     help="If the job's terminal is gone: auto refuses, null gives it /dev/null instead.",
 )
+@click.option(
+    "--hang-up",
+    is_flag=True,
+    help="Kill the job although that hangs its terminal up: the window or connection on it closes.",
+)
+@click.option(
+    "--detach-from-parent",
+    is_flag=True,
+    help="Kill the job although its parent or supervisor notices: it may go on, or start another one.",
+)
 @common
-def command(app: App, point: str, dry_run: bool, leave_stopped: bool, terminal: str) -> int:
+def command(
+    app: App,
+    point: str,
+    dry_run: bool,
+    leave_stopped: bool,
+    terminal: str,
+    hang_up: bool,
+    detach_from_parent: bool,
+) -> int:
     """Bring the job back as it was at POINT, under the same pids, detached.
 
     If the job is still alive it is replaced, once everything that can be checked has been checked. A
     point can be rolled back to any number of times, in any order.
+
+    A living job is killed only if nothing else depends on it. A shell that leads the session of a terminal,
+    a job that its parent waits for and the main process of a service are refused, unless an option allows
+    it; nothing is touched then.
     """
     from snapshotter.manager.rollback import rollback
 
     with app.session() as session:
-        report = rollback(session, point, dry_run=dry_run, leave_stopped=leave_stopped, terminal=terminal)
+        options = {"hang-up": hang_up, "detach-from-parent": detach_from_parent}
+        report = rollback(
+            session,
+            point,
+            dry_run=dry_run,
+            leave_stopped=leave_stopped,
+            terminal=terminal,
+            allow=frozenset(name for name, given in options.items() if given),
+        )
     restored = report.restored
     app.out.warnings(report.warnings)
     if dry_run:

@@ -134,11 +134,12 @@ class RealEngine:
         dry_run: bool,
         leave_stopped: bool,
         terminal: str = "auto",
+        allow: frozenset[str] = frozenset(),
         record: Callable[[Mapping[int, int]], None],
     ) -> Restored:
         """Bring the point that `reader` reads back to life, replacing the job if one of `known_tasks` lives.
 
-        `record` is told the identities of the restored tasks just before they run.
+        `allow` are the options of Obstacle values that were given. `record` is told the identities of the restored tasks just before they run.
         """
         from checkpoint.restore import restore
         from checkpoint.restore_context import RestoreOptions
@@ -148,6 +149,7 @@ class RealEngine:
             leave_stopped=leave_stopped,
             known_tasks=tuple(known_tasks),
             terminal=cast("Literal['auto', 'reopen', 'null']", terminal),
+            allow=allow,
             before_release=record,
         )
         result = restore(reader.image, reader.image_names(), reader, options)

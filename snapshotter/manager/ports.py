@@ -140,6 +140,7 @@ class EngineLike(Protocol):
         dry_run: bool,
         leave_stopped: bool,
         terminal: str = "auto",
+        allow: frozenset[str] = frozenset(),
         record: Callable[[Mapping[int, int]], None],
     ) -> Restored: ...
     def features(self) -> Sequence[Mapping[str, object]]: ...

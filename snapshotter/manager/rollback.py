@@ -33,6 +33,7 @@ def rollback(
     dry_run: bool = False,
     leave_stopped: bool = False,
     terminal: str = "auto",
+    allow: frozenset[str] = frozenset(),
 ) -> RollbackReport:
     """Bring back the job as it was at the point that `text` names; replaces it if it is alive.
 
@@ -42,6 +43,7 @@ def rollback(
         dry_run: Check everything and plan (`restored.plan`); touch nothing.
         leave_stopped: Leave every process stopped, for a look at it; SIGCONT lets it go.
         terminal: What a job whose terminal is gone gets: "auto" nothing (a conflict), "null" /dev/null.
+        allow: What killing the living job may do to others: "hang-up" (its terminal), "detach-from-parent".
 
     Raises:
         NoSuchPointError, VerificationError, RestoreConflictError, PermissionDeniedError, LockedError.
@@ -61,6 +63,7 @@ def rollback(
             dry_run=dry_run,
             leave_stopped=leave_stopped,
             terminal=terminal,
+            allow=allow,
             record=record,
         )
     return RollbackReport(point, restored, (*restored.warnings, *problems))

@@ -96,6 +96,7 @@ class Restored:
         fake = SimpleNamespace(
             state={},
             options=SimpleNamespace(terminal=terminal, dry_run=False),
+            accepted=(),
             warn=self.warnings.append,
             processes={},
             image=lambda name, _kind: ctx.images[name],

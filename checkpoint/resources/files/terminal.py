@@ -17,6 +17,7 @@ import fcntl
 import os
 import stat
 import termios
+import time
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors, proc
@@ -34,6 +35,7 @@ _TTY, _CONSOLE, _PTMX = os.makedev(5, 0), os.makedev(5, 1), os.makedev(5, 2)
 _TTY_MAJORS = frozenset({4, 204, 229, *range(136, 144)})
 _TCGETS2_BYTES = 44
 _TCGETS2 = 0x802C542A
+_CLOSING_S = 0.3
 
 
 class TerminalKind(kind.Kind):
@@ -86,10 +88,15 @@ class TerminalKind(kind.Kind):
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         where = paths.shown(description.terminal.identity.path)
+        hung_up = any(one.code == "terminal_leader" for one in opening.ctx.accepted)
         try:
-            found = _find(opening, description.terminal)
+            found = (
+                _find_closing(opening, description.terminal)
+                if hung_up
+                else _find(opening, description.terminal)
+            )
         except RestoreConflictError as error:
-            if opening.terminal != "null":
+            if opening.terminal != "null" and not hung_up:
                 raise
             opening.warn(f"{where}: {error.what}; the job has /dev/null instead")
             return os.open("/dev/null", (description.flags & (os.O_ACCMODE | os.O_NONBLOCK)) | os.O_CLOEXEC)
@@ -110,6 +117,17 @@ def _find(opening: Opening, terminal: files_pb2.Terminal) -> int:
         os.close(fd)
         raise _gone(terminal, f"is gone, and {reason}")
     return fd
+
+
+def _find_closing(opening: Opening, terminal: files_pb2.Terminal) -> int:
+    """The same for one that was hung up by the kill: whoever holds the other side mostly closes it within moments."""
+    deadline = time.monotonic() + _CLOSING_S
+    while True:
+        fd = _find(opening, terminal)
+        if time.monotonic() > deadline:
+            return fd
+        os.close(fd)
+        time.sleep(_CLOSING_S / 20)
 
 
 def _warn_of_sharing(opening: Opening, terminal: files_pb2.Terminal) -> None:
