@@ -12,6 +12,7 @@ import stat as stat_module
 from typing import TYPE_CHECKING
 
 from checkpoint.resources import nameless, paths
+from checkpoint.resources.files import lookers
 from images import common_pb2, task_pb2
 from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 _DIRECTORIES = "task.directories"
 _DELETED = " (deleted)"
+_OF_PROCESS = {
+    "cwd": "its working directory is one of a process ({})",
+    "root": "its root directory is one of a process ({})",
+}
 _ROOT_DELETED, _ROOT_HINT = "its root directory was deleted", "end it, or start it anew"
 
 
@@ -33,10 +38,9 @@ def look(pid: int, report: list[Finding], tid: int = 0) -> None:
     root, cwd = os.readlink(f"{folder}/root"), os.readlink(f"{folder}/cwd")
     if _is_deleted(root, os.stat(f"{folder}/root")):
         report.append(Finding(pid, "root", _ROOT_DELETED, _ROOT_HINT))
-    parts = cwd.split("/", 3)
-    if parts[1:2] == ["proc"] and parts[2:] and parts[2].isdigit():
-        what = f"its working directory is one of a process ({cwd})"
-        report.append(Finding(pid, "cwd", what, "let it chdir elsewhere first"))
+    for name, link in (("cwd", cwd), ("root", root)):
+        if lookers.process_of(os.fsencode(link)):
+            report.append(Finding(pid, name, _OF_PROCESS[name].format(link), "let it chdir elsewhere first"))
 
 
 def _is_deleted(target: str, info: os.stat_result) -> bool:
@@ -59,6 +63,9 @@ def dump_thread(pid: int, tid: int, umask: int, message: task_pb2.FsContext) -> 
 def _directory(pid: int, tid: int, link: str) -> common_pb2.FileIdentity:
     path = f"/proc/{pid}/task/{tid}/{link}"
     info, target = os.stat(path), os.readlink(path)
+    if lookers.process_of(os.fsencode(target)):
+        finding = Finding(pid, link, _OF_PROCESS[link].format(target), "let it chdir elsewhere first")
+        raise UnsupportedError.of([finding], pid)
     identity = common_pb2.FileIdentity(
         path=os.fsencode(target), dev=info.st_dev, ino=info.st_ino, mode=info.st_mode
     )

@@ -61,9 +61,9 @@ def _dump(job: FilesDump, seen: Seen, place: files_pb2.Directory | files_pb2.Pat
     place.identity.CopyFrom(identity)
 
 
-def _check(opening: Opening, place: files_pb2.Directory | files_pb2.PathOnly) -> None:
+def _check(opening: Opening, place: files_pb2.Directory | files_pb2.PathOnly, flags: int) -> None:
     if place.HasField("proc") or pseudo.is_pseudo(place.identity.path):
-        pseudo.check(opening.ctx, place.identity, place.proc)
+        pseudo.check(opening.ctx, place.identity, place.proc, flags)
     elif place.identity.deleted:
         nameless.make(opening.ctx, place.identity)
     else:
@@ -95,7 +95,7 @@ class DirectoryKind(kind.Kind):
         _dump(job, seen, description.directory)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
-        _check(opening, description.directory)
+        _check(opening, description.directory, description.flags)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         fd = _open(opening, description.directory, description.flags)
@@ -117,7 +117,7 @@ class PathOnlyKind(kind.Kind):
         _dump(job, seen, description.path_only)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
-        _check(opening, description.path_only)
+        _check(opening, description.path_only, description.flags | O_PATH)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         return _open(opening, description.path_only, description.flags | O_PATH)

@@ -27,7 +27,7 @@ from checkpoint.kernel import sockdiag
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.fdinfo import EpollTarget
 from checkpoint.resources import locks
-from checkpoint.resources.files import kinds, multicast, outside
+from checkpoint.resources.files import kinds, lookers, multicast, outside
 from checkpoint.resources.files.kind import Seen, descriptors, see
 from images import files_pb2
 from snapshotter.base.errors import SnapshotterError, UnsupportedError, wrap_os_error
@@ -230,6 +230,7 @@ class FilesDump:
             field: str | None = description.WhichOneof("kind")
             assert field is not None  # dump() filled it
             kinds.BY_FIELD[field].finish(self, self.examples[number], description)
+        lookers.judge(self)
         outside.record_outside(self)
         self.image.pipes.extend(self.pipes.values())
         self.ctx.images["files"] = self.image

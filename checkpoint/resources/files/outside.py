@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc, sockdiag
 from checkpoint.resources import sharing
-from checkpoint.resources.files import pseudo
+from checkpoint.resources.files import lookers
 from checkpoint.resources.files.kind import DELETED, Seen, descriptors, see
 from snapshotter.base.errors import Finding, SnapshotterError
 
@@ -87,7 +87,7 @@ def look_job(pids: Sequence[int], report: list[Finding]) -> None:
                 link = os.readlink(os.fsencode(f"/proc/{task}/fd/{fd}"))
             except OSError:
                 continue
-            if pseudo.process_of(link) and (entry := see(task, fd)) is not None:
+            if lookers.process_of(link) and (entry := see(task, fd)) is not None:
                 entries.append(entry)
             elif link.startswith((b"pipe:", b"socket:", b"/")):
                 seen = see(task, fd) if not link.startswith(b"/") or _is_fifo(task, fd) else None
@@ -99,7 +99,7 @@ def look_job(pids: Sequence[int], report: list[Finding]) -> None:
                     sockets.setdefault(seen.stat.st_ino, seen)
     _pipes(pids, {link: seen for link, seen in pipes.items() if _has_no_path(link)})
     _sockets(pids, sockets, report)
-    pseudo.look_job(pids, entries, report)
+    lookers.look_job(pids, entries, report)
 
 
 def _has_no_path(link: bytes) -> bool:

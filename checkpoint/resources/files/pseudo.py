@@ -1,6 +1,7 @@
 """Files and directories of /proc and /sys: opened again by path, for their content is the kernel's own.
 
-What is about one process (/proc/PID/...) is found again when it is of the job, whose processes have their old numbers.
+What is about one process (/proc/PID/...) is found again when it is of the job, whose processes have their old numbers; who may have it,
+lookers.py judges.
 Of a process outside the job it is opened again while that process lives; once it has ended, the job gets one
 of a process that has ended, as it would have if it had gone on: reading fails with ESRCH. The files of
 /proc/PID/ns are those of snap's own namespaces, in which the job is.
@@ -13,15 +14,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors, proc
+from checkpoint.kernel import capabilities, descriptors, proc
 from checkpoint.kernel.fdinfo import O_PATH
 from checkpoint.resources import paths
-from checkpoint.resources.files import kind
-from images import files_pb2
+from checkpoint.resources.files import kind, lookers
+from images import files_pb2, task_pb2
 from snapshotter.base.errors import Finding, RestoreConflictError, TargetGoneError, wrap_os_error
 
 if TYPE_CHECKING:
@@ -47,18 +47,8 @@ _WRITABLE = frozenset(
     {b"autogroup", b"comm", b"coredump_filter", b"oom_adj", b"oom_score_adj", b"timerslack_ns"}
 )
 """Of /proc/PID: their writes are judged by who writes, not by who opened them, which is snap now."""
-_OF_MEMORY = frozenset(
-    [
-        b"auxv",
-        b"environ",
-        b"maps",
-        b"mem",
-        b"numa_maps",
-        b"pagemap",
-        b"smaps",
-        b"smaps_rollup",
-    ]
-)
+_TO_OPEN = capabilities.CAP_DAC_OVERRIDE | capabilities.CAP_DAC_READ_SEARCH | capabilities.CAP_SYS_PTRACE
+"""Without which the files of a process that is being made, and is root's yet, could not be opened. Nothing asks for them later."""
 
 
 def system_of(seen: Seen) -> int:
@@ -79,7 +69,7 @@ def refusal(seen: Seen, system: int) -> Finding | None:
         if _own_namespace(seen):
             return None
         return Finding(seen.pid, seen.where, "is a namespace that is not the job's own", "close it first")
-    if system == PROC_MAGIC and process_of(seen.link):
+    if system == PROC_MAGIC and lookers.process_of(seen.link):
         parts = seen.path.split(b"/")
         if b"task" in parts[3:4] and parts[4:] and parts[4] != parts[2]:
             what = "is a file of /proc of a single thread"
@@ -102,32 +92,6 @@ def refusal(seen: Seen, system: int) -> Finding | None:
     )
 
 
-def look_job(pids: Sequence[int], entries: Iterable[Seen], report: list[Finding]) -> None:
-    """Files that show the memory which a process had when they were opened. After an exec of a privileged program that is not
-    the memory which they would be opened for again: only where every process of the job is the same user's can that give
-    nobody more than he had.
-    """
-    for seen in entries:
-        if seen.path.rpartition(b"/")[2] not in _OF_MEMORY or seen.link.endswith(kind.DELETED):
-            continue
-        if process_of(seen.link) not in pids:
-            report.append(
-                Finding(seen.pid, seen.where, "shows the memory of another process", "close it first")
-            )
-        elif len({proc.read_status(pid).uids for pid in pids}) > 1:
-            what = "shows the memory of a process, and the processes of the job are of several users"
-            report.append(Finding(seen.pid, seen.where, what, "close it first"))
-
-
-def process_of(link: bytes) -> int:
-    """The PID of a path /proc/PID/...; 0 of any other."""
-    parts = link.split(b"/", 3)
-    if len(parts) < 3 or parts[:2] != [b"", b"proc"]:
-        return 0
-    number = parts[2].removesuffix(kind.DELETED)
-    return int(number) if number.isdigit() else 0
-
-
 def _own_namespace(seen: Seen) -> str:
     for name in proc.NAMESPACES:
         try:
@@ -141,7 +105,7 @@ def _own_namespace(seen: Seen) -> str:
 
 def entry_of(link: bytes) -> files_pb2.ProcEntry:
     """What a path below /proc/PID is about; empty for any other."""
-    entry = files_pb2.ProcEntry(pid=process_of(link))
+    entry = files_pb2.ProcEntry(pid=lookers.process_of(link))
     if entry.pid:
         entry.boot_id = _boot_id()
         try:
@@ -161,8 +125,10 @@ def namespace_entry(seen: Seen) -> files_pb2.ProcEntry:
 # -- restore ----------------------------------------------------------------------------------------------------
 
 
-def check(ctx: RestoreContext, identity: common_pb2.FileIdentity, entry: files_pb2.ProcEntry) -> None:
-    """Whether it is there, as far as that can be told while the job is not.
+def check(
+    ctx: RestoreContext, identity: common_pb2.FileIdentity, entry: files_pb2.ProcEntry, flags: int = O_PATH
+) -> None:
+    """Whether it is there, as far as that can be told while the job is not, and may be opened again.
 
     Raises:
         RestoreConflictError: it is gone, or is something else.
@@ -170,11 +136,14 @@ def check(ctx: RestoreContext, identity: common_pb2.FileIdentity, entry: files_p
     if entry.namespace:
         if entry.namespace not in proc.NAMESPACES:
             raise RestoreConflictError(f"a namespace of an unknown kind ({entry.namespace})", where="files")
-    elif entry.pid or process_of(identity.path):
-        if entry.pid != process_of(identity.path):
+    elif entry.pid or lookers.process_of(identity.path):
+        if entry.pid != lookers.process_of(identity.path):
             raise RestoreConflictError(f"is not of process {entry.pid}", where=paths.shown(identity.path))
-        if not entry.dead and entry.pid not in ctx.processes and not _lives(entry):
-            ctx.warn(f"{paths.shown(identity.path)}: process {entry.pid}, outside the job, has ended")
+        if not entry.dead and entry.pid not in ctx.processes:
+            if not _lives(entry):
+                ctx.warn(f"{paths.shown(identity.path)}: process {entry.pid}, outside the job, has ended")
+            elif not flags & O_PATH:
+                lookers.check(ctx, entry, identity.path, flags & os.O_ACCMODE)
     else:
         os.close(paths.locate(identity, same_inode=False))
 
@@ -195,7 +164,10 @@ def reopen(
     try:
         found = paths.find(path)
         try:
-            return paths.reopen(found, flags & ~os.O_NOFOLLOW, where)
+            # What is opened remembers who did: no more shows than to the task of the job with the fewest capabilities.
+            return capabilities.with_at_most(
+                _fewest(ctx) | _TO_OPEN, lambda: paths.reopen(found, flags & ~os.O_NOFOLLOW, where)
+            )
         finally:
             os.close(found)
     except OSError as error:
@@ -204,6 +176,16 @@ def reopen(
         if child:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def _fewest(ctx: RestoreContext) -> int:
+    """The capabilities that every task of the job has."""
+    common = -1
+    for process in ctx.processes.values():
+        if process.state != task_pb2.Process.ZOMBIE:
+            for thread in process.threads:
+                common &= thread.credentials.cap_effective
+    return common
 
 
 def _lives(entry: files_pb2.ProcEntry) -> bool:

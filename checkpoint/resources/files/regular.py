@@ -97,7 +97,7 @@ class RegularKind(kind.Kind):
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         regular = description.regular
         if regular.HasField("proc") or pseudo.is_pseudo(regular.identity.path):
-            pseudo.check(opening.ctx, regular.identity, regular.proc)
+            pseudo.check(opening.ctx, regular.identity, regular.proc, description.flags)
         elif not regular.shmem:
             found = _locate(opening, regular)
             if found >= 0:
