@@ -84,6 +84,8 @@ class FrozenProcess:
     start_time_ticks: int = 0
     brk: int = 0
     """Where its heap ends; set by task.dump_process."""
+    used_io_uring: bool = False
+    """A thread of it has used io_uring since its exec; set by task.dump_process."""
 
     @property
     def parasite(self) -> RemoteTask:

@@ -111,8 +111,10 @@ class _Take:
         self.dump_uptime_ns = 0
         self.frozen_readers: dict[int, memory.MmReader] = {}
         self.witness: oracle.Witness | None = None
-        self.not_read: dict[int, Runs] = {}
-        """pid -> pages that were not read in the frozen window; kept for the oracle."""
+        self.wrong: dict[int, SnapshotterError] = {}
+        """pid -> what the oracle found, if it is not read again."""
+        self.planned: dict[int, tuple[Runs, Runs]] = {}
+        """pid -> its pages, and those of them that were read in the frozen window."""
         if ctx.options.verify_pages or oracle.is_wanted():
             ctx.sink = self.witness = oracle.Witness(ctx.sink)
         self.manifest = manifest_pb2.Manifest()
@@ -234,6 +236,8 @@ class _Take:
     def begin_round(self, pid: int, start: int) -> list[Round]:
         """Begin one round of one process: what is due in it; nothing when it is not to be read while it runs."""
         ctx = self.ctx
+        if pid in self.precopied and not self.precopied[pid].complete:
+            return []  # it is left to the frozen window as a whole
         looked = memory.take_looked(pid)
         try:
             space = memory.address_space(ctx, pid, frozen=False, known=looked)
@@ -342,7 +346,10 @@ class _Take:
                 ctx.images[f"process/{process.pid}"] = message
                 if not process.is_zombie:
                     message.mm = memory.dump_mm(ctx, process, spaces[process.pid])
+                    self.doubt(process, spaces[process.pid], staging)
                 faults.point("dump.state")
+            for error in self.wrong.values():
+                raise error
             self._mark("state")
             files.dump_files(ctx)
             locks.dump(ctx, spaces)
@@ -416,24 +423,36 @@ class _Take:
         if len(to_read):
             ctx.sink.put(name, pageplan.to_table(to_read), reader)
         self.frozen_readers[pid] = reader
-        if self.witness is not None:
-            self.not_read[pid] = pageplan.subtract(plan.present, to_read)
+        self.planned[pid] = plan.present, to_read
         ctx.sink.close_space(name, pageplan.to_table(plan.present))
         ctx.stats.pages_total += plan.nr_present
         return space
 
+    def doubt(self, process: FrozenProcess, space: memory.AddressSpace, staging: Staging) -> None:
+        """Read what may have been written into unseen while the job ran, and let no later point build on what may be so after it."""
+        pid = process.pid
+        hidden = process.used_io_uring and not transfers.has_ring(space.mappings)
+        if hidden:
+            present, was_read = self.planned[pid]
+            pages = pageplan.subtract(present, was_read)
+            staging.put(memory.space_name(pid), pageplan.to_table(pages), self.frozen_readers[pid])
+            self.wrong.pop(pid, None)
+        if hidden or transfers.held(process):
+            self.session.distrust(pid)
+
     def verify_pages(self, spaces: dict[int, memory.AddressSpace]) -> None:
-        """Where the oracle is wanted: before anything is run in the job, which would change its stacks."""
+        """Where the oracle is wanted: before anything is run in the job, which would change its stacks. What it finds counts once `doubt` has been heard."""
         if self.witness is None:
             return
         parent = self.ctx.parent.pages if self.ctx.parent is not None else None
-        for pid, pages in self.not_read.items():
+        for pid, (present, was_read) in self.planned.items():
             name, mem = memory.space_name(pid), self.ctx.processes[pid].mem
             assert mem is not None
+            pages = pageplan.subtract(present, was_read)
             wrong = oracle.compare(name, pages, mem, self.witness.seen(name), parent)
             self.ctx.stats.pages_verified += pageplan.count(pages)
             if wrong:
-                raise oracle.error(pid, wrong, spaces[pid].mappings)
+                self.wrong[pid] = oracle.error(pid, wrong, spaces[pid].mappings)
         self.witness.rest()
         self._mark("verify")
 

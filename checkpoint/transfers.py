@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from checkpoint.context import FrozenProcess
 from checkpoint.hurry import hurried
 from checkpoint.kernel import interrupted, proc, ptrace, syscalls
 from checkpoint.kernel.fdinfo import parse_fdinfo
@@ -187,7 +188,19 @@ def asynchronous(pid: int, mappings: Iterable[Mapping]) -> bool:
         return True
     if _nr_aio() and any(b"/[aio]" in line for line in _maps(pid)):
         return True
-    return any(one.path == b"anon_inode:[io_uring]" for one in mappings) and _ring_at_work(pid)
+    return has_ring(mappings) and _ring_at_work(pid)
+
+
+def has_ring(mappings: Iterable[Mapping]) -> bool:
+    """Whether a ring of io_uring is mapped: the resource of such rings (files/uring.py) judges it, all others are refused."""
+    return any(one.path == b"anon_inode:[io_uring]" for one in mappings)
+
+
+def held(process: FrozenProcess) -> bool:
+    """The same question of a process that stands still: whether somebody may write into its pages from now on."""
+    return process.status.fields.get("VmPin", "0 kB").split()[0] != "0" or process.status.threads > len(
+        process.threads
+    )
 
 
 def _nr_aio() -> int:

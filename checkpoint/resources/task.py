@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
+from checkpoint.model.vma import IO_URING_HINT
 from checkpoint.parasite import Batch, visit
 from checkpoint.resources import (
+    async_io,
     cgroups,
     credentials,
     directories,
@@ -129,6 +131,16 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
             for task, (results, questions) in zip(process.threads, given, strict=True)
         ],
     )
+    process.used_io_uring = any(
+        async_io.was_used(results[questions.io_uring]) for results, questions in given
+    )
+    for task, (results, questions) in zip(process.threads, given, strict=True):
+        if async_io.has_registered_ring(results[questions.io_uring]):
+            raise UnsupportedError(
+                "has an io_uring instance registered with the thread",
+                where=f"task {task.tid}",
+                hint=IO_URING_HINT,
+            )
     if leader.facts.word(b"ShdPnd", 16):
         message.shared_pending.extend(signals.dump_pending(pid, shared=True))
     message.umask = process.status.umask
@@ -197,6 +209,7 @@ class _AskedThread:
     securebits: Ref
     slack: Ref
     personality: Ref
+    io_uring: Ref
 
 
 def _questions(ctx: DumpContext, process: FrozenProcess) -> tuple[Batch, _AskedThread, _Asked]:
@@ -230,6 +243,7 @@ def _ask_thread(ctx: DumpContext, batch: Batch, status: Status) -> _AskedThread:
         batch.call("prctl", prctl.GET_SECUREBITS, 0, 0, 0, 0),
         batch.call("prctl", prctl.GET_TIMERSLACK, 0, 0, 0, 0),
         batch.call("personality", _PERSONALITY_QUERY),
+        async_io.ask(batch),
     )
 
 

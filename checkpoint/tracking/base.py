@@ -78,6 +78,10 @@ class Session(ABC):
         """A process that has ended during the take."""
 
     @abstractmethod
+    def distrust(self, pid: int) -> None:
+        """What is written to this process from now on may go unseen: the next take reads it as a whole."""
+
+    @abstractmethod
     def confirm(self) -> None:
         """The take is committed: from now on `nonce` names the instant of the last collect."""
 

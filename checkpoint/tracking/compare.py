@@ -26,6 +26,9 @@ class CompareSession(Session):
         """None: all of it."""
         return None
 
+    def distrust(self, pid: int) -> None:
+        """Nothing was trusted."""
+
     def confirm(self) -> None:
         """Nothing to remember."""
 

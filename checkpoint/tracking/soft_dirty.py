@@ -91,6 +91,10 @@ class SoftDirtySession(Session):
         self._valid.add(pid)
         return runs
 
+    def distrust(self, pid: int) -> None:
+        """See Session.distrust."""
+        self._valid.discard(pid)
+
     def add(self, pid: int, start_time_ticks: int) -> None:
         """A process that was found only in the frozen window."""
         self.tasks.setdefault(pid, start_time_ticks)

@@ -215,6 +215,12 @@ class WriteProtectSession(Session):
             keeper.keep(kept, self.root_pid, self.tasks[self.root_pid], self.tasks)
         kept.nonce = self.nonce
 
+    def distrust(self, pid: int) -> None:
+        """See Session.distrust."""
+        if self._kept is not None:
+            self._valid.discard(pid)
+            self._drop(pid)
+
     def add(self, pid: int, start_time_ticks: int) -> None:
         """A process that was found only in the frozen window."""
         self.tasks.setdefault(pid, start_time_ticks)

@@ -5,16 +5,23 @@ Each take here runs under the oracle (checkpoint/oracle.py), which fails it by n
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import signal
+import struct
 
 import pytest
 
-from checkpoint import dump, oracle
+from checkpoint import dump, oracle, transfers
+from checkpoint.kernel import sys as ksys
+from checkpoint.kernel import uring
 from checkpoint.tracking.base import EMPTY
 from checkpoint.tracking.write_protect import WriteProtectSession
+from snapshotter.base.errors import UnsupportedError
 from tests import slow
 from tests.jobs import reap, signal_tree, state
+from tests.kernel.descriptor_jobs import child
 from tests.memory_store import take
 
 pytestmark = pytest.mark.requires("root", "wp_async")
@@ -79,6 +86,44 @@ def test_the_oracle_names_what_a_tracker_hides(way, job, compile_program, monkey
                 take(job.pid, first)
         assert state(job.pid) in {"R", "S"}
         take(job.pid, first)
+    finally:
+        signal_tree(job.pid, signal.SIGKILL)
+        reap(job.pid)
+
+
+@pytest.mark.requires("io_uring")
+def test_registered_buffers_are_seen():
+    """Whoever they are registered with: VmPin says so."""
+
+    def register() -> None:
+        memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[:] = b"x" * len(memory)
+        where = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        ring, _ = uring.setup(4, 8)
+        vector = ctypes.create_string_buffer(struct.pack("=QQ", where, len(memory)))
+        ksys.syscall("io_uring_register", ring, 0, vector, 1)
+
+    with child(lambda: None) as pid:
+        assert not transfers.asynchronous(pid, [])
+    with child(register) as pid:
+        assert transfers.asynchronous(pid, [])
+
+
+@pytest.mark.requires("io_uring")
+def test_requests_of_closed_rings(job, compile_program, varied_file):
+    """A process that has used io_uring may have transfers that nothing shows: it is read in the frozen window."""
+    job.start([compile_program("../kernel/programs/closed_rings.c"), varied_file, "24"]).wait_ready()
+    try:
+        with slow.disk(job.pid, varied_file, 8 << 20):
+            point, taken = None, 0
+            while taken < NR_TAKES:
+                try:
+                    point = take(job.pid, point)
+                except UnsupportedError as error:  # the instant in which a ring is open
+                    assert "io_uring" in str(error)
+                    continue
+                taken += 1
+                assert point.result.stats.pages_frozen >= 24 << 20 >> 12
     finally:
         signal_tree(job.pid, signal.SIGKILL)
         reap(job.pid)
