@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from snapshotter.base import trust
 from snapshotter.base.errors import NoStoreError, PermissionDeniedError, SnapshotterError, StoreError
 
 TEMP_SUFFIX = ".tmp"
@@ -28,6 +29,9 @@ _HINTS = {
     errno.EPERM: "use a store of your own with --store, or run as the store's owner",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+
+
+_WAY_HINT = "use a directory that only you and root can write; if you trust the owner like yourself: --store-owner USER"
 
 
 class NoSpaceError(StoreError):
@@ -85,6 +89,7 @@ def open_new(path: Path) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         os.fchmod(fd, 0o600)
+        give(fd, path.parent)
     except BaseException:
         os.close(fd)
         with contextlib.suppress(OSError):
@@ -124,13 +129,31 @@ def make_dir(path: Path) -> None:
     """A directory of ours, 0700 whatever the umask; fine when it exists."""
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-        path.chmod(0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchmod(fd, 0o700)
+            give(fd, path.parent)
+        finally:
+            os.close(fd)
 
 
-def check_private(path: Path) -> None:
-    """Refuses a store directory that is not ours or that others may look into: it holds jobs' memory."""
+def _trusted(owner: int | None) -> frozenset[int]:
+    return trust.callers() if owner is None else trust.callers() | {owner}
+
+
+def check_way(path: Path, owner: int | None) -> None:
+    """Refuses a path on which somebody else could put a directory of theirs; what does not exist yet is fine."""
+    with wrapped("cannot look at the store", path):
+        trust.check_way(path, _trusted(owner), hint=_WAY_HINT)
+
+
+def check_private(path: Path, owner: int | None = None) -> None:
+    """Refuses a store directory that is not ours (or the `owner`'s), that others may look into (it holds jobs' memory), or
+    that they could exchange for another.
+    """
     try:
-        status = os.stat(path)
+        with trust.opened(path, _trusted(owner), hint=_WAY_HINT) as fd:
+            status = os.fstat(fd)
     except FileNotFoundError:
         raise NoStoreError(
             "there is no store here", where=str(path), hint="`snap take` makes one; or name it with --store"
@@ -139,11 +162,13 @@ def check_private(path: Path) -> None:
         raise store_error(error, "cannot look at the store", path) from error
     if not stat.S_ISDIR(status.st_mode):
         raise NoStoreError("not a directory", where=str(path), hint="name another with --store")
-    if status.st_uid != os.geteuid():
+    wanted = os.geteuid() if owner is None else owner
+    if status.st_uid != wanted:
         raise PermissionDeniedError(
-            f"the store belongs to uid {status.st_uid}, not to uid {os.geteuid()}",
+            f"the store belongs to uid {status.st_uid}, not to uid {wanted}",
             where=str(path),
-            hint="run as its owner, or use a store of your own with --store",
+            hint="run as its owner, or use a store of your own with --store; if you trust the owner like yourself: "
+            "--store-owner USER",
         )
     if status.st_mode & 0o077:
         raise PermissionDeniedError(
@@ -151,3 +176,11 @@ def check_private(path: Path) -> None:
             where=str(path),
             hint=f"it holds the memory of jobs; look at who used it, then `chmod 700 {path}`",
         )
+
+
+def give(fd: int, directory: Path) -> None:
+    """Root's new file or directory in somebody else's store belongs to the store's owner, who must go on with it."""
+    if os.geteuid() == 0:
+        status = os.stat(directory)
+        if status.st_uid:
+            os.fchown(fd, status.st_uid, status.st_gid)

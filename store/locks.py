@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Self
 
 from snapshotter.base.errors import LockedError
-from store.files import wrapped
+from store.files import give, wrapped
 
 
 def _open(path: Path) -> int:
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     with wrapped("cannot open a lock file", path):
         try:
-            return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o600)
+            fd = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o600)
+            give(fd, path.parent)
+            return fd
         except OSError as first:
             try:
                 return os.open(path, flags | os.O_RDONLY)  # a read-only file system can still be read

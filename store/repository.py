@@ -26,7 +26,16 @@ from snapshotter.base.errors import (
 from store.catalog import BlobRefs, Catalog
 from store.damage import NAME as DAMAGED
 from store.damage import DamageList
-from store.files import TEMP_SUFFIX, check_private, fsync_dir, make_dir, publish, store_error, wrapped
+from store.files import (
+    TEMP_SUFFIX,
+    check_private,
+    check_way,
+    fsync_dir,
+    make_dir,
+    publish,
+    store_error,
+    wrapped,
+)
 from store.locks import Lock, lock_job, lock_store, try_lock
 from store.schema import SCHEMA_REVISION
 from store.types import FileRecord, Point, PruneReport, StoreStats, VerifyReport
@@ -81,8 +90,11 @@ class Store:
         catalog_url: str | None = None,
         *,
         upgrade: bool = True,
+        owner: int | None = None,
     ) -> Store:
         """Opens the store in a directory, making or (unless told not to) migrating it as needed.
+
+        It must belong to the caller, or to the uid `owner`, who is then trusted with what is in it.
 
         Raises:
             NoStoreError: nothing here, not a store, or one of a newer snap.
@@ -92,8 +104,8 @@ class Store:
         """
         root = Path(path).absolute()
         if create and not _is_there(root / _MARK):
-            cls._create(root)
-        check_private(root)
+            cls._create(root, owner)
+        check_private(root, owner)
         mark = cls._read_mark(root)
         with wrapped("cannot read the store's key", root / _KEY):
             try:
@@ -106,7 +118,8 @@ class Store:
         return cls(root, mark, secret, catalog)
 
     @staticmethod
-    def _create(root: Path) -> None:
+    def _create(root: Path, owner: int | None) -> None:
+        check_way(root, owner)
         with wrapped("cannot make a store", root):
             root.parent.mkdir(parents=True, exist_ok=True)
             make_dir(root)
@@ -119,7 +132,7 @@ class Store:
                 )
             if names <= {"lost+found"} and os.stat(root).st_uid == os.geteuid():
                 root.chmod(0o700)  # an empty directory made for us with `mkdir`
-        check_private(root)
+        check_private(root, owner)
         with wrapped("cannot make a store", root):
             for name in _DIRECTORIES:
                 make_dir(root / name)

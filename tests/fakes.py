@@ -27,7 +27,7 @@ class FakeStore:
         self.waited: list[tuple[str, float]] = []
         self.ids = (f"{number:04x}" + "a" * 28 for number in itertools.count(0x1000))
 
-    def opener(self, path, create, *, upgrade=True):
+    def opener(self, path, create, *, upgrade=True, owner=None):
         if not (create or self.exists):
             raise NoStoreError("there is no store here", where=str(path))
         path.mkdir(parents=True, exist_ok=True)

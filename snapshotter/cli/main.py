@@ -19,6 +19,7 @@ import click
 
 from snapshotter import __version__
 from snapshotter.base.errors import InterruptedByUserError, SnapshotterError, UsageError
+from snapshotter.cli.options import STORE_OWNER_HELP
 from snapshotter.cli.output import (
     ReaderGoneError,
     flush,
@@ -76,16 +77,19 @@ class LazyGroup(click.Group):
 )
 @click.version_option(__version__, prog_name="snap")
 @click.option("--store", "flag_store", metavar="DIR", help="Store to use (default: SNAP_STORE, config).")
+@click.option("--store-owner", "flag_owner", metavar="USER", help=STORE_OWNER_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only ids, warnings and errors.")
 @click.pass_context
-def cli(ctx: click.Context, flag_store: str | None, as_json: bool, quiet: bool) -> None:
+def cli(
+    ctx: click.Context, flag_store: str | None, flag_owner: str | None, as_json: bool, quiet: bool
+) -> None:
     """Take points in time of running Linux jobs, and roll them back.
 
     A POINT is named by its id (any unique beginning of 4 or more digits), `latest`, `latest~2`,
     the JOB's name (its latest point) or `JOB~3`.
     """
-    ctx.obj = {"flag_store": flag_store, "as_json": as_json, "quiet": quiet}
+    ctx.obj = {"flag_store": flag_store, "flag_owner": flag_owner, "as_json": as_json, "quiet": quiet}
 
 
 def _require_address_space(command: str) -> None:

@@ -19,15 +19,20 @@ if TYPE_CHECKING:
     from snapshotter.manager.session import Session
 
 
-def _default_session(flag_store: str | None) -> Session:
+def _default_session(flag_store: str | None, flag_owner: str | None = None) -> Session:
     from snapshotter.manager import config
     from snapshotter.manager.session import Session
 
-    return Session(config.load(flag_store))
+    return Session(config.load(flag_store, flag_owner))
 
 
-open_session: Callable[[str | None], Session] = _default_session
+open_session: Callable[..., Session] = _default_session
 """Replaced by tests that bring a fake engine and store."""
+
+
+STORE_OWNER_HELP = (
+    "Use the store of USER, who is then trusted like you: what is in it may run with your rights."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +41,18 @@ class App:
 
     out: Output
     flag_store: str | None
+    flag_owner: str | None = None
 
     def session(self) -> Session:
         """A new session; use it in a `with`."""
-        return open_session(self.flag_store)
+        return open_session(self.flag_store, self.flag_owner)
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --store, --json and --quiet to a command; it gets an `App` as its first argument."""
 
     @click.option("--store", "flag_store", metavar="DIR", help="Store to use (default: SNAP_STORE, config).")
+    @click.option("--store-owner", "flag_owner", metavar="USER", help=STORE_OWNER_HELP)
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
     @click.option("-q", "--quiet", is_flag=True, help="Print only ids, warnings and errors.")
     @click.pass_context
@@ -55,13 +62,14 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
         /,
         *args: Any,
         flag_store: str | None,
+        flag_owner: str | None,
         as_json: bool,
         quiet: bool,
         **kwargs: Any,
     ) -> Any:
         above: dict[str, Any] = context.find_root().obj or {}
         out = Output(as_json=as_json or bool(above.get("as_json")), quiet=quiet or bool(above.get("quiet")))
-        app = App(out, flag_store or above.get("flag_store"))
+        app = App(out, flag_store or above.get("flag_store"), flag_owner or above.get("flag_owner"))
         return command(app, *args, **kwargs)
 
     return wrapper

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from snapshotter.base import trust
 from snapshotter.base.errors import UsageError, wrap_os_error
 
 SYSTEM_CONFIG = Path("/etc/snap/config.toml")
 ROOT_STORE = Path("/var/lib/snap")
+_MAX_BYTES = 1 << 16
+_HINT = "whoever writes the configuration chooses where the store is: use your own (sudo -H), or XDG_CONFIG_HOME=/root/.config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,8 @@ class Config:
     store: Path
     store_from: str
     """Which source named the store: "--store", "SNAP_STORE", a config file's path, or "default"."""
+    store_owner: int | None = None
+    """Who besides root and the caller is trusted with the store (--store-owner)."""
     lock_wait_s: float = 10.0
     """How long rollback, forget and prune wait for a take that is under way."""
 
@@ -30,8 +35,16 @@ class Config:
 def user_config_path(env: Mapping[str, str]) -> Path:
     """~/.config/snap/config.toml, or below XDG_CONFIG_HOME."""
     base = env.get("XDG_CONFIG_HOME", "")
-    home = Path(base) if base.startswith("/") else Path(env.get("HOME") or Path.home()) / ".config"
+    home = Path(base) if base.startswith("/") else _home(env) / ".config"
     return home / "snap" / "config.toml"
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    """The user's; for one that no table knows, a directory that does not exist."""
+    try:
+        return Path(env.get("HOME") or Path.home())
+    except RuntimeError:
+        return Path("/nonexistent")
 
 
 def default_store(env: Mapping[str, str], uid: int) -> Path:
@@ -39,18 +52,24 @@ def default_store(env: Mapping[str, str], uid: int) -> Path:
     if uid == 0:
         return ROOT_STORE
     base = env.get("XDG_DATA_HOME", "")
-    home = Path(base) if base.startswith("/") else Path(env.get("HOME") or Path.home()) / ".local" / "share"
+    home = Path(base) if base.startswith("/") else _home(env) / ".local" / "share"
     return home / "snap"
 
 
 def load(
     flag_store: str | None = None,
+    flag_owner: str | None = None,
     *,
     env: Mapping[str, str] | None = None,
     uid: int | None = None,
     system_config: Path = SYSTEM_CONFIG,
 ) -> Config:
-    """Merge every source. Raises UsageError for a config file that cannot be understood."""
+    """Merge every source.
+
+    Raises:
+        UsageError: a config file cannot be understood, or there is no such user.
+        PermissionDeniedError: a config file is in the hands of somebody that the caller need not trust (sudo -E).
+    """
     env = os.environ if env is None else env
     uid = os.geteuid() if uid is None else uid
     store, store_from = default_store(env, uid), "default"
@@ -67,12 +86,22 @@ def load(
         store, store_from = Path(env["SNAP_STORE"]).absolute(), "SNAP_STORE"
     if flag_store:
         store, store_from = Path(flag_store).absolute(), "--store"
-    return Config(store=store, store_from=store_from, lock_wait_s=lock_wait_s)
+    owner = None if flag_owner is None else _uid(flag_owner)
+    return Config(store=store, store_from=store_from, store_owner=owner, lock_wait_s=lock_wait_s)
+
+
+def _uid(user: str) -> int:
+    import pwd
+
+    try:
+        return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"--store-owner: there is no user {user!r}", hint="a name or a number") from error
 
 
 def _absolute(text: str, config: Path, env: Mapping[str, str]) -> str:
     if text.startswith("~/"):
-        text = f"{env.get('HOME') or Path.home()}/{text[2:]}"
+        text = f"{_home(env)}/{text[2:]}"
     if not text.startswith("/"):
         raise UsageError("`store` must be an absolute path", where=str(config))
     return text
@@ -89,8 +118,10 @@ def _number(name: str, given: str | float, *, where: str = "") -> float:
 
 
 def _read_file(path: Path) -> dict[str, str | float]:
+    if not os.path.lexists(path):
+        return {}  # whoever owns the directories: nothing is read
     try:
-        data = path.read_bytes()
+        data = trust.read(path, trust.callers(), limit=_MAX_BYTES, hint=_HINT).data
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:

@@ -35,7 +35,7 @@ class RealEngine:
                 f"{pid} cannot be the pid of a process", hint="`ps -e` lists the processes that run"
             )
         try:
-            stat = proc.read_stat(pid)
+            stat, status = proc.read_stat(pid), proc.read_status(pid)
         except (TargetGoneError, FileNotFoundError, ProcessLookupError) as error:
             raise TargetGoneError(
                 f"there is no process {pid}", hint="`ps -e` lists the processes that run"
@@ -53,6 +53,7 @@ class RealEngine:
             started_uptime_s=stat.start_time_ticks / os.sysconf("SC_CLK_TCK"),
             uptime_s=time.clock_gettime(time.CLOCK_BOOTTIME),
             seen_at=time.time(),
+            uids=frozenset(map(int, status.fields["Uid"].split())),
         )
 
     def boot_id(self) -> str:

@@ -7,6 +7,10 @@ which nobody sets; the file's time stamp is of the wall clock, which may have be
 translated by every offset between the two clocks that is known: today's, and those at the points of this boot. Where
 they disagree, or the stamp lies in the future, the clock was set and there is no telling: that is doubt, and doubt is
 said aloud, neither taking a stranger's memory nor calling a living job ended.
+
+Whoever can write a pid file chooses what root takes, and with --kill what root kills. So the file, and every directory
+where somebody could put another one in its place, belongs to root, to the caller, or to the one user whose process
+it names; nobody else may write them.
 """
 
 from __future__ import annotations
@@ -17,12 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from snapshotter.base.errors import UsageError, wrap_os_error
+from snapshotter.base import trust
+from snapshotter.base.errors import PermissionDeniedError, UsageError, wrap_os_error
 from snapshotter.manager.ports import Identity
 from store import Point
 
 CLOCK_SLACK_S = 2.0
 """Start times have 10 ms ticks, file systems coarse stamps, and leap seconds are steps too."""
+
+_MAX_BYTES = 4096
+_OWNER_HINT = "let root own the pid file and its directory, or name the process: snap take PID --job NAME"
 
 Verdict = Literal["job", "ended", "stranger", "doubt"]
 
@@ -34,18 +42,19 @@ class PidFile:
     path: Path
     pid: int
     written_at: float
+    owners: frozenset[int] = frozenset()
+    """Users besides root and the caller who could have written it."""
 
 
 def read(path: Path) -> PidFile | None:
     """None when there is no such file: the job has ended and tidied up, or has not started."""
     try:
-        with path.open("rb") as file:
-            text = file.read(64).strip()
-            written_at = os.fstat(file.fileno()).st_mtime
+        found = trust.read(path, trust.callers(), limit=_MAX_BYTES, hint=_OWNER_HINT, tolerant=True)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise wrap_os_error(error, "cannot read the pid file", where=str(path)) from error
+    text = found.data.strip()
     try:
         pid = int(text.split()[0])
     except (ValueError, IndexError) as error:
@@ -60,7 +69,20 @@ def read(path: Path) -> PidFile | None:
             where=str(path),
             hint="the first word of a pid file is the number of the job's first process",
         )
-    return PidFile(path, pid, written_at)
+    return PidFile(path, pid, found.status.st_mtime, found.strangers)
+
+
+def require_right(pidfile: PidFile, identity: Identity) -> None:
+    """Raise PermissionDeniedError unless whoever could have written the file owns the process that it names."""
+    if pidfile.owners and pidfile.owners != identity.uids:
+        uids = ", ".join(str(uid) for uid in sorted(pidfile.owners))
+        runs_as = ", ".join(str(uid) for uid in sorted(identity.uids))
+        raise PermissionDeniedError(
+            f"uid {uids} can write this pid file, and process {identity.pid} ({identity.comm}) runs as uid {runs_as}: "
+            "a user's pid file may only name that user's processes",
+            where=str(pidfile.path),
+            hint=_OWNER_HINT,
+        )
 
 
 def judge(pidfile: PidFile, identity: Identity, points: Iterable[Point]) -> Verdict:

@@ -55,6 +55,8 @@ class Identity:
     """CLOCK_BOOTTIME when it was identified, and"""
     seen_at: float
     """the wall clock at the same instant."""
+    uids: frozenset[int] = frozenset()
+    """The users that it acts as: real, effective, saved and of the file system."""
 
 
 @dataclass(frozen=True, slots=True)

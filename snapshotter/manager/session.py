@@ -19,14 +19,18 @@ from snapshotter.manager.ports import EngineLike, StoreLike
 class OpenStore(Protocol):
     """Opens (and with `create` makes) the store in a directory."""
 
-    def __call__(self, path: Path, create: bool, *, upgrade: bool = True) -> StoreLike:
+    def __call__(
+        self, path: Path, create: bool, *, upgrade: bool = True, owner: int | None = None
+    ) -> StoreLike:
         """See stores.open_store."""
 
 
-def _open_real_store(path: Path, create: bool, *, upgrade: bool = True) -> StoreLike:
+def _open_real_store(
+    path: Path, create: bool, *, upgrade: bool = True, owner: int | None = None
+) -> StoreLike:
     from snapshotter.manager.stores import open_store
 
-    return open_store(path, create, upgrade=upgrade)
+    return open_store(path, create, upgrade=upgrade, owner=owner)
 
 
 def _open_real_engine() -> EngineLike:
@@ -59,13 +63,15 @@ class Session:
     def store(self, *, create: bool = False) -> StoreLike:
         """The open store; `create` makes it (0700) if it is not there."""
         if self._store is None:
-            self._store = self._open_store(self.config.store, create)
+            self._store = self._open_store(self.config.store, create, owner=self.config.store_owner)
         return self._store
 
     def store_as_it_is(self) -> StoreLike:
         """The open store for a look: an older one is not upgraded but raises OutdatedStoreError."""
         if self._store is None:
-            self._store = self._open_store(self.config.store, False, upgrade=False)
+            self._store = self._open_store(
+                self.config.store, False, upgrade=False, owner=self.config.store_owner
+            )
         return self._store
 
     def store_exists(self) -> bool:

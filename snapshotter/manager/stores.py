@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from store import PointMeta
 
 
-def open_store(path: Path, create: bool, *, upgrade: bool = True) -> StoreLike:
+def open_store(path: Path, create: bool, *, upgrade: bool = True, owner: int | None = None) -> StoreLike:
     """Open (and with `create` make) the store. Raises NoStoreError, PermissionDeniedError, StoreError.
 
-    With `upgrade` the schema of an older one is brought up to date, else OutdatedStoreError is raised.
+    A store of another `owner` is opened only when told so. With `upgrade` the schema of an older one is brought up to date, else OutdatedStoreError is raised.
     """
     from store import Store
 
     wrong = not_a_directory(path)
     if wrong is not None:
         raise NoStoreError("not a directory", where=str(wrong), hint="name another with --store")
-    return cast("StoreLike", Store.open(path, create=create, upgrade=upgrade))
+    return cast("StoreLike", Store.open(path, create=create, upgrade=upgrade, owner=owner))
 
 
 def not_a_directory(path: Path) -> Path | None:

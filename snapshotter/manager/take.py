@@ -96,6 +96,7 @@ def take_periodic(
         return _ended(session, job, f"there is no pid file {path}", pidfile_missing=True)
     try:
         identity = session.engine.identify(found.pid)
+        pidfile.require_right(found, identity)
         _check_is_job(session, job, found, identity)
         _refuse_before_a_store_is_made(session, found.pid)
         with session.locked(job, create=True):
@@ -312,6 +313,9 @@ def _dump_into(
     with store.writer(job, None if parent is None else parent.point) as writer:
 
         def commit(dumped: Dumped) -> None:
+            if dumped.tasks.get(identity.pid) != identity.start_time_ticks:
+                # What was judged has ended, and its pid is another process's by now: that one is left alone.
+                raise TargetGoneError(f"process {identity.pid} ended while the point was being taken")
             if notes:
                 dumped = dataclasses.replace(dumped, warnings=[*dumped.warnings, *notes])
             writer.add_images(dumped.images)

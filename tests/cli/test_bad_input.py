@@ -459,8 +459,9 @@ def test_two_takes_of_one_job_at_once(counter):
     try:
         error = fails(11, "take", counter.pid, "--job", "test", store=counter.store)
         assert "test" in error["message"]
-        (counter.directory / "pid").write_text(str(counter.pid))
-        line = ["take", "--job", "test", "--pidfile", str(counter.directory / "pid"), "--quiet"]
+        pidfile = counter.store.parent / "pid"  # the job's directory is open to all: refused
+        pidfile.write_text(str(counter.pid))
+        line = ["take", "--job", "test", "--pidfile", str(pidfile), "--quiet"]
         assert snap(*line, store=counter.store)["skipped"] == "busy"
         goes_on(counter)
     finally:
@@ -468,6 +469,23 @@ def test_two_takes_of_one_job_at_once(counter):
         slow.communicate(timeout=60)
     assert slow.returncode == 0
     assert len(snap("list", store=counter.store)["points"]) == 1
+
+
+def test_nobodys_pid_file_does_not_kill_roots_process(counter):
+    """A daemon that dropped its rights writes its own pid file; one that writes another's process there has no say."""
+    folder = counter.store.parent / "run"
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    (folder / "pid").write_text(str(counter.pid))
+    os.chown(folder / "pid", 65534, 65534)
+    line = ["take", "--job", "test", "--pidfile", str(folder / "pid")]
+    for options in ((), ("--kill",), ("--stop",)):
+        error = fails(6, *line, *options, store=counter.store)
+        assert "may only name that user's processes" in error["message"]
+        goes_on(counter)
+    os.chown(folder, 0, 0)
+    os.chown(folder / "pid", 0, 0)
+    assert snap(*line, store=counter.store)["pid"] == counter.pid
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

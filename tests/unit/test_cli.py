@@ -27,7 +27,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(
         options,
         "open_session",
-        lambda _flag: Session(settings, open_store=store.opener, open_engine=lambda: engine),
+        lambda *_flags: Session(settings, open_store=store.opener, open_engine=lambda: engine),
     )
     store.engine = engine
     return store

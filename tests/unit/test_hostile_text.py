@@ -45,9 +45,9 @@ COMMANDS = {
     "no such command": ("TEXT",),
     "no such option": ("list", "--TEXT"),
     "no number": ("take", "TEXT"),
-    "refused": ("take", "8"),
-    "failed": ("take", "9"),
-    "bug": ("take", "10"),
+    "refused": ("take", "8", "--other-program"),
+    "failed": ("take", "9", "--other-program"),
+    "bug": ("take", "10", "--other-program"),
 }
 
 
