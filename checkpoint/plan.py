@@ -5,16 +5,19 @@ Owns decoding and the consistency checks across images (what one image alone can
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from checkpoint.environment import Survey
+from checkpoint.environment import Holder, Survey
 from checkpoint.model import tree
 from checkpoint.model.sharing import MakeThread, SharingError, plan_threads
 from checkpoint.resources import sharing
 from checkpoint.restore_context import RestoreContext, RestoreOptions
 from images import codec, files_pb2, manifest_pb2, task_pb2
 from snapshotter.base.errors import UnsupportedError, VerificationError
+from snapshotter.base.obstacles import Obstacle
 from snapshotter.base.pages import PageSource
 from snapshotter.base.text import visible
 from snapshotter.base.units import plural
@@ -32,16 +35,35 @@ class RestorePlan:
     """pid -> how all threads but the first are made."""
     nr_processes: int
     nr_threads: int
-    replaces: tuple[str, ...]
+    replaces: tuple[Holder, ...]
+    """Processes that are killed first."""
+    obstacles: tuple[Obstacle, ...] = ()
+    """What killing them does to others, and was allowed."""
 
     def __str__(self) -> str:
         processes = plural(self.nr_processes, "process", "processes")
         lines = [f"restore task {self.root_pid}: {processes}, {plural(self.nr_threads, 'thread')}"]
-        lines += [f"kill {visible(name)}" for name in self.replaces]
+        lines += [f"kill {visible(str(holder))}" for holder in self.replaces]
         lines += str(self.tree).splitlines()
         for steps in self.threads.values():
             lines += [str(step) for step in steps if not (step.files and step.fs)]
         return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, object]:
+        """For --json; checkpoint/DESIGN.md, "The plan in JSON", describes each field."""
+        return {
+            "nr_processes": self.nr_processes,
+            "nr_threads": self.nr_threads,
+            "kill": [{"pid": holder.pid, "comm": holder.comm} for holder in self.replaces],
+            "obstacles": [one.as_dict() for one in self.obstacles],
+            "steps": [_step_dict(step) for step in self.tree.steps],
+            "threads": [_step_dict(step) for steps in self.threads.values() for step in steps],
+        }
+
+
+def _step_dict(step: tree.Step | MakeThread) -> dict[str, object]:
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(step).__name__).lower()
+    return {"do": name, **dataclasses.asdict(step)}
 
 
 def decode(
@@ -204,5 +226,6 @@ def make_plan(ctx: RestoreContext, found: Survey) -> RestorePlan:
         threads,
         len(ctx.processes),
         sum(len(process.threads) for process in ctx.processes.values()),
-        tuple(str(holder) for holder in found.old.values()),
+        tuple(found.old.values()),
+        ctx.accepted,
     )

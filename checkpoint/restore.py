@@ -72,7 +72,7 @@ def restore(
     phases: dict[str, int] = {}
     with _timed(phases, "plan"):
         ctx, found, planned = _prepare(images, names, source, options)
-    result = RestoreResult(planned.root_pid, list(ctx.processes), plan=str(planned), phases_us=phases)
+    result = RestoreResult(planned.root_pid, list(ctx.processes), plan=planned, phases_us=phases)
     result.warnings = ctx.warnings
     faults.point("restore.planned")
     if options.dry_run:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from checkpoint.parasite import Batch, Ref, StubTask
+    from checkpoint.plan import RestorePlan
     from snapshotter.base.pages import PageSource
 
 M = TypeVar("M")
@@ -58,8 +59,8 @@ class RestoreResult:
     pages_written: int = 0
     warnings: list[str] = field(default_factory=list)
     phases_us: dict[str, int] = field(default_factory=dict)
-    plan: str = ""
-    """The plan as text, for --dry-run."""
+    plan: RestorePlan | None = None
+    """What was to be done, for --dry-run."""
     tasks: dict[int, int] = field(default_factory=dict)
     """tid -> start time in ticks of the restored tasks: what the next point's parent must match."""
 

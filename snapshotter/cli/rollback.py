@@ -68,12 +68,14 @@ def command(
     if dry_run:
         plan = {
             "id": report.point.id,
+            "job": report.point.job,
             "dry_run": True,
             "root_pid": restored.root_pid,
             "pids": list(restored.pids),
         }
         app.out.result(
-            plan | {"plan": restored.plan, "warnings": list(report.warnings)}, restored.plan.split("\n")
+            plan | {"plan": restored.plan, "warnings": list(report.warnings)},
+            restored.plan_text.split("\n"),
         )
         return 0
     app.out.result(

@@ -161,7 +161,8 @@ class RealEngine:
             pages_written=result.pages_written,
             warnings=tuple(result.warnings),
             tasks=result.tasks,
-            plan=result.plan,
+            plan_text=str(result.plan or ""),
+            plan={} if result.plan is None else result.plan.as_dict(),
         )
 
     def features(self) -> Sequence[Mapping[str, object]]:

@@ -102,7 +102,10 @@ class Restored:
     warnings: Sequence[str] = ()
     tasks: Mapping[int, int] = field(default_factory=dict)
     """tid -> start time in ticks, of the tasks that run now."""
-    plan: str = ""
+    plan_text: str = ""
+    """The plan for people, a step a line, and"""
+    plan: Mapping[str, object] = field(default_factory=dict)
+    """for programs."""
 
 
 @dataclass(frozen=True, slots=True)

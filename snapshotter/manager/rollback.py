@@ -40,7 +40,7 @@ def rollback(
     Args:
         session: Settings, store and engine.
         text: Names the point, as `Store.resolve` takes it.
-        dry_run: Check everything and plan (`restored.plan`); touch nothing.
+        dry_run: Check everything and plan (`restored.plan`, `plan_text`); touch nothing.
         leave_stopped: Leave every process stopped, for a look at it; SIGCONT lets it go.
         terminal: What a job whose terminal is gone gets: "auto" nothing (a conflict), "null" /dev/null.
         allow: What killing the living job may do to others: "hang-up" (its terminal), "detach-from-parent".

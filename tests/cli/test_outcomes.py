@@ -114,7 +114,7 @@ def test_rollback_dry_run(counter):
         result = snap("rollback", "latest", "--dry-run", store=counter.store)
         assert result["dry_run"] is True
         assert result["root_pid"] == counter.pid
-        assert str(counter.pid) in result["plan"]
+        assert [one["pid"] for one in result["plan"]["kill"]] == [counter.pid]
     counter.take("--kill")
     assert snap("rollback", "latest", "-n", store=counter.store)["pids"] == [counter.pid]
     assert not is_running(counter.pid)

@@ -77,7 +77,7 @@ class Engine(FakeEngine):
 
     def restore(self, reader, known_tasks, **_options):
         plan = "\n".join(("restore task 7", f"kill {visible(self.text)}"))
-        return Restored(7, (7,), 10, 2, (self.text,), {7: 101}, plan)
+        return Restored(7, (7,), 10, 2, (self.text,), {7: 101}, plan_text=plan)
 
     def features(self):
         return [{"name": "kcmp", "ok": False, "errno": 1, "note": self.text}]
@@ -93,6 +93,7 @@ class HostileStore(FakeStore):
         return [
             dataclasses.replace(point, job=f"sim{self.text}", tracker=self.text, warnings=(self.text,))
             for point in self.saved.values()
+            if job is None or not job.startswith("sim-") or job == point.job
         ]
 
     def resolve(self, text):

@@ -50,6 +50,8 @@ class Opening:
         }
         self.hidden: dict[int, int] = {}
         """unix.ino -> root of the file system of its own in which a socket is bound (unixghost.py)."""
+        self.changed: set[int] = set()
+        """Descriptions whose file is not as it was at the point, which was said already."""
         self.owned: set[int] = set()
         """Descriptions whose owner (SIGIO) was set already."""
 

@@ -101,6 +101,7 @@ class RegularKind(kind.Kind):
         elif not regular.shmem:
             found = _locate(opening, regular)
             if found >= 0:
+                _warn_if_changed(opening, description, os.fstat(found))
                 os.close(found)
             else:
                 path = paths.shown(regular.identity.path)
@@ -120,14 +121,7 @@ class RegularKind(kind.Kind):
                 fd = paths.reopen(found, description.flags, where)
             finally:
                 os.close(found)
-            now = os.fstat(fd)
-            if (now.st_size, now.st_mtime_ns) != (regular.identity.size_bytes, regular.identity.mtime_ns):
-                appends = description.flags & os.O_APPEND and description.flags & os.O_ACCMODE != os.O_RDONLY
-                at = "and goes on at its end" if appends else f"at its old offset {description.offset}"
-                opening.warn(
-                    f"{where} changed since the point was taken ({regular.identity.size_bytes} bytes then, "
-                    f"{now.st_size} now); the job gets it as it is now, {at}"
-                )
+            _warn_if_changed(opening, description, os.fstat(fd))
         if description.offset:
             os.lseek(fd, description.offset, os.SEEK_SET)
         return fd
@@ -143,6 +137,21 @@ class RegularKind(kind.Kind):
             opening.warn(
                 f"{paths.shown(regular.identity.path)}: the time of its last change is not kept ({error.strerror})"
             )
+
+
+def _warn_if_changed(opening: Opening, description: files_pb2.Description, now: os.stat_result) -> None:
+    """Once, at the check already: a dry run says it too. A living job may change the file again before it is killed."""
+    identity = description.regular.identity
+    same = (now.st_size, now.st_mtime_ns) == (identity.size_bytes, identity.mtime_ns)
+    if same or description.id in opening.changed:
+        return
+    opening.changed.add(description.id)
+    appends = description.flags & os.O_APPEND and description.flags & os.O_ACCMODE != os.O_RDONLY
+    at = "and goes on at its end" if appends else f"at its old offset {description.offset}"
+    opening.warn(
+        f"{paths.shown(identity.path)} changed since the point was taken ({identity.size_bytes} bytes then, "
+        f"{now.st_size} now); the job gets it as it is now, {at}"
+    )
 
 
 def _kept(job: FilesDump, seen: Seen, path: bytes) -> str:
