@@ -128,6 +128,7 @@ __attribute__((used)) _Noreturn void keeper_main(const long *stack)
 		leave(pid < 0);
 	}
 	call3(SYS_CLOSE, STDOUT, 0, 0);
+	call3(SYS_PRCTL, PR_SET_NAME, (long)"snap-keeper", 0); /* top and ps -e show this */
 	call3(SYS_PRCTL, PR_SET_PTRACER, PTRACER_ANY, 0);
 	take_over(leash, old, argv[1], argv[2]);
 	keep(count, argv[1]);

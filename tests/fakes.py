@@ -202,6 +202,9 @@ class FakeEngine:
             record({pid: self.alive[pid]})
         return Restored(pid, (pid,), 10, 2, (), {pid: self.alive[pid]})
 
+    def keepers(self):
+        return [7]
+
     def features(self):
         return [{"name": "wp_async", "ok": True, "errno": 0, "note": ""}]
 

@@ -226,7 +226,7 @@ def keep(kept: Kept, root_pid: int, root_start: int, tasks: Mapping[int, int]) -
         passed = [other_end.fileno(), kept.nonce_fd, *pidfds.values(), *kept.uffds.values()]
         passed += [old] if old >= 0 else []
         numbers = [str(other_end.fileno()), str(old) if old >= 0 else "-", str(kept.nonce_fd)]
-        pid = _spawn([str(path), str(new), *numbers, *words], passed)
+        pid = _spawn(root_pid, [str(path), str(new), *numbers, *words], passed)
         other_end.close()
         faults.point("track.keeper")
         state = {
@@ -272,12 +272,25 @@ def _hand_over(leash: socket.socket, path: Path) -> None:
         )
 
 
-def _spawn(words: list[str], fds: list[int]) -> int:
-    """Run the keeper with these descriptors under the same numbers; its pid."""
+def running() -> list[int]:
+    """Roots of the jobs that have a keeper of this user's now."""
+    found = []
+    for path in state_dir().glob("*.json"):
+        try:
+            state = json.loads(path.read_bytes())
+            if proc.read_stat(int(state["keeper"])).start_time_ticks == int(state["keeper_start"]):
+                found.append(int(path.stem))
+        except (OSError, ValueError, KeyError, TypeError, SnapshotterError):
+            continue
+    return sorted(found)
+
+
+def _spawn(root_pid: int, words: list[str], fds: list[int]) -> int:
+    """Run the keeper with these descriptors under the same numbers; its pid. `ps` shows what it is for."""
     ksys.allow_descriptors()
     try:
         done = subprocess.run(
-            [str(BINARY), *words],
+            [f"snap: keeper of job {root_pid}, ends with it", *words],
             executable=str(BINARY),
             pass_fds=fds,
             stdin=subprocess.DEVNULL,

@@ -6,11 +6,12 @@ import errno
 import os
 import platform
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from snapshotter.base.errors import NoStoreError, OutdatedStoreError, SnapshotterError
+from snapshotter.base.units import plural
 from snapshotter.manager.session import Session
 
 
@@ -47,7 +48,8 @@ def doctor(session: Session) -> DoctorReport:
     """Probe the kernel, the permissions and the store; changes nothing, not even an old schema."""
     features = tuple(session.engine.features())
     store, store_notes = _store(session)
-    notes = (_machine(), *_permissions(), _tracker(features), *_needed(features), *store_notes)
+    keepers = _keepers(session.engine.keepers())
+    notes = (_machine(), *_permissions(), _tracker(features), keepers, *_needed(features), *store_notes)
     return DoctorReport(kernel=platform.release(), features=features, notes=notes, store=store)
 
 
@@ -94,6 +96,15 @@ def effective_capabilities(status: bytes) -> int:
         if line.startswith(b"CapEff:"):
             return int(line.split()[1], 16)
     return 0
+
+
+def _keepers(roots: Sequence[int]) -> Note:
+    """What stays running between two takes, so that nobody wonders at it."""
+    what = "a keeper is a small process beside a job that was taken: it holds what the kernel knows of written pages, and ends with the job"
+    if not roots:
+        return Note("keepers", "ok", f"none runs; {what}")
+    jobs = ", ".join(map(str, roots[:8])) + (" ..." if len(roots) > 8 else "")
+    return Note("keepers", "ok", f"{plural(len(roots), 'keeper')} beside {jobs}; {what}")
 
 
 def _names(features: tuple[Mapping[str, object], ...]) -> dict[str, bool]:

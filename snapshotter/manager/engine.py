@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, cast
 
-from snapshotter.base.errors import TargetGoneError, UsageError
+from snapshotter.base.errors import SnapshotterError, TargetGoneError, UsageError
 from snapshotter.base.pages import PageSink
 from snapshotter.manager.ports import Checked, Dumped, Identity, ParentInfo, ReaderLike, Restored
 
@@ -164,6 +164,15 @@ class RealEngine:
             plan_text=str(result.plan or ""),
             plan={} if result.plan is None else result.plan.as_dict(),
         )
+
+    def keepers(self) -> Sequence[int]:
+        """Roots of the jobs beside which a keeper process stays."""
+        from checkpoint.tracking import keeper
+
+        try:
+            return keeper.running()
+        except SnapshotterError:
+            return ()  # no state directory yet, or another user's
 
     def features(self) -> Sequence[Mapping[str, object]]:
         """What this kernel can do, each found out by trying."""

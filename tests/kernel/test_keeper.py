@@ -42,7 +42,11 @@ def keepers(pid):
             words = pathlib.Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if words[0].endswith(b"keeper.bin") and wanted in words and proc.read_stat(int(entry)).state != "Z":
+        if (
+            words[0] == b"snap: keeper of job %d, ends with it" % pid
+            and wanted in words
+            and proc.read_stat(int(entry)).state != "Z"
+        ):
             found.append(int(entry))
     return found
 

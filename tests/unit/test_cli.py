@@ -299,6 +299,14 @@ def test_error_text(capsys):
     assert capsys.readouterr().err == "snap: here: what\nhint: do\n"
 
 
+def test_doctor_explains_keepers(run):
+    (note,) = [
+        note for note in json.loads(run("doctor", "--json")[1])["notes"] if note["subject"] == "keepers"
+    ]
+    assert note["level"] == "ok"
+    assert "1 keeper beside 7; a keeper is a small process" in note["text"]
+
+
 def test_every_command_has_help(run):
     assert set(main.cli.list_commands(None)) == set(main.COMMANDS)
     out = run("--help")[1]
