@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from checkpoint.kernel import proc
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.tasks import children, task_ids, without_workers
-from checkpoint.resources import files, memory, namespaces, sharing, task_look, unseen
+from checkpoint.resources import files, memory, namespaces, sharing, sysv, task_look, unseen
 from snapshotter.base.errors import (
     Finding,
     PermissionDeniedError,
@@ -47,6 +47,8 @@ class CheckReport:
     programs: dict[int, Program] = field(default_factory=dict)
     """What each of them ran, and with which rights, before the look at it."""
     nr_tasks: int = 0
+    warnings: list[str] = field(default_factory=list)
+    """What a point of it would lack, as far as it is seen here."""
     unseen: tuple[str, ...] = ()
     """What would be refused and cannot be seen from outside: only a take can find it."""
 
@@ -86,6 +88,7 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
             raise TargetGoneError("ended while it was looked at", where=f"task {pid}")
     _look_at_sharing(report)
     _look_at_whole(report, max_tasks)
+    sysv.look_job(report.tasks, report.warnings.append)
     report.unseen = unseen.of_job(report.tasks)
     return report
 

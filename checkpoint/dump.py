@@ -32,9 +32,8 @@ from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping, private_vmas
-from checkpoint.parasite import prepare
 from checkpoint.precopy import Precopied, Round, due, plausible_pages, watching_s
-from checkpoint.resources import files, keyrings, locks, memory, namespaces, policies, registers, sysv, task
+from checkpoint.resources import files, keyrings, locks, memory, namespaces, policies, registers, task
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from checkpoint.uninterrupted import stops_wait
@@ -131,7 +130,8 @@ class _Take:
         self._mark("look")
         self.prepare_manifest()
         self.ready_bystanders()
-        sysv.look_job(self.found.tasks, ctx.warn)
+        for text in self.found.warnings:
+            ctx.warn(text)
         keyrings.prepare()
         if ctx.options.precopy:
             self.precopy()
@@ -220,7 +220,6 @@ class _Take:
                 self.ctx.warn(
                     f"task {pid}: the memory policy of {nr_bound} mappings (mbind) is not part of the point"
                 )
-            prepare(pid)
 
     def ready_bystanders(self) -> None:
         """Those that the frozen window will need, if nobody changes its ids until then."""

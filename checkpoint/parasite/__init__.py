@@ -15,7 +15,7 @@ the tracer lets the target go on where it was (parasite_c/PROTOCOL.md explains h
 """
 
 from checkpoint.parasite.batch import Batch, Buffer, Ref, RemoteCallError, Results
-from checkpoint.parasite.infection import cure, infect, prepare
+from checkpoint.parasite.infection import cure, infect
 from checkpoint.parasite.remote import LostTaskError, RemoteTask
 from checkpoint.parasite.session import Parasite
 from checkpoint.parasite.stub import StubTask, spawn_root_stub
@@ -33,7 +33,6 @@ __all__ = [
     "StubTask",
     "cure",
     "infect",
-    "prepare",
     "spawn_root_stub",
     "visit",
 ]

@@ -27,7 +27,7 @@ from checkpoint.parasite import frames, gadgets, stranded
 from checkpoint.parasite.batch import Ending
 from checkpoint.parasite.remote import ALL_SIGNALS, CODE_SIZE, Area, RemoteTask, blob, lost
 from snapshotter.base import faults
-from snapshotter.base.errors import SnapshotterError, UnsupportedError
+from snapshotter.base.errors import Finding, SnapshotterError, TargetGoneError, UnsupportedError
 
 if TYPE_CHECKING:
     from checkpoint.kernel.ptrace import Regs
@@ -438,14 +438,24 @@ def _rseq_section(data: bytes) -> tuple[int, ...]:
     return struct.unpack("<IIQQQ", data)
 
 
-def prepare(pid: int) -> None:
-    """Load what infecting this running process will need and keep it, so that the frozen window need not wait for it.
+def look_at_code(pid: int, report: list[Finding]) -> None:
+    """Adds why nothing could be run in a process that may be running: what its code lacks, or that its address space is full.
 
-    Only reads, and reports nothing: what is wrong with the process, infect() says.
+    Only reads. What it has found out is kept, so that the frozen window need not wait for it.
     """
     blob()
-    with contextlib.suppress(OSError, SnapshotterError), ProcMem(pid) as mem:
-        gadgets.find(_code_ranges(proc.read_maps(pid)), mem.read, where=f"task {pid}")
+    maps = proc.read_maps(pid)
+    if not maps:
+        return  # it has just ended
+    try:
+        with ProcMem(pid) as mem:
+            gadgets.find(_code_ranges(maps), mem.read, where=f"task {pid}")
+        _hole(maps, AREA_SIZE, pid)
+    except UnsupportedError as error:
+        if proc.read_maps(pid):
+            report.append(Finding(pid, "task", error.what, error.hint))
+    except OSError as error:
+        raise TargetGoneError(f"its memory cannot be read: {error.strerror}", where=f"task {pid}") from error
 
 
 def infect(task: Target) -> RemoteTask:

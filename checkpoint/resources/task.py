@@ -37,6 +37,7 @@ from checkpoint.resources import (
 )
 from images import task_pb2
 from snapshotter.base.errors import (
+    Finding,
     UnsupportedError,
     wrap_os_error,
 )
@@ -214,7 +215,12 @@ class _AskedThread:
 
 def _questions(ctx: DumpContext, process: FrozenProcess) -> tuple[Batch, _AskedThread, _Asked]:
     """The leader's batch. Processes that were forked from one another are asked the same."""
-    status, found = process.status, timers.describe(proc.read_timers(process.pid))
+    status, entries = process.status, proc.read_timers(process.pid)
+    findings: list[Finding] = []
+    timers.look(process.pid, entries, {task.tid for task in process.threads}, findings)
+    if findings:
+        raise UnsupportedError.of(findings, ctx.root_pid)
+    found = timers.describe(entries)
     key = (status.uids[0], status.gids[0], status.sig_caught, status.sig_ignored)
     known: dict[tuple[int, int, int, int], tuple[Batch, _AskedThread, _Asked]] = ctx.resources.setdefault(
         _ASKED, {}

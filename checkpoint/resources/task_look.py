@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
-from checkpoint.parasite.infection import AREA_SIZE
-from checkpoint.resources import cgroups, directories, keyrings, namespaces, sharing
+from checkpoint.parasite.infection import AREA_SIZE, look_at_code
+from checkpoint.resources import cgroups, directories, keyrings, namespaces, sharing, timers
 from snapshotter.base.errors import Finding, TargetGoneError
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def look(pid: int, report: list[Finding]) -> None:
     _look_personality(pid, report)
     tids = sorted(map(int, os.listdir(f"/proc/{pid}/task")))
     namespaces.look(pid, tids, report)
+    timers.look(pid, proc.read_timers(pid), tids, report)
+    look_at_code(pid, report)
     _look_room(pid, status, report)
     directories.look(pid, report)
     cgroups.look(pid, report)

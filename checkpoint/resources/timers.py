@@ -11,7 +11,7 @@ kernel does not take back: the overrun count of a signal that is already pending
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from checkpoint.kernel import features
 from checkpoint.kernel.proc import TimerEntry
 from checkpoint.resources import prctl
 from images import task_pb2
-from snapshotter.base.errors import UnsupportedError
+from snapshotter.base.errors import Finding, UnsupportedError
 
 if TYPE_CHECKING:
     from checkpoint.parasite import Batch, Buffer, RemoteTask, Results
@@ -56,6 +56,14 @@ def describe(entries: Iterable[TimerEntry]) -> list[task_pb2.PosixTimer]:
         )
         for entry in entries
     ]
+
+
+def look(pid: int, entries: Iterable[TimerEntry], tids: Collection[int], report: list[Finding]) -> None:
+    """Adds a timer whose thread has ended: nobody could make it again."""
+    for entry in entries:
+        if entry.notify_kind == "tid" and entry.notify_id not in tids:
+            what = f"is for thread {entry.notify_id}, which has ended"
+            report.append(Finding(pid, f"POSIX timer {entry.id}", what, "let the program delete that timer"))
 
 
 def ask(batch: Batch, timers: Sequence[task_pb2.PosixTimer]) -> Asked:

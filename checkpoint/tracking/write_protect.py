@@ -43,7 +43,6 @@ from checkpoint.context import FrozenProcess
 from checkpoint.freeze import stopped_process
 from checkpoint.kernel import proc, threads, uffd
 from checkpoint.kernel import sys as ksys
-from checkpoint.parasite import prepare
 from checkpoint.tracking import keeper
 from checkpoint.tracking.base import Probe, Runs, Session, Tracker, new_nonce, pages_of
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
@@ -141,7 +140,6 @@ class WriteProtectSession(Session):
             self._create(pid, frozen)
             self._register(pid, vmas)
             return
-        prepare(pid)
         with stopped_process(pid) as process:
             exact = private_ranges(pid)
             self._create(pid, process)

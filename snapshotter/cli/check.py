@@ -32,9 +32,11 @@ def command(app: App, pid: int) -> int:
             "ok": not findings,
             "nr_tasks": checked.nr_tasks,
             "pids": list(checked.pids),
+            "warnings": list(checked.warnings),
             "unseen": list(checked.unseen),
             "findings": [finding.as_dict() for finding in findings],
         },
         lines,
     )
+    app.out.warnings(checked.warnings)
     return UnsupportedError.exit_status if findings else 0

@@ -124,6 +124,7 @@ class RealEngine:
             nr_tasks=report.nr_tasks,
             findings=tuple(report.findings),
             pids=tuple(report.pids),
+            warnings=tuple(report.warnings),
             unseen=report.unseen,
         )
 

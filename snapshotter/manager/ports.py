@@ -116,6 +116,8 @@ class Checked:
     nr_tasks: int
     findings: Sequence[Finding] = ()
     pids: Sequence[int] = ()
+    warnings: Sequence[str] = ()
+    """What a point of it would lack."""
     unseen: Sequence[str] = ()
     """What a take would refuse and no look from outside can see."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import proc
 from checkpoint.resources import sharing
 from checkpoint.resources.files import install as _install
-from checkpoint.resources.files import kinds, outside
+from checkpoint.resources.files import kinds, looking, outside
 from checkpoint.resources.files.dumping import FilesDump
 from checkpoint.resources.files.install import highest_fd
 from checkpoint.resources.files.kind import descriptors, see
@@ -67,8 +67,10 @@ def look(pid: int, report: list[Finding]) -> None:
 
 
 def look_job(pids: Sequence[int], report: list[Finding]) -> None:
-    """What only the whole job shows: sockets to processes outside."""
-    outside.look_job([pid for pid in pids if not _has_ended(pid)], report)
+    """What only the whole job shows: sockets to processes outside, epoll entries of what nobody has open any more."""
+    living = [pid for pid in pids if not _has_ended(pid)]
+    outside.look_job(living, report)
+    looking.look_job(living, kinds.KINDS, report)
 
 
 def _has_ended(pid: int) -> bool:

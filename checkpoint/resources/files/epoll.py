@@ -22,6 +22,7 @@ from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError
 if TYPE_CHECKING:
     from checkpoint.resources.files.dumping import FilesDump
     from checkpoint.resources.files.kind import Seen
+    from checkpoint.resources.files.looking import Looking
     from checkpoint.resources.files.opening import Opening
     from images import files_pb2
 
@@ -31,6 +32,15 @@ class EpollKind(kind.Kind):
 
     def claims(self, seen: Seen) -> bool:
         return seen.anonymous(b"eventpoll")
+
+    def look(self, seen: Seen, looking: Looking) -> Finding | None:
+        count: dict[int, int] = {}
+        for target in seen.info.epoll:
+            nth = count.get(target.fd, 0)
+            count[target.fd] = nth + 1
+            if not looking.may_have_epoll_target(seen, target, nth):
+                return _lost(seen, target.fd)
+        return None
 
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         description.epoll.SetInParent()
@@ -42,12 +52,7 @@ class EpollKind(kind.Kind):
             count[target.fd] = nth + 1
             found = job.find_epoll_target(seen, target, nth)
             if found is None:
-                finding = Finding(
-                    seen.pid,
-                    seen.where,
-                    f"watches something that no process of the job has open any more (added as descriptor {target.fd})",
-                    "remove it from the epoll instance first",
-                )
+                finding = _lost(seen, target.fd)
                 raise UnsupportedError(
                     finding.what, where=finding.where, hint=finding.hint, findings=(finding,)
                 )
@@ -86,6 +91,11 @@ class EpollKind(kind.Kind):
             raise SnapshotterError(
                 f"cannot put {len(entries)} entries into an epoll instance again: {error.strerror}"
             ) from error
+
+
+def _lost(seen: Seen, fd: int) -> Finding:
+    what = f"watches something that no process of the job has open any more (added as descriptor {fd})"
+    return Finding(seen.pid, seen.where, what, "remove it from the epoll instance first")
 
 
 def _above(fd: int, minimum: int) -> int:

@@ -18,6 +18,7 @@ from snapshotter.base.errors import Finding
 
 if TYPE_CHECKING:
     from checkpoint.resources.files.dumping import FilesDump
+    from checkpoint.resources.files.looking import Looking
     from checkpoint.resources.files.opening import Opening
     from images import files_pb2
 
@@ -121,6 +122,10 @@ class Kind:
 
     def refusal(self, seen: Seen) -> Finding | None:
         """Why this descriptor cannot be dumped, if so. Reads /proc at most; the job may be running."""
+        return None
+
+    def look(self, seen: Seen, looking: Looking) -> Finding | None:
+        """The same for what takes all of the job to judge (looking.py asks some kinds only)."""
         return None
 
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:

@@ -17,6 +17,7 @@ from snapshotter.base.errors import Finding, UnsupportedError, wrap_os_error
 if TYPE_CHECKING:
     from checkpoint.resources.files.dumping import FilesDump
     from checkpoint.resources.files.kind import Seen
+    from checkpoint.resources.files.looking import Looking
     from checkpoint.resources.files.opening import Opening
     from images import files_pb2
 
@@ -42,6 +43,10 @@ class PidfdKind(kind.Kind):
             )
         return None
 
+    def look(self, seen: Seen, looking: Looking) -> Finding | None:
+        pid = seen.info.pid or -1
+        return None if pid < 0 or looking.has_task(seen, pid) else _outside(seen, pid)
+
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         pid = seen.info.pid or -1
         if pid < 0:
@@ -54,12 +59,7 @@ class PidfdKind(kind.Kind):
         elif pid in job.ctx.processes or os.path.isdir(f"/proc/{seen.pid}/task/{pid}"):
             description.pidfd.pid = pid
         else:
-            finding = Finding(
-                seen.pid,
-                seen.where,
-                f"is a pidfd of process {pid}, which is not part of the job",
-                "take the point of a parent of both, or close it first",
-            )
+            finding = _outside(seen, pid)
             raise UnsupportedError(finding.what, where=finding.where, hint=finding.hint, findings=(finding,))
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
@@ -71,6 +71,11 @@ class PidfdKind(kind.Kind):
             return os.pidfd_open(description.pidfd.pid, description.flags & (os.O_NONBLOCK | os.O_EXCL))
         except OSError as error:
             raise wrap_os_error(error, f"cannot open a pidfd of process {description.pidfd.pid}") from error
+
+
+def _outside(seen: Seen, pid: int) -> Finding:
+    what = f"is a pidfd of process {pid}, which is not part of the job"
+    return Finding(seen.pid, seen.where, what, "take the point of a parent of both, or close it first")
 
 
 def _exit_status(fd: int) -> int | None:

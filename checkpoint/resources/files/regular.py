@@ -48,6 +48,8 @@ class RegularKind(kind.Kind):
         if seen.link.startswith(b"/secretmem"):
             what = "is secret memory (memfd_secret), which nobody but its process can read"
             return Finding(seen.pid, seen.where, what, "close it first")
+        if shmem.is_huge_memfd(seen.stat, seen.link):
+            return Finding(seen.pid, seen.where, shmem.HUGE_MEMFD, shmem.HUGE_MEMFD_HINT)
         if seen.stat.st_nlink == 0 or _leads(seen):
             return None
         if seen.link.endswith(kind.DELETED):

@@ -29,7 +29,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors, sockdiag
@@ -47,6 +47,7 @@ from snapshotter.base.errors import (
 if TYPE_CHECKING:
     from checkpoint.resources.files.dumping import FilesDump
     from checkpoint.resources.files.kind import Seen
+    from checkpoint.resources.files.looking import Looking
     from checkpoint.resources.files.opening import Opening
 
 _RIGHTS_MAX = 253
@@ -70,18 +71,14 @@ class UnixKind(kind.Kind):
     def refusal(self, seen: Seen) -> Finding | None:
         return sockets.look_at_filter(seen)
 
+    def look(self, seen: Seen, looking: Looking) -> Finding | None:
+        info = _info_of(seen, looking.sockets)
+        if info.name:
+            self._bound(seen, info, files_pb2.UnixSocket(address=_name(info.name)))
+        return None
+
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
-        info = job.sockets.get(seen.stat.st_ino)
-        if info is None:
-            raise _unsupported(
-                seen, "is a unix socket of another network namespace", "run snap in that namespace"
-            )
-        if info.state == sockdiag.STATE_LISTEN and info.rqueue:
-            raise _unsupported(
-                seen,
-                f"has {info.rqueue} connections that were not accepted yet",
-                "take the point a moment later",
-            )
+        info = _info_of(seen, job.sockets)
         image = description.unix
         image.ino, image.peer_ino, image.type, image.state = info.ino, info.peer, info.type, info.state
         image.shutdown = info.shutdown
@@ -240,6 +237,18 @@ class UnixKind(kind.Kind):
                     )
             options = (o for o in image.options if o.name in sockets.LATE)
             sockets.apply_options(sock, sorted(options, key=lambda o: o.name), opening.warn)
+
+
+def _info_of(seen: Seen, known: Mapping[int, sockdiag.UnixSocketInfo]) -> sockdiag.UnixSocketInfo:
+    """What the kernel lists of a socket; UnsupportedError where that shows that it cannot be dumped."""
+    info = known.get(seen.stat.st_ino)
+    if info is None:
+        what = "is a unix socket of another network namespace"
+        raise _unsupported(seen, what, "run snap in that namespace")
+    if info.state == sockdiag.STATE_LISTEN and info.rqueue:
+        what = f"has {info.rqueue} connections that were not accepted yet"
+        raise _unsupported(seen, what, "take the point a moment later")
+    return info
 
 
 def _is_pair(image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket) -> bool:

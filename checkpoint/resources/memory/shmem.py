@@ -182,16 +182,22 @@ def describe(stat: os.stat_result, link: bytes) -> mm_pb2.Shmem:
         ino=stat.st_ino,
     )
     if plain.startswith(b"/memfd:"):
-        if stat.st_dev != _memfd_device():
-            raise UnsupportedError(
-                "is a memfd of huge pages", where=os.fsdecode(link), hint="create it without MFD_HUGETLB"
-            )
+        if is_huge_memfd(stat, link):
+            raise UnsupportedError(HUGE_MEMFD, where=os.fsdecode(link), hint=HUGE_MEMFD_HINT)
         image.kind, image.name = mm_pb2.Shmem.MEMFD, plain.removeprefix(b"/memfd:")
     elif link == b"/dev/zero (deleted)" and stat.st_dev == _memfd_device():
         image.kind, image.name = mm_pb2.Shmem.ANON, b""
     elif stat.st_dev == _memfd_device():
         image.kind = mm_pb2.Shmem.ANON
     return image
+
+
+HUGE_MEMFD, HUGE_MEMFD_HINT = "is a memfd of huge pages", "create it without MFD_HUGETLB"
+
+
+def is_huge_memfd(stat: os.stat_result, link: bytes) -> bool:
+    """Whether it was made with MFD_HUGETLB: then it is on another file system than memfds are else."""
+    return link.startswith(b"/memfd:") and stat.st_nlink == 0 and stat.st_dev != _memfd_device()
 
 
 def _memfd_device() -> int:
