@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from checkpoint.kernel import proc
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.tasks import children, task_ids, without_workers
-from checkpoint.resources import files, memory, namespaces, sharing, sysv, task_look, unseen
+from checkpoint.resources import files, memory, namespaces, policies, sharing, sysv, task_look, unseen
+from images import task_pb2
 from snapshotter.base.errors import (
     Finding,
     PermissionDeniedError,
@@ -84,6 +85,7 @@ def check(pid: int, *, max_tasks: int = 32768) -> CheckReport:
     for one in report.tasks:
         with contextlib.suppress(TargetGoneError):
             report.programs[one] = program_of(proc.read_stat(one), proc.read_status(one))
+        policies.warn(_message_of(one), report.warnings.append)
         if not look_at_process(one, report.findings) and one == pid:
             raise TargetGoneError("ended while it was looked at", where=f"task {pid}")
     _look_at_sharing(report)
@@ -101,6 +103,11 @@ def look_at_process(pid: int, findings: list[Finding]) -> bool:
         except (TargetGoneError, FileNotFoundError, ProcessLookupError):
             return False
     return True
+
+
+def _message_of(pid: int) -> task_pb2.Process:
+    """A process as far as its policies go by: the numbers of its threads."""
+    return task_pb2.Process(pid=pid, threads=[task_pb2.Thread(tid=tid) for tid in task_ids(pid)])
 
 
 def program_of(stat: proc.Stat, status: proc.Status) -> Program:

@@ -178,6 +178,8 @@ class DumpContext:
     """By pid, parents before children. Empty until the freeze."""
     images: dict[str, Message] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    unconfined: list[str] = field(default_factory=list)
+    """Those of them that a rollback tells again."""
     stats: DumpStats = field(default_factory=DumpStats)
     written: dict[int, list[Run] | None] = field(default_factory=dict)
     """pid -> pages its tracker saw written since the last collection; None or absent: unknown, all are dirty."""
@@ -195,6 +197,12 @@ class DumpContext:
         """Add a warning once."""
         if text not in self.warnings:
             self.warnings.append(text)
+
+    def warn_unconfined(self, text: str) -> None:
+        """The same of something that confines a task and is not kept."""
+        self.warn(text)
+        if text not in self.unconfined:
+            self.unconfined.append(text)
 
     def living(self) -> Iterator[FrozenProcess]:
         """The processes that are not zombies, parents first."""

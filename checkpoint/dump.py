@@ -494,6 +494,7 @@ class _Take:
             tracker=self.tracker,
             producer=self.ctx.options.producer,
             hostname=socket.gethostname(),
+            id_maps=proc.id_maps(),
         )
 
     def stage_limit(self) -> int:
@@ -523,6 +524,9 @@ class _Take:
                     manifest.xfeatures |= registers.xfeatures(thread.xstate)
                     manifest.xstate_size_bytes = max(manifest.xstate_size_bytes, len(thread.xstate))
         manifest.pids.extend(ctx.processes)
+        manifest.unconfined.extend(
+            text.encode("utf-8", "backslashreplace").decode() for text in ctx.unconfined
+        )
         ctx.images["manifest"] = manifest
         stats = ctx.stats
         stats.nr_tasks, stats.nr_processes = len(tasks), len(ctx.processes)

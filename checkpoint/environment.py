@@ -303,7 +303,7 @@ def check_free(pids: Iterable[int], found: Survey) -> None:
 
 
 def check_machine(ctx: RestoreContext) -> None:
-    """Machine and CPU have what the image uses.
+    """Machine and CPU have what the image uses, and its ids mean the same here. Warns of what no longer confines it.
 
     Raises:
         RestoreConflictError: they lack something; it is named.
@@ -312,6 +312,13 @@ def check_machine(ctx: RestoreContext) -> None:
     machine = os.uname().machine
     if manifest.machine and manifest.machine != machine:
         raise RestoreConflictError(f"the point is of a {manifest.machine} machine, this is {machine}")
+    if manifest.id_maps != proc.id_maps():
+        raise RestoreConflictError(
+            "the point was taken in another user namespace: its user and group ids, and what root may do, mean something else here",
+            hint="roll back in a user namespace with the same uid_map and gid_map",
+        )
+    for text in manifest.unconfined:
+        ctx.warn(text)
     wanted = manifest.xfeatures
     for process in ctx.processes.values():
         for thread in process.threads:

@@ -86,6 +86,7 @@ def _identity(identity: common_pb2.FileIdentity, what: str) -> None:
 
 def _manifest(manifest: manifest_pb2.Manifest) -> None:
     _require(len(manifest.pids) <= NR_TASKS_MAX, f"{len(manifest.pids)} processes")
+    _require(len(manifest.unconfined) <= NR_TASKS_MAX, f"{len(manifest.unconfined)} losses")
     for pid in manifest.pids:
         _pid(pid, "a process")
     _require(len(set(manifest.pids)) == len(manifest.pids), "a process is listed twice")

@@ -390,6 +390,12 @@ def boot_id() -> str:
     return read_file("/proc/sys/kernel/random/boot_id").decode().strip()
 
 
+def id_maps() -> str:
+    """How the ids of our user namespace are mapped: uid_map and gid_map (user_namespaces(7)), one line each."""
+    maps = (read_file(f"/proc/self/{name}").split() for name in ("uid_map", "gid_map"))
+    return "\n".join(b" ".join(words).decode() for words in maps)
+
+
 def available_bytes() -> int:
     """MemAvailable of /proc/meminfo."""
     for line in read_file("/proc/meminfo").splitlines():

@@ -133,8 +133,8 @@ def _move(
                 file.write(str(tid))
         except OSError as error:
             ctx.warn(
-                f"task {tid}: not moved into its control group {path} ({error.strerror}); it has the limits of "
-                "snap's own"
+                f"task {tid}: not moved into its control group {path} ({error.strerror}); it has the limits, "
+                "and the rules for devices, of snap's own"
             )
 
 

@@ -104,7 +104,7 @@ def judge(
     ]
     unknown = [task for task, _, asked in answers if asked is None]
     if probe("landlock").ok and unknown:
-        ctx.warn(
+        ctx.warn_unconfined(
             f"task {process.pid}: snap may not have its ids, so it cannot be told whether Landlock confines it; "
             "what Landlock denies is allowed after a rollback"
         )
@@ -112,7 +112,7 @@ def judge(
         return
     label = security_label(process.pid)
     if label != security_label("self"):
-        ctx.warn(
+        ctx.warn_unconfined(
             f"task {process.pid}: its security label {label!r} lets it look at nobody, so it cannot be told whether Landlock "
             "confines it, too; what Landlock denies is allowed after a rollback"
         )

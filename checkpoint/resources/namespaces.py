@@ -9,6 +9,7 @@ keeper of a tracker that a take leaves running among them, and its end is the en
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 
@@ -69,14 +70,18 @@ def check_user(pid: int) -> None:
     Raises:
         UnsupportedError: the process has left snap's user namespace since the look.
     """
-    if foreign := _foreign(pid, pid, ("user",), _own()):
+    if foreign := _foreign(pid, pid, ("user",), _own(("user",))):
         finding = Finding(pid, f"namespace {foreign['user']}", _WHAT.format("user"), _hint(pid, "user"))
         raise UnsupportedError.of([finding], pid)
 
 
-def _own() -> dict[str, str]:
+def _own(names: Iterable[str] = proc.NAMESPACES) -> dict[str, str]:
     """Name -> link of snap's own, of those kinds that this kernel has."""
-    return {name: os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")}
+    found = {}
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = os.readlink(f"/proc/self/ns/{name}")
+    return found
 
 
 def _foreign(pid: int, tid: int, names: Iterable[str], own: Mapping[str, str]) -> dict[str, str]:

@@ -157,7 +157,7 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
         if pid in {message.sid, ctx.root_pid}:
             message.autogroup_nice = scheduling.autogroup_nice(pid)
         loginuids.answer(message)
-        policies.warn(message, ctx.warn)
+        policies.warn(message, ctx.warn_unconfined)
         for task, thread, (results, questions) in zip(process.threads, message.threads, given, strict=True):
             _answer_thread(task, thread, results, questions)
             policies.answer_flags(results, questions.policies, task.facts, message, thread)

@@ -107,9 +107,9 @@ def test_ids_that_snap_may_not_have_are_a_warning(started, monkeypatch):
     assert [text for text in point.result.warnings if "cannot be told whether Landlock confines it" in text]
 
 
-def test_check_says_what_only_a_take_can_see(started, tmp_path):
+def test_check_says_what_only_a_take_can_see(started, tmp_path_factory):
     pid = started("process", **NOBODY)
-    store = tmp_path / "store"
+    store = tmp_path_factory.mktemp("store")
     said = snap("check", pid, store=store)
     assert said["ok"]
     assert any("Landlock" in text for text in said["unseen"])
