@@ -31,7 +31,6 @@ from checkpoint.kernel import proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
-from checkpoint.model.vma import Mapping, private_vmas
 from checkpoint.precopy import Precopied, Round, due, plausible_pages, watching_s
 from checkpoint.resources import files, keyrings, locks, memory, namespaces, policies, registers, task
 from checkpoint.staging import Staging
@@ -104,8 +103,9 @@ class _Take:
         self.tracker = tracker
         self.boot_id = proc.boot_id()
         self.precopied: dict[int, Precopied] = {}
-        self.mappings: dict[int, tuple[int, list[Mapping]]] = {}
-        """pid -> when (monotonic ns) and what smaps said."""
+        self.spaces: dict[int, tuple[int, memory.AddressSpace]] = {}
+        """pid -> when (monotonic ns) and what its mappings were."""
+        self.backings: memory.Backings = {}
         self.expected_bytes = _MIN_STAGED_BYTES
         self.dump_uptime_ns = 0
         self.frozen_readers: dict[int, memory.MmReader] = {}
@@ -205,7 +205,7 @@ class _Take:
         ctx.sink.drain(hurry=False, leave=_TAIL_PAGES // 4)
         for pid in self.precopied:
             # Read once more just before the freeze, so that smaps need not be read in it.
-            if time.monotonic_ns() - self.mappings[pid][0] > _MAPPINGS_FRESH_NS:
+            if time.monotonic_ns() - self.spaces[pid][0] > _MAPPINGS_FRESH_NS:
                 with contextlib.suppress(SnapshotterError):
                     self.note_mappings(pid, memory.address_space(ctx, pid, frozen=False))
         # Whatever is read after the freeze is not of its instant.
@@ -230,7 +230,7 @@ class _Take:
                 bystanders.of((status.uids[0], status.gids[0]))
 
     def note_mappings(self, pid: int, space: memory.AddressSpace) -> None:
-        self.mappings[pid] = (time.monotonic_ns(), space.mappings)
+        self.spaces[pid] = (time.monotonic_ns(), space.prepare())
 
     def begin_round(self, pid: int, start: int) -> list[Round]:
         """Begin one round of one process: what is due in it; nothing when it is not to be read while it runs."""
@@ -249,7 +249,7 @@ class _Take:
         known = self.precopied.get(pid)
         self.note_mappings(pid, space)
         if looked:  # of an instant that nobody has noted: read again before the freeze
-            self.mappings[pid] = (0, space.mappings)
+            self.spaces[pid] = (0, space)
         if known is None:
             if written is not None and not self._usable(pid, start):
                 written = None
@@ -308,7 +308,7 @@ class _Take:
         self, pid: int, space: memory.AddressSpace, frozen: FrozenProcess | None = None
     ) -> Runs | None:
         """What the tracker says, and what it cannot see."""
-        runs = self.session.collect(pid, _ranges(space), frozen=frozen)
+        runs = self.session.collect(pid, space.private_ranges, frozen=frozen)
         if runs is not None and self.tracker == SoftDirtyTracker.name:
             # KSM makes a new page table entry, without the bit that the page had.
             merged = [vma for vma in space.vmas if "mg" in vma.madvise]
@@ -402,7 +402,8 @@ class _Take:
         """Collect, plan and copy the pages of one process that are not with the sink yet."""
         ctx, pid = self.ctx, process.pid
         assert process.mem is not None
-        space = memory.address_space(ctx, pid, frozen=True, known=self.mappings.get(pid, (0, ()))[1])
+        _, before = self.spaces.get(pid, (0, None))
+        space = memory.address_space(ctx, pid, frozen=True, before=before, backings=self.backings)
         self.session.add(pid, process.start_time_ticks)
         written = self.written(pid, space, process)
         faults.point("dump.collected")
@@ -569,10 +570,6 @@ class _Take:
         phases = self.ctx.stats.phases_us
         phases[phase] = phases.get(phase, 0) + (now - self._marks) // 1000
         self._marks = now
-
-
-def _ranges(space: memory.AddressSpace) -> list[tuple[int, int]]:
-    return [(vma.start, vma.end) for vma in private_vmas(space.vmas)]
 
 
 def _as_runs(table: Runs | None) -> list[Run] | None:

@@ -15,7 +15,17 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("native.c", "drive.c", "frames.c", "threads.c", "hash.c", "pages.c", "planes.c", "options.c")
+SOURCES = (
+    "native.c",
+    "drive.c",
+    "frames.c",
+    "threads.c",
+    "hash.c",
+    "pages.c",
+    "planes.c",
+    "options.c",
+    "watch.c",
+)
 CODE_SIZE_BYTES = 4096
 _PROGRAMS = ("keeper", "finisher", "bystander")
 """Small programs of their own, freestanding."""

@@ -9,7 +9,6 @@ such entries are no content.
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import mmap
 import os
@@ -19,13 +18,11 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from parasite_c._native import ffi, lib
 
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import EMPTY, Runs
 from snapshotter.base.pages import PAGE_SIZE
-
-_PAGEMAP_SCAN = 0xC0606610
-_ARG = struct.Struct("<12Q")
 
 Regions = NDArray[np.int64]
 """(n, 3): struct page_region, rows (start, end, categories), addresses in bytes."""
@@ -139,19 +136,18 @@ class PageMap:
             OSError: ENOTTY where the kernel lacks it, EINVAL for a category it does not know.
         """
         parts = []
-        for first, end in ranges.tolist():
-            position = first * PAGE_SIZE
-            while position < end * PAGE_SIZE:
-                arg = bytearray(
-                    _ARG.pack(
-                        _ARG.size, 0, position, end * PAGE_SIZE, 0, self._regions.ctypes.data, _NR_REGIONS, 0,
-                        inverted, mask, any_of, wanted,
-                    )
-                )  # fmt: skip
-                nr_regions = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, arg)
-                if nr_regions:
-                    parts.append(self._regions[:nr_regions].copy())
-                position = _ARG.unpack(arg)[4]
+        table = np.ascontiguousarray(ranges * PAGE_SIZE)
+        scan = ffi.new(
+            "struct snap_scan *", {"inverted": inverted, "mask": mask, "any_of": any_of, "wanted": wanted}
+        )
+        while scan.next < len(table):
+            nr_regions = lib.snap_scan_ranges(
+                self._fd, ffi.from_buffer("struct snap_range[]", table), len(table), scan,
+                ffi.from_buffer("struct snap_region[]", self._regions), _NR_REGIONS,
+            )  # fmt: skip
+            if nr_regions < 0:
+                raise OSError(-nr_regions, f"PAGEMAP_SCAN: {os.strerror(-nr_regions)}")
+            parts.append(self._regions[:nr_regions].copy())
         return np.concatenate(parts) if parts else np.empty((0, 3), dtype=np.int64)
 
     def _read_content(self, ranges: Runs) -> Content:

@@ -8,6 +8,7 @@ module (fdinfo.py), so have VMAs for the memory engine (checkpoint.model.vma).
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -279,7 +280,9 @@ def unescape(text: bytes) -> bytes:
     return _ESCAPE.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), text) if b"\\" in text else text
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _maps_entry(line: bytes) -> MapsEntry:
+    # Remembered: what a look read before the freeze reads mostly the same in it, and some jobs have tens of thousands of lines.
     match = _MAPS_LINE.fullmatch(line)
     if match is None:
         raise ValueError(f"not a line of /proc/PID/maps: {line!r}")

@@ -10,8 +10,11 @@ import array
 import errno
 import fcntl
 import struct
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+from parasite_c._native import ffi, lib
 
 from checkpoint.model.pageplan import EMPTY, Runs
 
@@ -20,6 +23,11 @@ UFFDIO_REGISTER = 0xC020AA00
 UFFDIO_UNREGISTER = 0x8010AA01
 UFFDIO_WRITEPROTECT = 0xC018AA06
 PAGEMAP_SCAN = 0xC0606610
+
+WATCHED: int = lib.SNAP_W_WATCHED
+OURS: int = lib.SNAP_W_OURS
+Bytes = NDArray[np.uint8]
+Errors = NDArray[np.int32]
 
 UFFD_USER_MODE_ONLY = 1
 """Flag of userfaultfd(2): allowed to everybody; asynchronous write-protection never waits for a handler anyhow."""
@@ -70,6 +78,27 @@ def _register(uffd: int, start: int, end: int, mode: int) -> None:
 def unprotect(uffd: int, start: int, end: int) -> None:
     """Clear the write-protected mark of every page of a registered range."""
     fcntl.ioctl(uffd, UFFDIO_WRITEPROTECT, bytearray(struct.pack("<QQQ", start, end - start, 0)))
+
+
+def watch(uffd: int, pagemap: int, ranges: Sequence[tuple[int, int]]) -> tuple[Bytes, Errors]:
+    """Register VMAs and tell which are registered, all in one call.
+
+    Args:
+        uffd: what to register them with; -1: nothing is registered.
+        pagemap: /proc/PID/pagemap.
+        ranges: (start, end), each exactly a VMA.
+
+    Returns:
+        For each: WATCHED (it was registered with any of asynchronous write-protection before) | OURS (it is now with `uffd`), and
+        the errno of its registering, or 0.
+    """
+    table = np.ascontiguousarray(ranges, dtype=np.uint64).reshape(-1, 2)
+    states, errors = np.zeros(len(table), dtype=np.uint8), np.zeros(len(table), dtype=np.int32)
+    lib.snap_watch(
+        uffd, pagemap, ffi.from_buffer("struct snap_range[]", table), len(table), ffi.from_buffer("uint8_t[]", states),
+        ffi.from_buffer("int32_t[]", errors),
+    )  # fmt: skip
+    return states, errors
 
 
 class Scanner:

@@ -152,8 +152,12 @@ def first_pages(runs: Runs, nr_pages: int) -> Runs:
 
 def of_vmas(vmas: Iterable[mm_pb2.Vma]) -> Runs:
     """The pages that the VMAs span."""
-    rows = [(vma.start // PAGE_SIZE, vma.end // PAGE_SIZE) for vma in vmas]
-    return normalise(np.asarray(rows, dtype=np.int64)) if rows else EMPTY
+    return of_ranges([(vma.start, vma.end) for vma in vmas])
+
+
+def of_ranges(ranges: Sequence[tuple[int, int]]) -> Runs:
+    """The pages of [start, end) addresses, which are multiples of the page size."""
+    return normalise(np.asarray(ranges, dtype=np.int64) // PAGE_SIZE) if ranges else EMPTY
 
 
 def trusted(vmas: Sequence[mm_pb2.Vma], parent: Sequence[mm_pb2.Vma]) -> Runs:
@@ -181,6 +185,7 @@ def plan(
     parent: Sequence[mm_pb2.Vma] | None = None,
     *,
     doubtful: Runs = EMPTY,
+    private: Runs | None = None,
 ) -> PagePlan:
     """Decide what to store and what to read.
 
@@ -190,8 +195,9 @@ def plan(
         written: pages that a tracker saw written since the parent's dump; None: it does not know.
         parent: the VMAs of the parent point's image; None: there is no usable parent.
         doubtful: pages whose state the tracker cannot tell.
+        private: the pages of the private VMAs, if they are known.
     """
-    present = intersect(normalise(present), of_vmas(private_vmas(vmas)))
+    present = intersect(normalise(present), of_vmas(private_vmas(vmas)) if private is None else private)
     if written is None or parent is None:
         return PagePlan(present, present, doubtful)
     clean = subtract(subtract(trusted(vmas, parent), normalise(written)), doubtful)

@@ -118,6 +118,14 @@ class Mapping:
         return f"mapping {self.start:x}-{self.end:x} ({name})"
 
 
+_HEAD_LINE = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ [^\n]*\n", re.MULTILINE)
+
+
+def maps_of(smaps: bytes) -> bytes:
+    """What /proc/PID/maps says where smaps says this: the same head line for each VMA (show_map_vma() in the kernel)."""
+    return b"".join(_HEAD_LINE.findall(smaps))
+
+
 def parse_smaps(data: bytes) -> list[Mapping]:
     """Parse /proc/PID/smaps or /proc/PID/maps (then without flags).
 

@@ -171,27 +171,25 @@ class WriteProtectSession(Session):
         assert self._kept is not None
         descriptor, pagemap = self._kept.uffds[pid], self._pagemap(pid)
         fresh = self._fresh.setdefault(pid, set())
-        for start, end in vmas:
-            watched = self._scanner.is_watched(pagemap, start)
-            try:
-                uffd.register(descriptor, start, end)
-            except OSError as error:
-                if error.errno in {errno.ENOMEM, errno.ESRCH} and not watched:
-                    return False
-                if watched:
-                    raise SnapshotterError("somebody else tracks its memory", where=f"task {pid}") from error
-                continue
-            if not watched:
-                fresh.add((start, end))
-                if len(self._scanner.marked(pagemap, start, end)):
-                    uffd.unprotect(descriptor, start, end)
+        states, errors = uffd.watch(descriptor, pagemap, vmas)
+        watched = (states & uffd.WATCHED) != 0
+        if np.any(~watched & ((errors == errno.ENOMEM) | (errors == errno.ESRCH))):
+            return False
+        if np.any(watched & (errors != 0)):
+            raise SnapshotterError("somebody else tracks its memory", where=f"task {pid}")
+        for at in np.flatnonzero(states == uffd.OURS).tolist():
+            start, end = vmas[at]
+            fresh.add((start, end))
+            if len(self._scanner.marked(pagemap, start, end)):
+                uffd.unprotect(descriptor, start, end)
         return True
 
     def _scan(self, pid: int, vmas: Sequence[tuple[int, int]]) -> Runs:
         """Read and reset. What is not registered, or was registered just now, is written."""
         pagemap = self._pagemap(pid)
         whole = list(self._fresh.pop(pid, ()))
-        whole += [pair for pair in vmas if not self._scanner.is_watched(pagemap, pair[0])]
+        states, _ = uffd.watch(-1, pagemap, vmas)
+        whole += [vmas[at] for at in np.flatnonzero(states == 0).tolist()]
         runs = self._scanner.take(pagemap)
         return np.concatenate((runs, pages_of(whole))) if whole else runs
 

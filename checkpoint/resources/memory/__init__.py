@@ -34,6 +34,7 @@ from checkpoint.resources.memory.dump import (
 from checkpoint.resources.memory.inherited import early, settle
 from checkpoint.resources.memory.mappings import (
     AddressSpace,
+    Backings,
     look,
     look_sharing,
     read_mappings,
@@ -43,6 +44,7 @@ from checkpoint.resources.memory.restore import arena_hole, check, finish, relea
 
 __all__ = [
     "AddressSpace",
+    "Backings",
     "MmReader",
     "address_space",
     "arena_hole",

@@ -20,7 +20,7 @@ from checkpoint.model import vma as model
 from checkpoint.model.pageplan import PagePlan, Runs
 from checkpoint.model.vma import Mapping
 from checkpoint.resources.memory import identity, shmem
-from checkpoint.resources.memory.mappings import AddressSpace, Range, read_mappings, read_space
+from checkpoint.resources.memory.mappings import AddressSpace, Backings, Range, read_mappings, read_space
 from images import codec, mm_pb2
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, wrap_os_error
 from snapshotter.base.pages import PAGE_SIZE, Run
@@ -76,6 +76,8 @@ def address_space(
     frozen: bool = True,
     hidden: Iterable[Range] = (),
     known: Iterable[Mapping] = (),
+    before: AddressSpace | None = None,
+    backings: Backings | None = None,
 ) -> AddressSpace:
     """Read the VMAs of a process; in the frozen window shared objects are registered as well.
 
@@ -84,6 +86,8 @@ def address_space(
         pid: the process.
         frozen: the frozen window; False in pre-copy, which registers nothing.
         known: the mappings as they were a moment ago, see mappings.refresh_mappings.
+        before: see mappings.read_space.
+        backings: the same.
         hidden: ranges of the parasite, which are not the job's.
 
     Raises:
@@ -95,7 +99,9 @@ def address_space(
             return ""
         return shmem.register(ctx, path, stat, link, role=role).image_name
 
-    space = read_space(pid, register if frozen else None, hidden, known=known)
+    space = read_space(
+        pid, register if frozen else None, hidden, known=known, before=before, backings=backings
+    )
     for text in space.warnings if frozen else ():
         ctx.warn(text)
     return space
@@ -140,23 +146,19 @@ def page_plan(ctx: DumpContext, space: AddressSpace, written: Iterable[Run] | Ru
 
     Side effect: Vma.guard_pages of the space are filled in.
     """
-    anonymous = [v for v in space.vmas if v.kind in {model.ANON_PRIVATE, model.DEV_ZERO_PRIVATE}]
-    over_files = [v for v in space.vmas if v.kind in model.OVER_FILE_KINDS]
     seen: dict[int, _Seen] = ctx.resources.setdefault(_SEEN, {})
     last = seen.get(space.pid)
     try:
         with PageMap(space.pid) as pagemap:
-            content = pagemap.content(
-                pageplan.of_vmas(anonymous), pageplan.of_vmas(over_files), last.content if last else None
-            )
+            content = pagemap.content(space.anonymous, space.over_files, last.content if last else None)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise TargetGoneError("has ended", where=f"task {space.pid}") from error
     except OSError as error:
         raise wrap_os_error(error, "cannot read the page map", where=f"task {space.pid}") from error
     _note_guards(space, content.guard)
-    bounds = pageplan.of_vmas(model.private_vmas(space.vmas))
+    bounds = space.private
     if last is None or content is not last.content or not np.array_equal(bounds, last.bounds):
-        plan = pageplan.plan(space.vmas, content.present, doubtful=content.doubtful)
+        plan = pageplan.plan(space.vmas, content.present, doubtful=content.doubtful, private=bounds)
         seen[space.pid] = last = _Seen(content, bounds, plan)
     if written is None:
         return last.plan
@@ -166,10 +168,14 @@ def page_plan(ctx: DumpContext, space: AddressSpace, written: Iterable[Run] | Ru
         pageplan.from_list(written),
         parent_vmas(ctx, space.pid),
         doubtful=content.doubtful,
+        private=bounds,
     )
 
 
 def _note_guards(space: AddressSpace, guard: Runs) -> None:
+    if not len(guard) and not space.guarded:
+        return
+    space.guarded = bool(len(guard))
     for vma in space.vmas:
         del vma.guard_pages[:]
         if len(guard) and vma.kind in model.PRIVATE_KINDS:
@@ -180,15 +186,20 @@ def _note_guards(space: AddressSpace, guard: Runs) -> None:
 def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace) -> str:
     """Add the image of an address space; returns its name. The process is frozen."""
     _note_named(ctx, space)
-    image = mm_pb2.Mm(format_version=FORMAT_VERSION, vmas=space.vmas)
-    image.files.extend(space.files)
+    image = mm_pb2.Mm(format_version=FORMAT_VERSION)
+
+    def answer() -> None:
+        image.vmas.extend(space.vmas)
+        image.files.extend(space.files)
+
+    ctx.later.append(answer)
     _dump_fields(image, proc)
     _dump_exe(ctx, image, proc.pid)
     image.auxv = _read(proc.pid, "auxv")[:_MAX_AUXV_BYTES]
     image.brk = proc.brk
-    for vma in space.vmas:
-        if vma.kind == model.VDSO and proc.mem is not None:
-            image.vdso_build_id = vdso_build_id(proc.mem, vma.start, vma.end)
+    for mapping in space.mappings:
+        if model.kernel_kind(mapping) == model.VDSO and proc.mem is not None:
+            image.vdso_build_id = vdso_build_id(proc.mem, mapping.start, mapping.end)
     image.mlockall_flags = _mlockall_flags(proc)
     name = space_name(proc.pid)
     ctx.images[name] = image
@@ -197,7 +208,7 @@ def dump_mm(ctx: DumpContext, proc: FrozenProcess, space: AddressSpace) -> str:
 
 def _note_named(ctx: DumpContext, space: AddressSpace) -> None:
     """What a file is that one process maps shared and writable, it is for the others too, who only read it."""
-    for vma in space.vmas:
+    for vma in (space.vmas[position] for position in space.backed):
         if vma.kind in {model.FILE_SHARED, model.FILE_PRIVATE}:
             name = shmem.registered(ctx, vma.shared_dev, vma.shared_ino)
             if name:

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 
 from checkpoint.kernel.sys import KCMP_VM, kcmp
 from checkpoint.kernel.tasks import children, task_ids
+from checkpoint.model import pageplan
 from checkpoint.model import vma as model
+from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping
 from checkpoint.resources.memory import identity, named, rings
 from images import common_pb2, mm_pb2
@@ -34,7 +36,41 @@ Register = Callable[[str, os.stat_result, bytes, "mm_pb2.Shmem.Kind | None"], st
 """(path that opens the object, its stat, the link's text, NAMED or KEPT if that path leads to it) -> image name of the Shmem."""
 
 
-@dataclass(slots=True)
+_Key = tuple[int, int, bytes]
+"""What a line of maps says of a file: device, inode, path."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Backing:
+    """The file behind a mapping."""
+
+    stat: os.stat_result
+    link: bytes
+    found: bool
+    """The path still leads to it."""
+
+    def is_like(self, other: _Backing) -> bool:
+        """The same file in the same place; it may have been written to."""
+        return all(
+            (
+                os.path.samestat(self.stat, other.stat),
+                self.stat.st_mode == other.stat.st_mode,
+                (self.stat.st_nlink == 0) == (other.stat.st_nlink == 0),
+                (self.link, self.found) == (other.link, other.found),
+            )
+        )
+
+    @property
+    def written(self) -> tuple[int, int]:
+        """What a write to the file changes."""
+        return self.stat.st_size, self.stat.st_mtime_ns
+
+
+Backings = dict[_Key, _Backing]
+"""Files that were looked at in one frozen window, for all processes of the job: nothing about them changes in it."""
+
+
+@dataclass
 class AddressSpace:
     """VMAs and files of one process at one instant."""
 
@@ -45,6 +81,41 @@ class AddressSpace:
     mappings: list[Mapping] = field(default_factory=list)
     """The lines the VMAs came from, one each."""
     warnings: list[str] = field(default_factory=list)
+    text: bytes = b""
+    """/proc/PID/maps of that instant: the same text again is the same VMAs."""
+    backed: list[int] = field(default_factory=list)
+    """Positions of VMAs over files."""
+    backings: Backings = field(default_factory=dict)
+    index: dict[_Key, int] = field(default_factory=dict)
+    """Which of `files` it is."""
+    guarded: bool = False
+    """Some VMA has guard pages noted."""
+
+    def prepare(self) -> AddressSpace:
+        """Work out all of the following, so that the frozen window finds it done."""
+        _ = self.anonymous, self.over_files, self.private
+        return self
+
+    @functools.cached_property
+    def anonymous(self) -> Runs:
+        """Pages of private memory without a file."""
+        kinds = {model.ANON_PRIVATE, model.DEV_ZERO_PRIVATE}
+        return pageplan.of_vmas(vma for vma in self.vmas if vma.kind in kinds)
+
+    @functools.cached_property
+    def over_files(self) -> Runs:
+        """Pages of private memory over a file."""
+        return pageplan.of_vmas(vma for vma in self.vmas if vma.kind in model.OVER_FILE_KINDS)
+
+    @functools.cached_property
+    def private_ranges(self) -> list[tuple[int, int]]:
+        """[start, end) of each VMA whose changed pages are stored with it."""
+        return [(vma.start, vma.end) for vma in model.private_vmas(self.vmas)]
+
+    @functools.cached_property
+    def private(self) -> Runs:
+        """Their pages."""
+        return pageplan.of_ranges(self.private_ranges)
 
 
 def read_mappings(pid: int) -> list[Mapping]:
@@ -53,36 +124,35 @@ def read_mappings(pid: int) -> list[Mapping]:
     Raises:
         TargetGoneError: no such process, or it has no address space any more.
     """
+    return model.parse_smaps(_text(pid, "smaps"))
+
+
+def _text(pid: int, name: str) -> bytes:
+    """Smaps or maps, whole."""
     try:
-        with open(f"/proc/{pid}/smaps", "rb", buffering=0) as file:
+        with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
             parts = []
             while part := file.read(1 << 20):
                 parts.append(part)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise TargetGoneError("has ended", where=f"task {pid}") from error
     except OSError as error:
-        raise wrap_os_error(error, "cannot read smaps", where=f"task {pid}", hint="run as root") from error
-    return model.parse_smaps(b"".join(parts))
+        raise wrap_os_error(error, f"cannot read {name}", where=f"task {pid}", hint="run as root") from error
+    return b"".join(parts)
 
 
-def refresh_mappings(pid: int, known: Iterable[Mapping]) -> list[Mapping]:
-    """The same from /proc/PID/maps and what smaps said of these VMAs a moment ago.
+def refresh_mappings(text: bytes, known: Iterable[Mapping]) -> list[Mapping] | None:
+    """The mappings that /proc/PID/maps shows, with what smaps said of these VMAs a moment ago; None: it has to be read again.
 
     smaps walks every page (17 ms per GiB), which is too long for a frozen job, and nothing else shows VmFlags. So
     flags are taken from `known` as long as every line of maps is still the same; an madvise of exactly one whole VMA
     in that moment is the price. With any other change smaps is read again.
     """
     flags = {_key(mapping): mapping for mapping in known}
-    try:
-        with open(f"/proc/{pid}/maps", "rb") as file:
-            lines = model.parse_smaps(file.read())
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise TargetGoneError("has ended", where=f"task {pid}") from error
-    except OSError as error:
-        raise wrap_os_error(error, "cannot read maps", where=f"task {pid}", hint="run as root") from error
+    lines = model.parse_smaps(text)
     found = [flags.get(_key(line)) for line in lines if model.kernel_kind(line) != model.VSYSCALL]
     if None in found:
-        return read_mappings(pid)
+        return None
     return [mapping for mapping in found if mapping is not None]
 
 
@@ -206,12 +276,16 @@ def read_space(
     hidden: Iterable[Range] = (),
     *,
     known: Iterable[Mapping] = (),
+    before: AddressSpace | None = None,
+    backings: Backings | None = None,
 ) -> AddressSpace:
     """Read the VMAs of a process.
 
     Args:
         pid: the process.
         known: what read_mappings() gave a moment ago: spares reading smaps (see refresh_mappings).
+        before: the space as it was a moment ago; where nothing has changed it is brought up to date and returned.
+        backings: in the frozen window: files that were looked at in it, and those that are now.
         register: takes shared memory objects; None leaves Vma.shmem empty (pre-copy, looking).
         hidden: ranges that are not the job's (the parasite's own memory).
 
@@ -221,9 +295,9 @@ def read_space(
     """
     for _ in range(_LOOKS):
         try:
-            return _read_space(pid, register, hidden, known)
+            return _read_space(pid, register, hidden, known, before, backings)
         except _ChangedError:  # it maps and unmaps while it is looked at
-            known = ()
+            known, before = (), None
     raise UnsupportedError(
         "its mappings changed while they were looked at", where=f"task {pid}", hint="try again"
     )
@@ -234,14 +308,28 @@ class _ChangedError(Exception):
 
 
 def _read_space(
-    pid: int, register: Register | None, hidden: Iterable[Range], known: Iterable[Mapping]
+    pid: int,
+    register: Register | None,
+    hidden: Iterable[Range],
+    known: Iterable[Mapping],
+    before: AddressSpace | None,
+    backings: Backings | None,
 ) -> AddressSpace:
-    space = AddressSpace(pid)
-    findings: list[Finding] = []
-    files: dict[tuple[int, int, bytes], tuple[os.stat_result, bytes, bool]] = {}
-    index: dict[tuple[int, int, bytes], int] = {}
     hidden = sorted(hidden)
-    for mapping in refresh_mappings(pid, known) if known else read_mappings(pid):
+    if before is not None:
+        text = _text(pid, "maps")
+        if text == before.text and not hidden and _bring_up_to_date(before, register, backings):
+            return before
+        known = before.mappings
+    elif known:
+        text = _text(pid, "maps")
+    mappings = refresh_mappings(text, known) if known else None
+    if mappings is None:
+        smaps = _text(pid, "smaps")
+        mappings, text = model.parse_smaps(smaps), model.maps_of(smaps)
+    space = AddressSpace(pid, text=text)
+    findings: list[Finding] = []
+    for mapping in mappings:
         found = model.refusal(mapping)
         for start, end in _without(mapping.start, mapping.end, hidden):
             if model.kernel_kind(mapping) == model.VSYSCALL:
@@ -251,7 +339,8 @@ def _read_space(
                 vma.kind, vma.flags, vma.offset = model.URING, model.MAP_SHARED, mapping.offset
                 vma.shared_ino = mapping.ino
             if found is None and _has_file(mapping):
-                found = _with_file(space, vma, mapping, register, files, index)
+                space.backed.append(len(space.vmas))
+                found = _with_file(space, vma, mapping, register, backings)
             space.vmas.append(vma)
             space.mappings.append(mapping)
         if found is not None:
@@ -259,6 +348,31 @@ def _read_space(
     if findings:
         raise UnsupportedError(str(findings[0]), findings=tuple(findings))
     return space
+
+
+def _bring_up_to_date(space: AddressSpace, register: Register | None, backings: Backings | None) -> bool:
+    """Look again at what the lines of maps do not say, the files behind them. False: another file, or in another state."""
+    fresh: Backings = {}
+    for position in space.backed:
+        mapping = space.mappings[position]
+        key = _file_key(mapping)
+        if key in fresh:
+            continue
+        known = space.backings.get(key)
+        now, open_path = _backing(space.pid, mapping, backings)
+        if known is None or now is None or not now.is_like(known):
+            return False
+        fresh[key] = now
+        if now.written != known.written and key in space.index:
+            space.files[space.index[key]] = identity.make(now.link, now.stat, open_path=open_path)
+    space.backings = fresh
+    for position in space.backed if register is not None else ():
+        vma = space.vmas[position]
+        if (vma.kind in model.SHMEM_KINDS or vma.writable_fd) and (
+            _with_file(space, vma, space.mappings[position], register, backings) is not None
+        ):
+            return False
+    return True
 
 
 def _without(start: int, end: int, hidden: Iterable[Range]) -> list[Range]:
@@ -300,36 +414,54 @@ def _traits(
     return model.ANON_PRIVATE if kind is None else kind, map_flags, model.anon_name(path), kept
 
 
+def _file_key(mapping: Mapping) -> _Key:
+    return mapping.dev, mapping.ino, mapping.path
+
+
+def _backing(pid: int, mapping: Mapping, backings: Backings | None) -> tuple[_Backing | None, str]:
+    """The file behind a mapping, and a path that opens it; None: it cannot be looked at.
+
+    Raises:
+        _ChangedError: it is not mapped any more.
+    """
+    open_path = map_files_path(pid, mapping)
+    key = _file_key(mapping)
+    if backings is not None and key in backings:
+        return backings[key], open_path
+    try:
+        stat, link = os.stat(open_path), os.readlink(os.fsencode(open_path))
+    except (FileNotFoundError, ProcessLookupError):
+        raise _ChangedError from None
+    except PermissionError:  # map_files takes CAP_CHECKPOINT_RESTORE; a path that leads to the inode will do
+        try:
+            stat, link = os.stat(mapping.path), mapping.path
+        except OSError:
+            return None, ""
+        if stat.st_ino != mapping.ino:
+            return None, ""
+        open_path = os.fsdecode(mapping.path)
+    found = _Backing(stat, link, identity.leads_to(link.removesuffix(model.DELETED), stat))
+    if backings is not None and not link.endswith(model.DELETED):
+        backings[key] = found  # two deleted files may read the same in two processes
+    return found, open_path
+
+
 def _with_file(
     space: AddressSpace,
     vma: mm_pb2.Vma,
     mapping: Mapping,
     register: Register | None,
-    files: dict[tuple[int, int, bytes], tuple[os.stat_result, bytes, bool]],
-    index: dict[tuple[int, int, bytes], int],
+    backings: Backings | None,
 ) -> tuple[str, str] | None:
     """Fill in what the mapping is backed by. Returns a refusal or None."""
+    key = _file_key(mapping)
     link_path = map_files_path(space.pid, mapping)
-    key = (mapping.dev, mapping.ino, mapping.path)
-    if key not in files:
-        try:
-            stat, link = os.stat(link_path), os.readlink(os.fsencode(link_path))
-        except (FileNotFoundError, ProcessLookupError):
-            raise _ChangedError from None
-        except (
-            PermissionError
-        ):  # map_files takes CAP_CHECKPOINT_RESTORE; a path that leads to the inode will do
-            hidden = "what is mapped cannot be looked at (map_files)", "run as root"
-            try:
-                stat, link = os.stat(mapping.path), mapping.path
-            except OSError:
-                return hidden
-            if stat.st_ino != mapping.ino:
-                return hidden
-            link_path = os.fsdecode(mapping.path)
-        plain = link.removesuffix(model.DELETED)
-        files[key] = stat, link, identity.leads_to(plain, stat)
-    stat, link, found = files[key]
+    if key not in space.backings:
+        backing, link_path = _backing(space.pid, mapping, backings)
+        if backing is None:
+            return "what is mapped cannot be looked at (map_files)", "run as root"
+        space.backings[key] = backing
+    stat, link, found = space.backings[key].stat, space.backings[key].link, space.backings[key].found
     refused = _kind_refusal(mapping, stat)
     if refused is not None:
         return refused
@@ -345,10 +477,10 @@ def _with_file(
     if found and not in_memory:
         vma.kind = model.FILE_SHARED if mapping.shared else model.FILE_PRIVATE
         vma.flags = model.map_flags(mapping, anonymous=False)
-        if key not in index:
-            index[key] = len(space.files)
+        if key not in space.index:
+            space.index[key] = len(space.files)
             space.files.append(identity.make(link, stat, open_path=link_path))
-        vma.file = index[key]
+        vma.file = space.index[key]
         if role is not None and register is not None:
             register(link_path, stat, link, role)
         return None
