@@ -196,6 +196,54 @@ def children():
         os.waitpid(pid, 0)
 
 
+CHANGER = """
+import mmap, os, pathlib, sys
+path = pathlib.Path(sys.argv[1])
+def over(name):
+    with open(name, "r+b") as file:
+        return mmap.mmap(file.fileno(), 16384, mmap.MAP_PRIVATE, mmap.PROT_READ)
+pages, kept = mmap.mmap(-1, 8 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), over(path)
+print("ready", flush=True)
+change = sys.stdin.readline().strip()
+if change == "mapped": more = over(path.with_name("other"))
+elif change == "unmapped": kept.close()
+elif change == "advised": pages.madvise(mmap.MADV_DONTFORK, 0, 4096)
+elif change == "written": path.write_bytes(b"y" * 20000)
+elif change == "renamed": os.replace(path.with_name("other"), path)
+elif change == "deleted": path.unlink()
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize(
+    "change", ["nothing", "mapped", "unmapped", "advised", "written", "renamed", "deleted"]
+)
+def test_a_space_that_is_brought_up_to_date_is_the_one_that_is_read_anew(ctx, tmp_path, change):
+    for name in ("file", "other"):
+        (tmp_path / name).write_bytes(b"x" * 16384)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", CHANGER, str(tmp_path / "file")], **pipes) as child:
+        assert child.stdout.readline() == "ready\n"
+        before = memory.address_space(ctx, child.pid, frozen=False).prepare()
+        child.stdin.write(f"{change}\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "done\n"
+        backings: memory.Backings = {}
+        found = memory.address_space(ctx, child.pid, before=before, backings=backings)
+        wanted = memory.address_space(ctx, child.pid)
+        child.stdin.close()
+    assert (found is before) == (change in {"nothing", "written"})
+    assert found.vmas == wanted.vmas
+    assert found.files == wanted.files
+    assert found.mappings == wanted.mappings
+    assert found.text == wanted.text
+    assert (found.private == wanted.private).all()
+    assert {key: b.stat.st_mtime_ns for key, b in found.backings.items()} == {
+        key: b.stat.st_mtime_ns for key, b in wanted.backings.items()
+    }
+
+
 def test_a_ring_of_io_uring_without_a_descriptor_is_refused_by_name(children):
     def prepare():
         params = ctypes.create_string_buffer(120)
