@@ -31,7 +31,7 @@ from checkpoint.kernel import proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
-from checkpoint.precopy import Precopied, Round, due, plausible_pages, watching_s
+from checkpoint.precopy import Precopied, Round, Watch, due, plausible_pages, watching_s
 from checkpoint.resources import files, keyrings, locks, memory, namespaces, policies, registers, task
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
@@ -44,7 +44,8 @@ from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
 _NS_PER_S = 1_000_000_000
 _MIN_STAGED_BYTES = 4 << 20
 _MAPPINGS_FRESH_NS = 50_000_000
-_AHEAD_FROM, _AHEAD_PART = 32768, 16
+_MOSTLY = 7 / 8
+_AHEAD_FROM, _AHEAD_PART = 32768, 32
 """Of so many pages to read, this part is read without watching, so that the sink has work while others are watched."""
 _SETTLE_S = 2.0
 _TAIL_PAGES = 24576
@@ -185,11 +186,7 @@ class _Take:
                 ctx.sink.expect(nr_pages)
                 found = [self.read_ahead(one) for one in found]
             watch_s = watching_s(nr_pages, sum(pageplan.count(one.present) for one in found))
-            time.sleep(watch_s)
-            nr_hot = 0
-            for one in found:
-                with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
-                    nr_hot += self.end_round(one, watched=watch_s > 0)
+            nr_hot = sum(self.end_round(one, hot) for one, hot in self.watch(found, Watch(nr_pages, watch_s)))
             if number == 0:
                 self.prepare_freeze()
             ctx.sink.drain(hurry=False, leave=_TAIL_PAGES)
@@ -202,6 +199,8 @@ class _Take:
                 break
             if number == 0 and nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes // 8:
                 break
+            if nr_hot > nr_pages * _MOSTLY:
+                break  # another round would find the same pages rewritten
         ctx.sink.drain(hurry=False, leave=_TAIL_PAGES // 4)
         for pid in self.precopied:
             # Read once more just before the freeze, so that smaps need not be read in it.
@@ -289,17 +288,40 @@ class _Take:
         self.ctx.stats.pages_dirty += pageplan.count(pages)
         return [reader]
 
-    def end_round(self, one: Round, *, watched: bool) -> int:
-        """Read what was due, but for what the job has written again at once: it would only be read once more, and what was stored
-        of it would be of no point. Returns how many pages that is.
+    def watch(self, found: list[Round], watch: Watch) -> list[tuple[Round, Runs]]:
+        """Wait until the job has shown which pages it rewrites all the time. Returns these for each process that is still there."""
+        hot = {one.pid: pageplan.EMPTY for one in found}
+        while (pause_s := watch.next_s) > 0:
+            since = time.monotonic()
+            time.sleep(pause_s)
+            nr_fresh = nr_left = 0
+            for one in found:
+                before = hot.pop(one.pid, None)
+                if before is None:
+                    continue
+                with contextlib.suppress(TargetGoneError, FileNotFoundError, ProcessLookupError):
+                    written = self.written(one.pid, one.space)
+                    now = one.present if written is None else pageplan.normalise(written)
+                    hot[one.pid] = pageplan.union(before, now)
+                    cold = pageplan.subtract(one.due, before)
+                    left = pageplan.count(pageplan.subtract(cold, now))
+                    nr_left += left
+                    nr_fresh += pageplan.count(cold) - left
+            watch.looked(time.monotonic() - since, nr_fresh, nr_left)
+        if watch.hopeless:
+            hot = {one.pid: pageplan.union(hot[one.pid], one.due) for one in found if one.pid in hot}
+        return [(one, hot[one.pid]) for one in found if one.pid in hot]
+
+    def end_round(self, one: Round, hot: Runs) -> int:
+        """Read what was due, but for the pages that the job rewrites all the time: they would be read once more, and what was
+        stored of them would be of no use. Returns how many pages that is.
         """
         pid, known = one.pid, one.known
-        hot = pageplan.EMPTY
-        if watched:
-            written = self.written(pid, one.space)
-            hot = one.present if written is None else pageplan.normalise(written)
         readers = [*(known.readers if known is not None else ()), *one.ahead]
-        readers += self.have_read(pid, pageplan.subtract(one.due, hot))
+        try:
+            readers += self.have_read(pid, pageplan.subtract(one.due, hot))
+        except (TargetGoneError, FileNotFoundError, ProcessLookupError):
+            return 0
         covered = pageplan.subtract(one.present, hot)
         self.precopied[pid] = Precopied(one.start, known is None or known.complete, covered, readers)
         return pageplan.count(pageplan.intersect(hot, one.present))

@@ -72,6 +72,60 @@ def watching_s(nr_due: int, nr_present: int) -> float:
     return min(max(nr_due * _WATCH_S_PER_PAGE, _LEAST_WATCH_S), most)
 
 
+def _rate(looks: Sequence[tuple[float, int]]) -> float:
+    """Pages a second."""
+    return sum(nr for _, nr in looks) / max(sum(seconds for seconds, _ in looks), 1e-3)
+
+
+class Watch:
+    """When to stop watching a job rewrite its pages, and begin to read.
+
+    A page that is rewritten after it was read has been stored for nothing. How many will be is foretold from how many
+    pages that had not been rewritten before came with the last looks, and from how long reading takes.
+    """
+
+    _WASTE = 1 / 32
+    """Of what is due, so much may be stored for nothing."""
+    _LONGEST_S = 2.0
+    _S_PER_PAGE = 16e-6
+    """What a page of a job that keeps a core busy costs, on two cores."""
+    _LOOKS = 3
+    """Jobs write in bursts: so many looks count together."""
+    _MANY = 32768
+    """Pages. With fewer, one look without a write is enough."""
+
+    def __init__(self, nr_due: int, first_s: float) -> None:
+        self._nr_due = nr_due
+        self._step_s = first_s
+        self._left_s = min(max(nr_due * self._S_PER_PAGE, first_s), self._LONGEST_S) if first_s else 0.0
+        self._doomed = False
+        self._looks: list[tuple[float, int]] = []
+
+    @property
+    def next_s(self) -> float:
+        """How long to watch until the next look; 0: begin to read."""
+        return min(self._step_s, self._left_s)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether too much of what is left to read would be stored for nothing: better read while the job stands still."""
+        return self._doomed
+
+    def looked(self, elapsed_s: float, nr_fresh: int, nr_left: int) -> None:
+        """A look: `nr_fresh` of the due pages were rewritten for the first time, `nr_left` not at all so far."""
+        self._left_s -= elapsed_s
+        self._looks.append((elapsed_s, nr_fresh))
+        last = self._looks[-self._LOOKS :]
+        # Half of the average: a pause between two bursts is no end, and a hot set that is complete fades in time.
+        a_second = max(_rate(last), _rate(self._looks) / 2)
+        foretold = min(a_second * nr_left * self._S_PER_PAGE, nr_left)
+        tolerable = foretold <= self._nr_due * self._WASTE
+        self._doomed = foretold > nr_left / 4 and not tolerable
+        seen_enough = len(last) == self._LOOKS or self._nr_due < self._MANY
+        if (tolerable and seen_enough) or self._left_s < self._step_s / 2:
+            self._left_s = 0.0
+
+
 def due(plan: pageplan.PagePlan, written: Runs | None, known: Precopied) -> Runs:
     """What the sink lacks: pages that were written, and those that were not there at the last look."""
     present = plan.present
