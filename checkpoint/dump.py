@@ -33,6 +33,7 @@ from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
 from checkpoint.precopy import Precopied, Round, Watch, due, plausible_pages, watching_s
 from checkpoint.resources import files, keyrings, locks, memory, namespaces, policies, registers, task
+from checkpoint.resources.proof import record_ways
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from checkpoint.uninterrupted import stops_wait
@@ -555,6 +556,7 @@ class _Take:
         stats.nr_tasks, stats.nr_processes = len(tasks), len(ctx.processes)
         stats.frozen_us = tree.frozen_us
         stats.bytes_logical = stats.pages_total * PAGE_SIZE
+        record_ways(ctx.images.values())
         images = {name: codec.serialise(name, message) for name, message in ctx.images.items()}
         self._mark("serialise")
         stats.duration_us = (time.monotonic_ns() - started) // 1000

@@ -124,6 +124,8 @@ def _prepare(
     except BaseException:
         _release(ctx)
         raise
+    finally:
+        ctx.acting.close()
     return ctx, found, planned
 
 
@@ -150,6 +152,7 @@ def _release(ctx: RestoreContext) -> None:
     memory.release(ctx)
     directories.release(ctx)
     nameless.release(ctx)
+    ctx.acting.close()
 
 
 def _build(ctx: RestoreContext, planned: RestorePlan, finisher: Finisher, phases: dict[str, int]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from checkpoint.kernel.rights import Acting
+from checkpoint.model import holders as who_gets
 from images import codec, files_pb2, manifest_pb2, mm_pb2, task_pb2
 from snapshotter.base.errors import VerificationError
 from snapshotter.base.obstacles import Obstacle
@@ -96,7 +98,10 @@ class RestoreContext:
     pages_written: int = 0
     state: dict[str, Any] = field(default_factory=dict)
     """For resources, by their name: what must live from one phase to the next."""
+    acting: Acting = field(default_factory=Acting)
+    """Threads that act with the rights of the job's tasks."""
     _parsed: dict[str, Message] = field(default_factory=dict)
+    _holders: who_gets.Holders | None = None
 
     def task_ids(self) -> set[int]:
         """The number of every task of the job, zombies included."""
@@ -146,6 +151,16 @@ class RestoreContext:
                 if name not in seen:
                     seen.add(name)
                     yield tid, pid, name
+
+    @property
+    def holders(self) -> who_gets.Holders:
+        """Which tasks get which file."""
+        if self._holders is None:
+            tables = {name: self.image(name, files_pb2.FdTable) for _, _, name in self.tables()}
+            files = self.image("files", files_pb2.Files) if "files" in self.names else None
+            spaces = {process.mm: self.mm(process) for process in self.processes.values() if process.mm}
+            self._holders = who_gets.find(self.processes, tables, files, spaces)
+        return self._holders
 
     def give(self, batch: Batch, local_fd: int) -> Ref:
         """Add to `batch` the arrival of a descriptor of snap's: the same file description, in the stub.

@@ -82,6 +82,8 @@ def _identity(identity: common_pb2.FileIdentity, what: str) -> None:
     _require(len(identity.path) < PATH_MAX_BYTES + 16, f"{what} has a path of {len(identity.path)} bytes")
     _require(b"\0" not in identity.path, f"{what} has a NUL in its path")
     _require(len(identity.build_id) <= 64, f"{what} has a build id of {len(identity.build_id)} bytes")
+    _require(len(identity.handle) <= 128, f"{what} has a handle of {len(identity.handle)} bytes")
+    _require(len(identity.acl) <= 64 and len(identity.way) <= 64, f"{what} has digests of no known size")
 
 
 def _manifest(manifest: manifest_pb2.Manifest) -> None:

@@ -11,7 +11,7 @@ import os
 import stat as stat_module
 from typing import TYPE_CHECKING
 
-from checkpoint.resources import nameless, paths
+from checkpoint.resources import authority, nameless, paths, proof
 from checkpoint.resources.files import lookers
 from images import common_pb2, task_pb2
 from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
@@ -69,6 +69,7 @@ def _directory(pid: int, tid: int, link: str) -> common_pb2.FileIdentity:
     identity = common_pb2.FileIdentity(
         path=os.fsencode(target), dev=info.st_dev, ino=info.st_ino, mode=info.st_mode
     )
+    proof.record(identity, info, path)
     if _is_deleted(target, info):
         if link == "root":
             raise UnsupportedError(_ROOT_DELETED, where=f"task {tid}", hint=_ROOT_HINT)
@@ -86,16 +87,16 @@ def check(ctx: RestoreContext, process: task_pb2.Process) -> None:
 
 
 def _check(ctx: RestoreContext, tid: int, place: task_pb2.Process | task_pb2.FsContext) -> None:
+    own_root, who = os.stat("/"), ctx.holders.of_directories(tid)
     for what, identity in (("working directory", place.cwd), ("root directory", place.root)):
         path, opened = paths.shown(identity.path), _directories(ctx)
         where = f"task {tid}"
         known = _place(identity) in opened
-        if known and identity is not place.root:
-            continue
         if identity.deleted:
             if not stat_module.S_ISDIR(identity.mode) or identity is place.root:
                 raise RestoreConflictError(f"its {what} is a deleted file", where=where)
-            opened[_place(identity)] = os.dup(nameless.make(ctx, identity))
+            if not known:
+                opened[_place(identity)] = os.dup(nameless.make(ctx, identity))
             continue
         try:
             if not known:
@@ -111,7 +112,11 @@ def _check(ctx: RestoreContext, tid: int, place: task_pb2.Process | task_pb2.FsC
         info = os.fstat(opened[_place(identity)])
         if not stat_module.S_ISDIR(info.st_mode):
             raise RestoreConflictError(f"its {what} {path} is no directory any more", where=where)
-        if (info.st_dev, info.st_ino) == (identity.dev, identity.ino):
+        if (info.st_dev, info.st_ino) != (own_root.st_dev, own_root.st_ino):
+            # In the root one is without asking; a directory is of use to who may enter it.
+            fd = os.dup(opened[_place(identity)])
+            authority.judged(ctx, fd, identity, who, os.X_OK).close()
+        if proof.compare(identity, opened[_place(identity)]) is not proof.Sameness.OTHER:
             continue
         if identity is place.root:
             raise RestoreConflictError(

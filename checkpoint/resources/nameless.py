@@ -2,8 +2,8 @@
 
 They are made under their old path in an empty file system in memory that is mounted nowhere, and deleted there: nobody sees
 them, nothing along a path that others write is touched, and /proc shows the same link. A deleted directory is made
-in its old parent instead while that is there, for `..` must still lead out of it: without permissions until it has no
-name any more, and only under a name that is free.
+in its old parent instead where every task of the job may do that, for `..` must still lead out of it: without permissions until it
+has no name any more, and only under a name that is free.
 
 One node for all that had the same inode: descriptors, FIFO ends, working directories.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_PATH
-from checkpoint.resources import paths
+from checkpoint.resources import authority, paths
 from images import common_pb2
 from snapshotter.base.errors import RestoreConflictError
 
@@ -44,7 +44,11 @@ def make(ctx: RestoreContext, identity: common_pb2.FileIdentity, rdev: int = 0) 
     key = (identity.dev, identity.ino)
     if key not in made:
         try:
-            fd = _in_its_parent(identity) if stat.S_ISDIR(identity.mode) and not ctx.options.dry_run else None
+            fd = (
+                _in_its_parent(ctx, identity)
+                if stat.S_ISDIR(identity.mode) and not ctx.options.dry_run
+                else None
+            )
             made[key] = _hidden(identity, rdev) if fd is None else fd
         except (OSError, ValueError) as error:
             raise RestoreConflictError(
@@ -86,29 +90,38 @@ def _hidden(identity: common_pb2.FileIdentity, rdev: int) -> int:
         os.close(root)
 
 
-def _in_its_parent(identity: common_pb2.FileIdentity) -> int | None:
-    """A deleted directory in the directory that it was in; None where that cannot be."""
+def _in_its_parent(ctx: RestoreContext, identity: common_pb2.FileIdentity) -> int | None:
+    """A deleted directory in the directory that it was in; None where that cannot be.
+
+    Its `..` leads into that one, past whatever is above: every task of the job must be able to make it there.
+    """
     folder, name = os.path.split(identity.path)
-    try:
+    made: list[int] = []
+
+    def work() -> None:
         parent = descriptors.open_without_symlinks(folder, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        os.mkdir(name, 0, dir_fd=parent)
-        fd = os.open(name, _OPEN, dir_fd=parent)
-        info = os.fstat(fd)
-        # Whoever may write there could have moved it away and put another one in its place.
-        ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o777
-        if ours:
+        try:
+            os.mkdir(name, 0, dir_fd=parent)
+            made.append(os.open(name, _OPEN, dir_fd=parent))
+            # Whoever may write there could have put another one in its place: that one is removed, or none.
             os.rmdir(name, dir_fd=parent)
-        if not ours or os.fstat(fd).st_nlink:
-            os.close(fd)
-            return None
+        finally:
+            os.close(parent)
+
+    try:
+        for task in sorted(ctx.holders.everybody):
+            authority.with_rights_of(ctx, frozenset({task}), work)
     except OSError:
-        return None
-    finally:
-        os.close(parent)
-    return _dressed(fd, identity)
+        made, lost = [], made
+    else:
+        lost, made = made[1:], made[:1]
+    for fd in lost:
+        os.close(fd)
+    if made and stat.S_ISDIR(os.fstat(made[0]).st_mode) and not os.fstat(made[0]).st_nlink:
+        return _dressed(made[0], identity)
+    for fd in made:
+        os.close(fd)
+    return None
 
 
 def _dressed(fd: int, identity: common_pb2.FileIdentity) -> int:

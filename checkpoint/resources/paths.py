@@ -15,6 +15,8 @@ import stat
 
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_PATH, O_TMPFILE_BIT
+from checkpoint.resources import proof
+from checkpoint.resources.proof import Sameness
 from images import common_pb2
 from snapshotter.base.errors import RestoreConflictError, wrap_os_error
 
@@ -79,10 +81,13 @@ def locate(
             where=where,
             hint="put the old one back",
         )
-    if same_inode and (now.st_dev, now.st_ino) != (identity.dev, identity.ino):
+    if same_inode and proof.compare(identity, fd) is Sameness.OTHER:
         os.close(fd)
+        numbers = f"inode {identity.ino}, now {now.st_ino}"
+        if (now.st_dev, now.st_ino) == (identity.dev, identity.ino):
+            numbers = f"the new one got its inode number {identity.ino}"
         raise RestoreConflictError(
-            f"the {kind} that the job had {had} was replaced by another (inode {identity.ino}, now {now.st_ino})",
+            f"the {kind} that the job had {had} was replaced by another ({numbers})",
             where=where,
             hint="put the old one back under this path, or roll back to another point",
         )
@@ -114,17 +119,6 @@ def reopen(path_fd: int, flags: int, where: str) -> int:
         return os.open(f"/proc/self/fd/{path_fd}", flags | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         raise wrap_os_error(error, "cannot open it again", where=where) from error
-
-
-def open_identity(
-    identity: common_pb2.FileIdentity, flags: int, *, same_inode: bool = True, rdev: int | None = None
-) -> int:
-    """locate() and reopen() in one."""
-    fd = locate(identity, same_inode=same_inode, rdev=rdev)
-    try:
-        return reopen(fd, flags, shown(identity.path))
-    finally:
-        os.close(fd)
 
 
 def by_handle(folder: bytes, handle_type: int, handle: bytes) -> int:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 from checkpoint.context import DumpContext, DumpOptions
-from checkpoint.kernel import proc
+from checkpoint.kernel import proc, rights
 from checkpoint.kernel.fdinfo import parse_fdinfo
-from checkpoint.resources import files
+from checkpoint.model import holders
+from checkpoint.model.holders import Holders
+from checkpoint.resources import credentials, files
 from checkpoint.resources.files.opening import Opening
 from images import files_pb2, task_pb2
 
@@ -83,7 +85,8 @@ def dump(*pids: int) -> DumpContext:
         ctx.processes[pid] = SimpleNamespace(
             pid=pid, is_zombie=False, start_time_ticks=1 << 40, threads=[], stat=proc.read_stat(pid)
         )
-        ctx.images[f"process/{pid}"] = task_pb2.Process(pid=pid)
+        thread = task_pb2.Thread(tid=pid, credentials=credentials.dump(proc.read_status(pid), 0))
+        ctx.images[f"process/{pid}"] = task_pb2.Process(pid=pid, threads=[thread])
     files.dump_files(ctx)
     return ctx
 
@@ -99,6 +102,16 @@ class Restored:
             accepted=(),
             warn=self.warnings.append,
             processes={},
+            names=("files",),
+            holders=Holders(
+                frozenset(
+                    holders.rights_of(thread.credentials)
+                    for image in ctx.images.values()
+                    if isinstance(image, task_pb2.Process)
+                    for thread in image.threads
+                )
+            ),
+            acting=rights.Acting(),
             image=lambda name, _kind: ctx.images[name],
         )
         image = files_pb2.Files.FromString(ctx.images["files"].SerializeToString())

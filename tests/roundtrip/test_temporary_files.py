@@ -21,13 +21,15 @@ pytestmark = pytest.mark.requires("root")
 JOB = """
 import os, sys, time
 os.chdir(sys.argv[1])
+if len(sys.argv) > 2:
+    os.setgroups([])
+    os.setresgid(*[int(sys.argv[2])] * 3)
+    os.setresuid(*[int(sys.argv[2])] * 3)
 one = os.open("one", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o640)
 again = os.open("one", os.O_WRONLY | os.O_APPEND)
 shared = os.dup(one)
 os.write(one, b"first line\\n")
 os.pwrite(one, b"far away", 100_000)
-if len(sys.argv) > 2:
-    os.chown("one", int(sys.argv[2]), int(sys.argv[2]))
 open("ready", "x").close()
 while not os.path.exists("go"):
     time.sleep(0.01)
@@ -49,12 +51,12 @@ def place(request):
 
 @pytest.fixture
 def start(place):
-    """start(*arguments): the job, ready."""
+    """start(user): the job, ready."""
     started = []
 
-    def run(*arguments):
+    def run(*user):
         child = subprocess.Popen(
-            [sys.executable, "-c", JOB, place, *arguments],
+            [sys.executable, "-c", JOB, place, *map(str, user)],
             stdin=-3, stdout=-3, stderr=-3, start_new_session=True,
         )  # fmt: skip
         started.append(child.pid)
@@ -137,9 +139,9 @@ def test_elsewhere_a_file_that_is_gone_is_missed(start, place):
     assert not (place / "one").exists()
 
 
-def test_it_is_made_with_no_more_rights_than_its_owner_has(start, place):
-    """Its directory is root's: who owned the file could not make one there."""
-    child = start("1234")
+def test_it_is_made_with_no_more_rights_than_the_job_has(start, place):
+    """Its directory is root's by now: the job could not make one there."""
+    child = start(1234)
     place.chmod(0o1755)
     point = memory_store.take(child.pid)
     (place / "one").unlink()

@@ -9,7 +9,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from checkpoint.resources import nameless, paths
+from checkpoint.resources import authority, nameless, paths
 from checkpoint.resources.files import kind
 from snapshotter.base.errors import Finding, RestoreConflictError
 
@@ -62,20 +62,21 @@ class DeviceKind(kind.Kind):
             )
         if device.identity.deleted:
             nameless.make(opening.ctx, device.identity, device.rdev)
-        elif not _leads_to_device(device.identity.path, device.rdev):
-            raise RestoreConflictError(
-                f"no longer the device {os.major(device.rdev)}:{os.minor(device.rdev)}",
-                where=paths.shown(device.identity.path),
-                hint="make it again with mknod",
+        else:
+            # Whichever node it is: all of one number are the same device.
+            fd = paths.locate(device.identity, same_inode=False, rdev=device.rdev)
+            who = opening.ctx.holders.of_description(description.id)
+            access = authority.access_of(description.flags)
+            opening.keep(
+                description, authority.judged(opening.ctx, fd, device.identity, who, access, proven=True)
             )
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
-        self.check(opening, description)
         device = description.device
         if device.identity.deleted:
             node = nameless.make(opening.ctx, device.identity, device.rdev)
             return paths.reopen(node, description.flags, paths.shown(device.identity.path))
-        return paths.open_identity(device.identity, description.flags, same_inode=False, rdev=device.rdev)
+        return opening.open_judged(description, paths.shown(device.identity.path))
 
 
 def _is_deleted(seen: Seen) -> bool:

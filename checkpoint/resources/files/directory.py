@@ -12,7 +12,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel.fdinfo import O_PATH
-from checkpoint.resources import nameless, paths
+from checkpoint.resources import authority, nameless, paths
 from checkpoint.resources.files import kind, pseudo
 from snapshotter.base.errors import Finding
 
@@ -61,16 +61,23 @@ def _dump(job: FilesDump, seen: Seen, place: files_pb2.Directory | files_pb2.Pat
     place.identity.CopyFrom(identity)
 
 
-def _check(opening: Opening, place: files_pb2.Directory | files_pb2.PathOnly, flags: int) -> None:
+def _check(
+    opening: Opening, description: files_pb2.Description, place: files_pb2.Directory | files_pb2.PathOnly
+) -> None:
+    flags = description.flags | (O_PATH if description.HasField("path_only") else 0)
     if place.HasField("proc") or pseudo.is_pseudo(place.identity.path):
         pseudo.check(opening.ctx, place.identity, place.proc, flags)
     elif place.identity.deleted:
         nameless.make(opening.ctx, place.identity)
     else:
-        os.close(paths.locate(place.identity))
+        access = 0 if description.HasField("path_only") else None
+        opening.judge(description, place.identity, access)
 
 
-def _open(opening: Opening, place: files_pb2.Directory | files_pb2.PathOnly, flags: int) -> int:
+def _open(
+    opening: Opening, description: files_pb2.Description, place: files_pb2.Directory | files_pb2.PathOnly
+) -> int:
+    flags = description.flags | (O_PATH if description.HasField("path_only") else 0)
     if place.HasField("proc") or pseudo.is_pseudo(place.identity.path):
         return pseudo.reopen(opening.ctx, place.identity, place.proc, flags)
     if place.identity.deleted:
@@ -78,8 +85,10 @@ def _open(opening: Opening, place: files_pb2.Directory | files_pb2.PathOnly, fla
             nameless.make(opening.ctx, place.identity), flags, paths.shown(place.identity.path)
         )
     if flags & (O_PATH | os.O_DIRECTORY) == O_PATH:
-        return paths.locate(place.identity)
-    return paths.open_identity(place.identity, flags)
+        return os.dup(opening.judged[description.id].fd)
+    return authority.open_found(
+        opening.ctx, opening.judged[description.id], flags, paths.shown(place.identity.path)
+    )
 
 
 class DirectoryKind(kind.Kind):
@@ -95,10 +104,10 @@ class DirectoryKind(kind.Kind):
         _dump(job, seen, description.directory)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
-        _check(opening, description.directory, description.flags)
+        _check(opening, description, description.directory)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
-        fd = _open(opening, description.directory, description.flags)
+        fd = _open(opening, description, description.directory)
         if description.offset:
             os.lseek(fd, description.offset, os.SEEK_SET)
         return fd
@@ -117,10 +126,10 @@ class PathOnlyKind(kind.Kind):
         _dump(job, seen, description.path_only)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
-        _check(opening, description.path_only, description.flags | O_PATH)
+        _check(opening, description, description.path_only)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
-        return _open(opening, description.path_only, description.flags | O_PATH)
+        return _open(opening, description, description.path_only)
 
 
 DIRECTORY = DirectoryKind()

@@ -2,7 +2,7 @@
 
 A FIFO's only content is what is in it while somebody has it open, which pipe.py puts back: so another one under the same
 path, of the same owner and mode, does as well, and one that is gone (a script that removes it at its end, Valgrind's in /tmp) is
-made with the file rights of its owner, who reaches no more that way than he could reach himself. Those whose name
+made with the rights of a task that had it (making.py). Those whose name
 was deleted at the dump are nameless.py's.
 """
 
@@ -13,44 +13,60 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors
-from checkpoint.kernel.fdinfo import O_PATH
-from checkpoint.resources import paths
-from snapshotter.base.errors import RestoreConflictError
+from checkpoint.resources import authority, making, paths, proof
 
 if TYPE_CHECKING:
+    from checkpoint.model.holders import Who
+    from checkpoint.resources.authority import Found
+    from checkpoint.restore_context import RestoreContext
     from images import common_pb2
 
 _Warn = Callable[[str], None]
 
 
-def check(identity: common_pb2.FileIdentity, warn: _Warn) -> None:
-    """Whether it is there, or can be made. Touches nothing.
+def check(
+    ctx: RestoreContext, identity: common_pb2.FileIdentity, who: Who, access: int, known: Found | None
+) -> Found | None:
+    """Find it, and judge; None: it is gone, and can be made again. Touches nothing.
+
+    Args:
+        ctx: the restore.
+        identity: what it was.
+        who: gets it.
+        access: for what (authority.py).
+        known: what was found already, for another description of it; closed if this raises.
 
     Raises:
-        RestoreConflictError: neither.
+        RestoreConflictError: there is another, it is closed to the job, or it is gone and cannot be made.
     """
     try:
-        os.close(_find(identity, warn))
+        fd = _find(identity, ctx.warn) if known is None else known.fd
     except FileNotFoundError:
-        os.close(_directory_of(identity))
-        warn(f"{paths.shown(identity.path)}: the FIFO that the job had open is gone; it is made again")
+        making.check(ctx, who, "FIFO", identity.path, _owner(identity))
+        ctx.warn(f"{paths.shown(identity.path)}: the FIFO that the job had open is gone; it is made again")
+        return None
+    return authority.judged(ctx, fd, identity, who, access)
 
 
-def reopen(identity: common_pb2.FileIdentity, flags: int) -> int:
-    """A description of it, made again if it is gone. The old job is dead.
+def reopen(
+    ctx: RestoreContext, identity: common_pb2.FileIdentity, who: Who, found: Found | None, flags: int
+) -> int:
+    """A description of what `check` found, made again if it is gone. The old job is dead.
 
     Raises:
-        RestoreConflictError: there is another, or it cannot be made.
+        RestoreConflictError: there is another by now, or it cannot be made.
     """
-    try:
-        fd = _find(identity, lambda _text: None)
-    except FileNotFoundError:
-        fd = _make(identity)
+    if found is not None and os.fstat(found.fd).st_nlink:
+        return paths.reopen(found.fd, flags, paths.shown(identity.path))
+    fd = making.fifo(ctx, who, identity.path, _owner(identity))
     try:
         return paths.reopen(fd, flags, paths.shown(identity.path))
     finally:
         os.close(fd)
+
+
+def _owner(identity: common_pb2.FileIdentity) -> making.Owner:
+    return making.Owner(identity.uid, identity.gid, stat.S_IMODE(identity.mode))
 
 
 def _find(identity: common_pb2.FileIdentity, warn: _Warn) -> int:
@@ -63,58 +79,10 @@ def _find(identity: common_pb2.FileIdentity, warn: _Warn) -> int:
         pass  # locate() says what it is
     fd = paths.locate(identity, same_inode=False)
     now = os.fstat(fd)
-    if (now.st_dev, now.st_ino) == (identity.dev, identity.ino):
+    if proof.compare(identity, fd) is not proof.Sameness.OTHER:
         return fd
-    if _traits(now) == (identity.uid, identity.gid, identity.mode):
+    if (now.st_uid, now.st_gid, now.st_mode) == (identity.uid, identity.gid, identity.mode):
         warn(f"{paths.shown(identity.path)}: another FIFO of the same owner is there than the job had open")
         return fd
     os.close(fd)
     return paths.locate(identity)  # says which it is
-
-
-def _traits(node: os.stat_result) -> tuple[int, int, int]:
-    return node.st_uid, node.st_gid, node.st_mode
-
-
-def _directory_of(identity: common_pb2.FileIdentity) -> int:
-    folder = os.path.dirname(identity.path)
-    try:
-        return descriptors.open_without_symlinks(folder, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise RestoreConflictError(
-            f"the directory of the FIFO that the job had open cannot be opened: {error.strerror}",
-            where=paths.shown(identity.path),
-            hint="make it again",
-        ) from error
-
-
-def _make(identity: common_pb2.FileIdentity) -> int:
-    directory = _directory_of(identity)
-    name = os.path.basename(identity.path)
-    fd = -1
-    try:
-        descriptors.with_file_rights(
-            identity.uid, identity.gid, lambda: os.mkfifo(name, 0o600, dir_fd=directory)
-        )
-        fd = os.open(name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-        # Whoever may write there could have put another one in its place.
-        made = os.fstat(fd)
-        if not stat.S_ISFIFO(made.st_mode) or made.st_uid != identity.uid:
-            raise FileExistsError(0, "somebody has put another file in its place just now")
-        if _traits(made) != (identity.uid, identity.gid, identity.mode):
-            descriptors.with_file_rights(
-                identity.uid,
-                identity.gid,
-                lambda: os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(identity.mode)),
-            )
-    except OSError as error:
-        if fd >= 0:
-            os.close(fd)
-        raise RestoreConflictError(
-            f"the FIFO that the job had open is gone and cannot be made again: {error.strerror}",
-            where=paths.shown(identity.path),
-            hint="make it (mkfifo), then roll back",
-        ) from error
-    finally:
-        os.close(directory)
-    return fd

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_PATH, WatchLine
-from checkpoint.resources import paths
+from checkpoint.resources import authority, paths, proof
 from checkpoint.resources.files import kind
 from images import common_pb2
 from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError, wrap_os_error
@@ -61,9 +61,7 @@ class InotifyKind(kind.Kind):
             if path is None:
                 finding = Finding(seen.pid, seen.where, f"watches a file without a path (inode {watch.ino})")
                 raise UnsupportedError(finding.what, where=finding.where, findings=(finding,))
-            now = os.lstat(path)
-            identity = common_pb2.FileIdentity(path=path, dev=now.st_dev, ino=now.st_ino, mode=now.st_mode)
-            description.inotify.watches.add(wd=watch.wd, mask=watch.mask, file=identity)
+            description.inotify.watches.add(wd=watch.wd, mask=watch.mask, file=_identity_of(path))
         with job.borrow(seen) as fd:
             if descriptors.nr_readable(fd):
                 job.ctx.warn(
@@ -71,10 +69,18 @@ class InotifyKind(kind.Kind):
                 )
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
-        for watch in description.inotify.watches:
-            os.close(paths.locate(watch.file))
+        """The whole instance is made now: what is watched is then what was judged."""
+        if description.id not in opening.early:
+            opening.early[description.id] = self._make(opening, description)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
+        fd = opening.early.pop(description.id)
+        _drain(fd)
+        return fd
+
+    @staticmethod
+    def _make(opening: Opening, description: files_pb2.Description) -> int:
+        who = opening.ctx.holders.of_description(description.id)
         fd = descriptors.inotify_init(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             reached = 0
@@ -87,13 +93,14 @@ class InotifyKind(kind.Kind):
                     if reached % _DRAIN_EVERY == 0:
                         _drain(fd)
                 _drain(fd)
-                place = paths.locate(watch.file)
+                # inotify_add_watch(2) asks for read permission.
+                place = authority.locate(opening.ctx, watch.file, who, os.R_OK)
                 try:
                     reached = descriptors.inotify_add_watch(
-                        fd, b"/proc/self/fd/%d" % place, watch.mask & ~_ADD_FLAGS
+                        fd, b"/proc/self/fd/%d" % place.fd, watch.mask & ~_ADD_FLAGS
                     )
                 finally:
-                    os.close(place)
+                    place.close()
                 if reached != watch.wd:
                     raise SnapshotterError(
                         f"watch {watch.wd} became {reached}", where=paths.shown(watch.file.path)
@@ -104,6 +111,17 @@ class InotifyKind(kind.Kind):
                 raise wrap_os_error(error, "cannot watch it again", where="inotify") from error
             raise
         return fd
+
+
+def _identity_of(path: bytes) -> common_pb2.FileIdentity:
+    fd = paths.find(path)
+    try:
+        now = os.fstat(fd)
+        identity = common_pb2.FileIdentity(path=path, dev=now.st_dev, ino=now.st_ino, mode=now.st_mode)
+        proof.record(identity, now, b"/proc/self/fd/%d" % fd)
+        return identity
+    finally:
+        os.close(fd)
 
 
 def _drain(fd: int) -> None:

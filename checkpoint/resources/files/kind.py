@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel.fdinfo import O_PATH, FdInfo, parse_fdinfo
+from checkpoint.resources import proof
 from images import common_pb2
 from snapshotter.base.errors import Finding
 
@@ -97,7 +98,7 @@ def descriptors(pid: int) -> list[int]:
 def identity_of(seen: Seen) -> common_pb2.FileIdentity:
     """The file behind a descriptor, as the restore will look for it."""
     deleted = seen.stat.st_nlink == 0
-    return common_pb2.FileIdentity(
+    identity = common_pb2.FileIdentity(
         path=seen.path,
         dev=seen.stat.st_dev,
         ino=seen.stat.st_ino,
@@ -105,9 +106,12 @@ def identity_of(seen: Seen) -> common_pb2.FileIdentity:
         size_bytes=seen.stat.st_size,
         mtime_ns=seen.stat.st_mtime_ns,
         deleted=deleted,
-        uid=seen.stat.st_uid if deleted else 0,
-        gid=seen.stat.st_gid if deleted else 0,
+        uid=seen.stat.st_uid,
+        gid=seen.stat.st_gid,
     )
+    if not deleted:
+        proof.record(identity, seen.stat, f"/proc/{seen.pid}/fd/{seen.fd}")
+    return identity
 
 
 class Kind:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
 from checkpoint.kernel.fdinfo import O_DIRECT, O_PATH
+from checkpoint.resources import authority
+from checkpoint.resources.authority import Found
 from checkpoint.resources.files import kinds, unixsock
 from checkpoint.resources.locks import flock_struct
-from images import files_pb2
+from images import common_pb2, files_pb2
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError, wrap_os_error
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ class Opening:
         self.pipes = {buffer.id: buffer for buffer in image.pipes}
         self.pipe_ends: dict[int, tuple[int, int]] = {}
         self.pipe_ends_used: set[tuple[int, bool]] = set()
+        self.judged: dict[int, Found] = {}
+        """description id -> the file that check() found and allowed: that very one is opened, whatever is at its path by then."""
+        self.fifos: dict[int, Found] = {}
+        """pipe id -> the FIFO that check() found."""
         self.early: dict[int, int] = {}
         """description id -> what check() opened already, because it may be gone once the old job is killed."""
         self.far_ends: dict[int, int] = {}
@@ -52,6 +58,8 @@ class Opening:
         """unix.ino -> root of the file system of its own in which a socket is bound (unixghost.py)."""
         self.changed: set[int] = set()
         """Descriptions whose file is not as it was at the point, which was said already."""
+        self.nodes: dict[int, int] = {}
+        """unix.ino -> its node, held (O_PATH) since it was bound."""
         self.owned: set[int] = set()
         """Descriptions whose owner (SIGIO) was set already."""
 
@@ -128,6 +136,35 @@ class Opening:
             self.fds[number] = fd
         return fd
 
+    def judge(
+        self, description: files_pb2.Description, identity: common_pb2.FileIdentity, access: int | None = None
+    ) -> None:
+        """Find a file by its path, for all who get this description, and hold it until `found`.
+
+        Raises:
+            RestoreConflictError: it is gone, another one, or closed to one of them.
+        """
+        if access is None:
+            access = authority.access_of(description.flags)
+        who = self.ctx.holders.of_description(description.id)
+        self.keep(description, authority.locate(self.ctx, identity, who, access))
+
+    def keep(self, description: files_pb2.Description, found: Found) -> None:
+        """Hold what was judged for a description."""
+        if description.id in self.judged:
+            self.judged[description.id].close()
+        self.judged[description.id] = found
+
+    def open_judged(self, description: files_pb2.Description, where: str) -> int:
+        """A new file description of what `judge` holds."""
+        return authority.open_found(self.ctx, self.judged[description.id], description.flags, where)
+
+    def hold_node(self, ino: int, fd: int) -> None:
+        """Keep the node of a bound socket until everything is connected; takes the descriptor over."""
+        if ino in self.nodes:
+            os.close(self.nodes[ino])
+        self.nodes[ino] = fd
+
     def _close_extra(self) -> None:
         for ends in self.pipe_ends.values():
             for fd in ends:
@@ -139,10 +176,17 @@ class Opening:
         for fd in self.hidden.values():
             os.close(fd)
         self.hidden.clear()
+        for fd in self.nodes.values():
+            os.close(fd)
+        self.nodes.clear()
 
     def close(self) -> None:
         """Closes what is open here. Descriptions live on where they were installed."""
         self._close_extra()
+        for found in [*self.judged.values(), *self.fifos.values()]:
+            found.close()
+        self.judged.clear()
+        self.fifos.clear()
         for fd in [*self.fds.values(), *self.early.values()]:
             os.close(fd)
         self.fds.clear()

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_DIRECT
-from checkpoint.resources import nameless, paths
+from checkpoint.resources import authority, nameless, paths
 from checkpoint.resources.files import fifo, kind, outside
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 
 if TYPE_CHECKING:
+    from checkpoint.model.holders import Who
     from checkpoint.resources.files.dumping import FilesDump
     from checkpoint.resources.files.kind import Seen
     from checkpoint.resources.files.opening import Opening
@@ -74,7 +75,12 @@ class PipeKind(kind.Kind):
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         buffer = opening.pipes[description.pipe.id]
         if buffer.is_fifo and not buffer.fifo.deleted:
-            fifo.check(buffer.fifo, opening.warn)
+            who = opening.ctx.holders.of_description(description.id)
+            access = authority.access_of(description.flags)
+            known = opening.fifos.pop(buffer.id, None)
+            found = fifo.check(opening.ctx, buffer.fifo, who, access, known)
+            if found is not None:
+                opening.fifos[buffer.id] = found
             return
         if buffer.is_fifo:
             nameless.make(opening.ctx, buffer.fifo)
@@ -136,7 +142,8 @@ def _make(opening: Opening, buffer: files_pb2.PipeBuffer) -> tuple[int, int]:
         if buffer.fifo.deleted:
             both = paths.reopen(nameless.make(opening.ctx, buffer.fifo), flags, paths.shown(buffer.fifo.path))
         else:
-            both = fifo.reopen(buffer.fifo, flags)
+            who = _holders(opening, buffer.id)
+            both = fifo.reopen(opening.ctx, buffer.fifo, who, opening.fifos.get(buffer.id), flags)
         ends = (both, os.dup(both))
         if not buffer.fifo.deleted and _is_in_use(opening, buffer, both):
             return ends
@@ -162,6 +169,12 @@ def _make(opening: Opening, buffer: files_pb2.PipeBuffer) -> tuple[int, int]:
             where=f"pipe {buffer.id}",
         ) from error
     return ends
+
+
+def _holders(opening: Opening, pipe: int) -> Who:
+    """Every task that gets an end of a pipe."""
+    numbers = [one.id for one in opening.image.descriptions if one.HasField("pipe") and one.pipe.id == pipe]
+    return frozenset().union(*map(opening.ctx.holders.of_description, numbers))
 
 
 def _is_in_use(opening: Opening, buffer: files_pb2.PipeBuffer, fd: int) -> bool:

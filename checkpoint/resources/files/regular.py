@@ -20,7 +20,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
-from checkpoint.resources import paths
+from checkpoint.resources import authority, paths
+from checkpoint.resources.authority import Found
 from checkpoint.resources.files import kind, pseudo
 from checkpoint.resources.memory import named, shmem
 from images import mm_pb2
@@ -101,10 +102,10 @@ class RegularKind(kind.Kind):
         if regular.HasField("proc") or pseudo.is_pseudo(regular.identity.path):
             pseudo.check(opening.ctx, regular.identity, regular.proc, description.flags)
         elif not regular.shmem:
-            found = _locate(opening, regular)
-            if found >= 0:
-                _warn_if_changed(opening, description, os.fstat(found))
-                os.close(found)
+            found = _locate(opening, description)
+            if found is not None:
+                opening.keep(description, found)
+                _warn_if_changed(opening, description, os.fstat(found.fd))
             else:
                 path = paths.shown(regular.identity.path)
                 opening.warn(f"{path} is gone; it is made again, with the content that it had at the point")
@@ -116,13 +117,10 @@ class RegularKind(kind.Kind):
             fd = pseudo.reopen(opening.ctx, regular.identity, regular.proc, description.flags)
         elif regular.shmem:
             fd = shmem.open_description(opening.ctx, regular.shmem, description.flags)
-        elif (found := _locate(opening, regular)) < 0:
+        elif regular.kept and _is_gone(opening, description):
             fd = shmem.open_description(opening.ctx, regular.kept, description.flags)
         else:
-            try:
-                fd = paths.reopen(found, description.flags, where)
-            finally:
-                os.close(found)
+            fd = opening.open_judged(description, where)
             _warn_if_changed(opening, description, os.fstat(fd))
         if description.offset:
             os.lseek(fd, description.offset, os.SEEK_SET)
@@ -174,23 +172,28 @@ def _kept(job: FilesDump, seen: Seen, path: bytes) -> str:
         return ""
 
 
-def _locate(opening: Opening, regular: files_pb2.RegularFile) -> int:
-    """An O_PATH descriptor of the file, or of what a rollback has made in its place; -1: it is gone, and can be made again.
+def _is_gone(opening: Opening, description: files_pb2.Description) -> bool:
+    """Whether its content is to be made again: it was gone at the check, or is since."""
+    if shmem.is_made(opening.ctx, description.regular.kept) or description.id not in opening.judged:
+        return True
+    return not os.fstat(opening.judged[description.id].fd).st_nlink
+
+
+def _locate(opening: Opening, description: files_pb2.Description) -> Found | None:
+    """The file, or what a rollback has made in its place; None: it is gone, and can be made again.
 
     Raises:
-        RestoreConflictError: it is gone for good, or another has its path.
+        RestoreConflictError: it is gone for good, another has its path, or it is closed to the job.
     """
-    if shmem.is_made(opening.ctx, regular.kept):
-        return -1
+    regular, ctx = description.regular, opening.ctx
+    who, access = ctx.holders.of_description(description.id), authority.access_of(description.flags)
     try:
-        return _find(regular)
+        fd, by_path = _find(regular)
     except RestoreConflictError as conflict:
         if not regular.kept:
             raise
-        try:
-            return named.find_kept(opening.ctx, regular.kept)
-        except (OSError, RestoreConflictError):
-            raise conflict from None
+        return named.find_kept(ctx, regular.kept, conflict, regular.identity, who, access)
+    return authority.judged(ctx, fd, regular.identity, who, access, along_path=by_path)
 
 
 def _leads(seen: Seen) -> bool:
@@ -220,11 +223,11 @@ def _handle_of(seen: Seen) -> tuple[int, bytes, bytes] | None:
     )
 
 
-def _find(regular: files_pb2.RegularFile) -> int:
-    """An O_PATH descriptor of the file, by its path; of one whose name was deleted by its handle too."""
+def _find(regular: files_pb2.RegularFile) -> tuple[int, bool]:
+    """(an O_PATH descriptor of the file, whether its path led there); of one whose name was deleted by its handle too."""
     identity = regular.identity
     try:
-        return paths.locate(identity)
+        return paths.locate(identity), True
     except RestoreConflictError:
         if not regular.handle:
             raise
@@ -238,7 +241,7 @@ def _find(regular: files_pb2.RegularFile) -> int:
         if (now.st_dev, now.st_ino, now.st_mode >> 12) != (identity.dev, identity.ino, identity.mode >> 12):
             os.close(fd)
             raise
-        return fd
+        return fd, False
 
 
 KIND = RegularKind()

@@ -21,8 +21,10 @@ import time
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors, proc
-from checkpoint.resources import paths
+from checkpoint.resources import authority, paths, proof
+from checkpoint.resources.authority import Found
 from checkpoint.resources.files import kind
+from images import common_pb2
 from snapshotter.base.errors import Finding, RestoreConflictError, SnapshotterError
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 _TTY, _CONSOLE, _PTMX = os.makedev(5, 0), os.makedev(5, 1), os.makedev(5, 2)
 _TTY_MAJORS = frozenset({4, 204, 229, *range(136, 144)})
+_MESSAGES = 0o020
+"""The bit of a terminal's mode that mesg(1) changes."""
 _TCGETS2_BYTES = 44
 _TCGETS2 = 0x802C542A
 _CLOSING_S = 0.3
@@ -77,37 +81,36 @@ class TerminalKind(kind.Kind):
         terminal.uid = seen.stat.st_uid
         if terminal.identity.path != seen.path:
             with contextlib.suppress(OSError):
-                terminal.uid = os.stat(terminal.identity.path).st_uid
+                state = os.stat(terminal.identity.path)
+                terminal.uid = state.st_uid
+                terminal.identity.mode = state.st_mode
+                proof.record(terminal.identity, state, terminal.identity.path)
         terminal.leader, terminal.leader_start_time_ticks = _leader_of(terminal.rdev)
         terminal.boot_id = _boot_id()
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         if opening.terminal != "null":
-            os.close(_find(opening, description.terminal))
+            opening.keep(description, _find(opening, description))
             _warn_of_sharing(opening, description.terminal)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         where = paths.shown(description.terminal.identity.path)
         hung_up = any(one.code == "terminal_leader" for one in opening.ctx.accepted)
         try:
-            found = (
-                _find_closing(opening, description.terminal)
-                if hung_up
-                else _find(opening, description.terminal)
-            )
+            # Found anew: the old job's end may have hung it up, and its number may be another's by now.
+            found = _find_closing(opening, description) if hung_up else _find(opening, description)
         except RestoreConflictError as error:
             if opening.terminal != "null" and not hung_up:
                 raise
             opening.warn(f"{where}: {error.what}; the job has /dev/null instead")
             return os.open("/dev/null", (description.flags & (os.O_ACCMODE | os.O_NONBLOCK)) | os.O_CLOEXEC)
-        try:
-            return paths.reopen(found, description.flags, where)
-        finally:
-            os.close(found)
+        opening.keep(description, found)
+        return opening.open_judged(description, where)
 
 
-def _find(opening: Opening, terminal: files_pb2.Terminal) -> int:
-    """An O_PATH descriptor of the terminal; RestoreConflictError when it is gone, or somebody else's by now."""
+def _find(opening: Opening, description: files_pb2.Description) -> Found:
+    """The terminal; RestoreConflictError when it is gone, or somebody else's by now, or closed to the job."""
+    terminal = description.terminal
     try:
         fd = paths.locate(terminal.identity, same_inode=False, rdev=terminal.node_rdev or terminal.rdev)
     except SnapshotterError as error:
@@ -116,17 +119,24 @@ def _find(opening: Opening, terminal: files_pb2.Terminal) -> int:
     if reason:
         os.close(fd)
         raise _gone(terminal, f"is gone, and {reason}")
-    return fd
+    wanted = common_pb2.FileIdentity()
+    wanted.CopyFrom(terminal.identity)
+    if (os.fstat(fd).st_mode ^ wanted.mode) & ~_MESSAGES == 0:
+        wanted.mode = os.fstat(fd).st_mode
+    who = opening.ctx.holders.of_description(description.id)
+    access = authority.access_of(description.flags)
+    # Boot, owner and session say that it is the same one.
+    return authority.judged(opening.ctx, fd, wanted, who, access, proven=True)
 
 
-def _find_closing(opening: Opening, terminal: files_pb2.Terminal) -> int:
+def _find_closing(opening: Opening, description: files_pb2.Description) -> Found:
     """The same for one that was hung up by the kill: whoever holds the other side mostly closes it within moments."""
     deadline = time.monotonic() + _CLOSING_S
     while True:
-        fd = _find(opening, terminal)
+        found = _find(opening, description)
         if time.monotonic() > deadline:
-            return fd
-        os.close(fd)
+            return found
+        found.close()
         time.sleep(_CLOSING_S / 20)
 
 

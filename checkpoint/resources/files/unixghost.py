@@ -36,7 +36,7 @@ def bind(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) -> 
 def bound(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) -> Iterator[None]:
     """The same; in the context the address can be reached (`reach`)."""
     if image.HasField("bound") or not unixnode.has_path(image):
-        unixnode.bind(sock, image)
+        unixnode.bind(opening, sock, image)
         yield
         return
     root = opening.hidden.get(image.ino, -1)
@@ -50,7 +50,7 @@ def bound(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) ->
                     where=paths.shown(image.address),
                     hint="it takes CAP_SYS_ADMIN: run the rollback as root",
                 ) from error
-            with unixnode.bound_for_a_moment(sock, image):
+            with unixnode.bound_for_a_moment(opening, sock, image):
                 yield
             return
         opening.hidden[image.ino] = root
@@ -58,19 +58,16 @@ def bound(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) ->
     yield
 
 
-def reach(opening: Opening, image: files_pb2.UnixSocket, work: Callable[[], object]) -> None:
-    """Do something for which the address of a socket must lead to it."""
-    root = opening.hidden.get(image.ino)
-    if root is not None:
-        descriptors.with_root(root, work)
-    elif image.address.startswith((b"/", b"\0")):
-        work()
+def reach(opening: Opening, image: files_pb2.UnixSocket, work: Callable[[bytes], object]) -> None:
+    """Do something with an address that leads to a socket of the job's, and to no other: whoever may write along a path could
+    have put a link to another's socket there by now.
+    """
+    if image.ino in opening.nodes:
+        work(b"/proc/self/fd/%d" % opening.nodes[image.ino])
+    elif image.ino in opening.hidden:
+        descriptors.with_root(opening.hidden[image.ino], functools.partial(work, image.address))
     else:
-        base = os.open(unixnode.base_of(image), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            descriptors.with_root(base, work, chroot=False)
-        finally:
-            os.close(base)
+        work(image.address)
 
 
 def _bind(sock: socket.socket, image: files_pb2.UnixSocket) -> None:

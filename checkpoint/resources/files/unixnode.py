@@ -1,27 +1,38 @@
 """The nodes of bound unix sockets in the file system: made, given their owner and mode, replaced, removed.
 
 Owns that snap's rights are not lent to whoever may write along the path. bind(2) takes the address as the program gave it
-and follows links in it, so it is done in a thread of snap's with the fsuid and fsgid of the node's owner: it reaches what he
-reaches. Where he may not write into the directory (a daemon that bound its socket as root and gave it away), it
-is done with those of the directory's owner, and the node is given away again once it is known, by its inode, to be the
-socket's. Old nodes are removed below the directory's descriptor, which was opened without following any link.
+and follows links in it, so it is done in a thread with the rights of a task that has the socket, or with fewer (the node's
+owner's): it reaches what they reach. Old nodes are removed below the directory's descriptor, which was opened without following any link.
+
+The exception: a daemon that bound its socket as root and then dropped its rights may not do that again. Its node is replaced all
+the same while it is there, provably the one that it was, with the same owner and mode, below directories that are as they were and that nobody
+but their owners can rearrange.
+
+The job's own connections to a socket are made through a descriptor of its node, which nobody can put another under.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors, sockdiag
+from checkpoint.kernel import descriptors, rights, sockdiag
 from checkpoint.kernel.fdinfo import O_PATH
-from checkpoint.resources import paths
+from checkpoint.model.holders import Rights
+from checkpoint.resources import authority, paths, proof
 from images import files_pb2
 from snapshotter.base.errors import RestoreConflictError
 
+if TYPE_CHECKING:
+    from checkpoint.resources.files.opening import Opening
+
+_CAP_CHOWN, _CAP_FOWNER = 1 << 0, 1 << 3
 _INO_MASK = 0xFFFFFFFF
 """unix_diag shows 32 bits of an inode number."""
 FRESH_MODE = 0o777
@@ -48,19 +59,21 @@ def way_to(image: files_pb2.UnixSocket) -> bytes:
     return path
 
 
-def check(image: files_pb2.UnixSocket) -> None:
-    """Whether the directory of a bound socket is there. Touches nothing.
+def check(opening: Opening, image: files_pb2.UnixSocket) -> None:
+    """Whether a bound socket can be bound where it was. Touches nothing.
 
     Raises:
-        RestoreConflictError: it is gone, or a link has come into its path; something has the name that it is to be bound under.
+        RestoreConflictError: its directory is gone, or a link has come into its path; something has the name that it is to be bound
+            under; no task of the job may bind it there.
     """
     with contextlib.closing(_Directory(image)) as directory, contextlib.suppress(FileNotFoundError):
+        _permitted(opening, image, directory)
         if is_renamed(image):
             os.stat(os.path.basename(image.address), dir_fd=directory.fd, follow_symlinks=False)
             raise _in_the_way(image.address, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))
 
 
-def bind(sock: socket.socket, image: files_pb2.UnixSocket) -> None:
+def bind(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) -> None:
     """Give a socket the job's address. A node that a dead socket left there is replaced.
 
     Raises:
@@ -70,21 +83,21 @@ def bind(sock: socket.socket, image: files_pb2.UnixSocket) -> None:
         _bind(sock, image.address)
         return
     if not image.HasField("bound"):  # the job had unlinked it
-        with bound_for_a_moment(sock, image):
+        with bound_for_a_moment(opening, sock, image):
             return
     with contextlib.closing(_Directory(image)) as directory:
-        _make(sock, image, directory, image.bound.mode & 0o7777)
+        _make(opening, sock, image, directory)
 
 
 @contextlib.contextmanager
-def bound_for_a_moment(sock: socket.socket, image: files_pb2.UnixSocket) -> Iterator[None]:
+def bound_for_a_moment(opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket) -> Iterator[None]:
     """The same, with a node that is there for the time of the context only."""
     with contextlib.closing(_Directory(image)) as directory:
-        _make(sock, image, directory, 0o600)
+        used = _make(opening, sock, image, directory)
         try:
             yield
         finally:
-            _with_rights(image, directory, directory.unlink)
+            opening.ctx.acting.run(used, directory.unlink)
 
 
 def base_of(image: files_pb2.UnixSocket) -> bytes:
@@ -137,7 +150,10 @@ class _Directory:
         os.close(self.fd)
 
 
-def _make(sock: socket.socket, image: files_pb2.UnixSocket, directory: _Directory, mode: int) -> None:
+def _make(
+    opening: Opening, sock: socket.socket, image: files_pb2.UnixSocket, directory: _Directory
+) -> Rights:
+    """Bind it, and dress its node; returns the rights that this took."""
     base = base_of(image)
 
     def place() -> None:
@@ -154,25 +170,133 @@ def _make(sock: socket.socket, image: files_pb2.UnixSocket, directory: _Director
                 dst_dir_fd=directory.fd,
             )
 
-    os.fchmod(sock.fileno(), mode)
+    permitted, owned = _permitted(opening, image, directory)
+    os.fchmod(sock.fileno(), 0o600)
     try:
-        as_owner = _with_rights(image, directory, place)
+        used = _first_that_may(opening, image, permitted, place)
     finally:
         os.fchmod(sock.fileno(), image.mode or FRESH_MODE)
-    if not as_owner and image.HasField("bound"):
-        _give_away(sock, image, directory)
-
-
-def _with_rights(image: files_pb2.UnixSocket, directory: _Directory, work: Callable[[], None]) -> bool:
-    """With the rights of the node's owner (True); if he may not, with those of the directory's (False)."""
+    node = _node_of(sock, image, directory)
     try:
-        descriptors.with_file_rights(image.uid, image.gid, work)
-    except PermissionError:
-        descriptors.with_file_rights(directory.stat.st_uid, directory.stat.st_gid, work)
+        if image.HasField("bound"):
+            mode = image.bound.mode & 0o7777
+
+            def dress() -> None:
+                authority.dress(node, image.uid, image.gid, mode)
+
+            if owned:
+                _first_that_may(opening, image, [used, *permitted], dress)
+            else:
+                dress()
+            proof.mark(node, image.origin)
+    except BaseException:
+        os.close(node)
+        raise
+    opening.hold_node(image.ino, node)
+    return used
+
+
+def _first_that_may(
+    opening: Opening, image: files_pb2.UnixSocket, permitted: Iterable[Rights], work: Callable[[], None]
+) -> Rights:
+    """Do it with the first of these rights that suffice; returns them."""
+    refused: OSError = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    for own in permitted:
+        try:
+            opening.ctx.acting.run(own, work)
+        except PermissionError as error:
+            refused = error
+        except OSError as error:
+            raise _in_the_way(image.address, error) from error
+        else:
+            return own
+    raise _in_the_way(image.address, refused) from refused
+
+
+def _permitted(
+    opening: Opening, image: files_pb2.UnixSocket, directory: _Directory
+) -> tuple[list[Rights], bool]:
+    """(rights with which it can be bound, the least first; whether they are those of a task that has it).
+
+    Raises:
+        RestoreConflictError: no task may bind it, and the exception does not hold.
+    """
+    acting = opening.ctx.acting
+    description = opening.unix_by_ino.get(image.ino)
+    holders = opening.ctx.holders
+    who = holders.everybody if description is None else holders.of_description(description.id)
+    for own in (own for task in sorted(who) for own in task):
+        if acting.run(own, functools.partial(_may_bind, own, image, directory)):
+            least = Rights(image.uid, image.gid)
+            return ([least] if own.capabilities & _CAP_CHOWN else []) + [own], True
+    reason = _changed(image, directory)
+    if reason:
+        raise RestoreConflictError(
+            f"the job's users may not bind its socket there as it was (user {image.uid}, group {image.gid}), and {reason}",
+            where=paths.shown(image.address),
+            hint="give them access to its directory, or put everything back as it was",
+        )
+    uid, gid = directory.stat.st_uid, directory.stat.st_gid
+    return [Rights(uid, gid, (), 0 if uid else acting.own.capabilities)], False
+
+
+def _may_bind(own: Rights, image: files_pb2.UnixSocket, directory: _Directory) -> bool:
+    """With these rights: whether its node can be made where it was, for its owner."""
+    try:
+        reached = descriptors.open_without_symlinks(directory.path, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
         return False
-    except OSError as error:
-        raise _in_the_way(image.address, error) from error
-    return True
+    try:
+        if not os.path.samestat(os.fstat(reached), directory.stat):
+            return False
+    finally:
+        os.close(reached)
+    if not rights.may_access(directory.fd, os.W_OK | os.X_OK):
+        return False
+    if not image.HasField("bound"):
+        return True
+    node, sticky = directory.node(), directory.stat.st_mode & stat.S_ISVTX
+    owners = {directory.stat.st_uid, node.st_uid} if node is not None else {own.uid}
+    if sticky and own.uid not in owners and not own.capabilities & _CAP_FOWNER:
+        return False
+    gives = own.capabilities & _CAP_CHOWN
+    groups = {own.gid, *own.groups}
+    if directory.stat.st_mode & stat.S_ISGID:
+        groups.add(directory.stat.st_gid)
+    return bool(gives or (own.uid == image.uid and image.gid in groups))
+
+
+def _changed(image: files_pb2.UnixSocket, directory: _Directory) -> str:
+    """Why the exception does not hold for a socket, as a clause; "" if it does."""
+    if not image.HasField("bound"):
+        return "it has no node any more"
+    try:
+        fd = os.open(directory.name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
+    except OSError:
+        return "its node is gone"
+    try:
+        if changed := proof.changed_rights(image.bound, fd):
+            return f"what is there {changed}"
+        if proof.compare(image.bound, fd) is not proof.Sameness.SAME and not proof.is_marked(
+            fd, image.origin
+        ):
+            return "nothing proves that what is there is its node"
+    finally:
+        os.close(fd)
+    if not _is_settled(directory.path, directory.stat.st_uid):
+        return "others than its directory's owner can rearrange the directories above it"
+    return ""
+
+
+def _is_settled(path: bytes, owner: int) -> bool:
+    """Whether only root and that owner can rename what is along a path: bind(2) will follow it with his rights."""
+    while True:
+        state = os.lstat(path)
+        if state.st_uid not in {0, owner} or (state.st_mode & 0o022 and not state.st_mode & stat.S_ISVTX):
+            return False
+        if path in {b"/", b""}:
+            return True
+        path = os.path.dirname(path)
 
 
 def _bind(sock: socket.socket, address: bytes) -> None:
@@ -213,18 +337,23 @@ def _unlink_dead(address: bytes, directory: _Directory, node: os.stat_result, so
     )
 
 
-def _give_away(sock: socket.socket, image: files_pb2.UnixSocket, directory: _Directory) -> None:
-    """Change the owner of the node, if it is this socket's."""
+def _node_of(sock: socket.socket, image: files_pb2.UnixSocket, directory: _Directory) -> int:
+    """An O_PATH descriptor of the node that a socket was bound to just now.
+
+    Raises:
+        RestoreConflictError: somebody has put something else there.
+    """
     info = sockdiag.unix_sockets().get(os.fstat(sock.fileno()).st_ino & _INO_MASK)
-    fd = os.open(directory.name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
     try:
+        fd = os.open(directory.name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
         node = os.fstat(fd)
-        if info is None or not stat.S_ISSOCK(node.st_mode) or info.vfs_ino != node.st_ino & _INO_MASK:
-            raise RestoreConflictError(
-                "somebody has put another file where the job's socket was bound just now",
-                where=paths.shown(image.address),
-                hint="see who writes into that directory",
-            )
-        os.chown(f"/proc/self/fd/{fd}", image.uid, image.gid)
-    finally:
+        if info is not None and stat.S_ISSOCK(node.st_mode) and info.vfs_ino == node.st_ino & _INO_MASK:
+            return fd
         os.close(fd)
+    except FileNotFoundError:
+        pass
+    raise RestoreConflictError(
+        "somebody has put another file where the job's socket was bound just now",
+        where=paths.shown(image.address),
+        hint="see who writes into that directory",
+    )

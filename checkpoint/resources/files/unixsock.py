@@ -33,7 +33,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors, sockdiag
-from checkpoint.resources import paths
+from checkpoint.resources import paths, proof
 from checkpoint.resources.files import kind, outside, sockets, unixghost, unixnode
 from images import common_pb2, files_pb2
 from snapshotter.base.errors import (
@@ -128,6 +128,8 @@ class UnixKind(kind.Kind):
                 mtime_ns=node.st_mtime_ns,
             )
         )
+        proof.record(image.bound, node, path)
+        image.origin = proof.origin(path, node)
 
     def finish(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         image = description.unix
@@ -171,7 +173,7 @@ class UnixKind(kind.Kind):
                     hint="end it",
                 )
         if image.HasField("bound"):
-            unixnode.check(image)
+            unixnode.check(opening, image)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         image = description.unix
@@ -217,8 +219,11 @@ class UnixKind(kind.Kind):
             return
         for message in image.queue:
             with _sender_at(opening, image.type, message.address) as sender, _roomy(sender):
-                to = unixnode.way_to(image) or sock.getsockname()
-                unixghost.reach(opening, image, functools.partial(_send, opening, sender, message, to))
+                send = functools.partial(_send, opening, sender, message)
+                if image.address:
+                    unixghost.reach(opening, image, send)
+                else:
+                    send(sock.getsockname())
 
     def settle(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
         """Last pass, once all queues are full: one-way connections, shutdown, SO_PEEK_OFF, filters."""
@@ -232,9 +237,7 @@ class UnixKind(kind.Kind):
             if image.type == socket.SOCK_DGRAM and image.peer_ino:
                 peer = opening.unix_by_ino[image.peer_ino]
                 if not _is_pair(image, peer.unix):
-                    unixghost.reach(
-                        opening, peer.unix, functools.partial(sock.connect, unixnode.way_to(peer.unix))
-                    )
+                    unixghost.reach(opening, peer.unix, sock.connect)
             options = (o for o in image.options if o.name in sockets.LATE)
             sockets.apply_options(sock, sorted(options, key=lambda o: o.name), opening.warn)
 
@@ -475,17 +478,16 @@ def _connected(
     with socket.socket(socket.AF_UNIX, image.type) as client, contextlib.ExitStack() as stack:
         if client_side is not None and client_side.address:
             unixghost.bind(opening, client, client_side)
-        connect = functools.partial(client.connect, unixnode.way_to(addressed))
         listener = opening.unix_listeners.get((addressed.address, addressed.node_ino))
         if listener is not None:
             served = stack.enter_context(sockets.borrowed_socket(opening.open(listener.id)))
-            unixghost.reach(opening, listener.unix, connect)
+            unixghost.reach(opening, listener.unix, client.connect)
         else:
             served = stack.enter_context(socket.socket(socket.AF_UNIX, image.type))
             # What stays of it in the file system is what the job's listener had left: a node that nobody serves.
             stack.enter_context(unixghost.bound(opening, served, addressed))
             served.listen(1)
-            unixghost.reach(opening, addressed, connect)
+            unixghost.reach(opening, addressed, client.connect)
         ends_by_side = (served.accept()[0].detach(), os.dup(client.fileno()))
     return ends_by_side if addressed is image else (ends_by_side[1], ends_by_side[0])
 

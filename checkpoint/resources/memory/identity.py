@@ -15,10 +15,15 @@ import stat as stat_module
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from checkpoint.resources import paths
+from checkpoint.resources import authority, paths, proof
 from images import common_pb2
-from snapshotter.base.errors import RestoreConflictError
+from snapshotter.base.errors import RestoreConflictError, SnapshotterError
+
+if TYPE_CHECKING:
+    from checkpoint.resources.authority import Found
+    from checkpoint.restore_context import RestoreContext
 
 _PT_NOTE = 4
 _NT_GNU_BUILD_ID = 3
@@ -95,7 +100,7 @@ def make(path: bytes, stat: os.stat_result, *, open_path: str | bytes = b"") -> 
         stat: of the open file itself.
         open_path: what to open for its build id (map_files or fd link); `path` when empty.
     """
-    return common_pb2.FileIdentity(
+    identity = common_pb2.FileIdentity(
         path=path,
         dev=stat.st_dev,
         ino=stat.st_ino,
@@ -105,6 +110,8 @@ def make(path: bytes, stat: os.stat_result, *, open_path: str | bytes = b"") -> 
         build_id=build_id(open_path or path, stat),
         deleted=stat.st_nlink == 0,
     )
+    proof.record(identity, stat, open_path or path)
+    return identity
 
 
 def leads_to(path: bytes, stat: os.stat_result) -> bool:
@@ -176,19 +183,21 @@ def open_same(wanted: common_pb2.FileIdentity, use: str) -> int:
     return fd
 
 
-def reopen_mapped(wanted: common_pb2.FileIdentity, path_fd: int, *, writable: bool) -> int:
-    """Open what an O_PATH descriptor stands for, to be mapped.
+def reopen_mapped(
+    ctx: RestoreContext, wanted: common_pb2.FileIdentity, found: Found, *, writable: bool
+) -> int:
+    """Open what was found, to be mapped.
 
     Raises:
         RestoreConflictError: it cannot be opened.
     """
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+    where = paths.shown(wanted.path)
     try:
-        return os.open(f"/proc/self/fd/{path_fd}", flags)
-    except OSError as error:
+        return authority.open_found(ctx, found, os.O_RDWR if writable else os.O_RDONLY, where)
+    except SnapshotterError as error:
         raise RestoreConflictError(
-            f"cannot be opened to be mapped: {os.strerror(error.errno or 0)}",
-            where=paths.shown(wanted.path),
+            f"cannot be opened to be mapped: {error.what}",
+            where=where,
             hint="put the file back as it was when the point was taken",
         ) from error
 

@@ -2,7 +2,7 @@
 
 Owns those descriptors of snap's. `check` opens each before anything is touched, `descriptor` gives it to the mapping:
 in between nobody can put another file under the path. A file that is mapped shared must be the very inode, since
-the job writes into it (and snap opens it with root's rights); one that is mapped privately, or executed, may also be
+the job writes into it; one that is mapped privately, or executed, may also be
 another copy of the same build. A small one that is mapped shared and gone is made again from the point (shmem.py), once the old job
 is dead.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 
 from checkpoint.model import vma as model
-from checkpoint.resources import paths
+from checkpoint.model.holders import Who
+from checkpoint.resources import authority, paths
+from checkpoint.resources.authority import Found
 from checkpoint.resources.memory import identity, named, shmem
 from checkpoint.restore_context import RestoreContext
 from images import common_pb2, mm_pb2
@@ -22,11 +24,11 @@ _KEY = "memory.mapped"
 _Key = tuple[bytes, int, int, bool]
 
 
-def check(ctx: RestoreContext, mm: mm_pb2.Mm) -> None:
-    """Open every file that an address space maps, and its executable.
+def check(ctx: RestoreContext, space: str, mm: mm_pb2.Mm) -> None:
+    """Open every file that the address space of this image name maps, and its executable.
 
     Raises:
-        RestoreConflictError: names what is gone or changed.
+        RestoreConflictError: names what is gone, changed, or closed to the job.
     """
     shared: dict[int, tuple[int, bool]] = {}  # file -> how far mappings reach, whether one can be written
     for vma in mm.vmas:
@@ -36,43 +38,48 @@ def check(ctx: RestoreContext, mm: mm_pb2.Mm) -> None:
                 max(reach, vma.offset + vma.end - vma.start),
                 writable or vma.writable_fd,
             )
+    who = ctx.holders.of_space(space)
     for index in sorted({vma.file for vma in mm.vmas if vma.kind == model.FILE_PRIVATE}):
-        _keep(ctx, mm.files[index], identity.open_same(mm.files[index], "is mapped by the job and"))
+        wanted = mm.files[index]
+        path_fd = identity.open_same(wanted, "is mapped by the job and")
+        _keep(ctx, wanted, authority.judged(ctx, path_fd, wanted, who, os.R_OK))
     for index, (reach, writable) in sorted(shared.items()):
         wanted = mm.files[index]
-        path_fd = _locate_shared(ctx, wanted)
-        if path_fd < 0:
+        found = _locate_shared(ctx, wanted, who, os.R_OK | (os.W_OK if writable else 0))
+        if found is None:
             continue
         try:
-            _check_shared(ctx, wanted, path_fd, reach, writable=writable)
+            _check_shared(ctx, wanted, found.fd, reach, writable=writable)
         except BaseException:
-            os.close(path_fd)
+            found.close()
             raise
-        _keep(ctx, wanted, path_fd, writable=writable)
+        _keep(ctx, wanted, found, writable=writable)
     if not mm.exe_shmem:
-        _keep(ctx, mm.exe, identity.open_same(mm.exe, "is the job's executable and"))
+        path_fd = identity.open_same(mm.exe, "is the job's executable and")
+        found = authority.judged(ctx, path_fd, mm.exe, who, os.X_OK)
+        # A program that may be run but not read: the kernel wants a descriptor of it all the same (PR_SET_MM_EXE_FILE).
+        _keep(ctx, mm.exe, Found(found.fd))
 
 
-def _locate_shared(ctx: RestoreContext, wanted: common_pb2.FileIdentity) -> int:
-    """An O_PATH descriptor; -1: it is gone, and `descriptor` will make it again.
+def _locate_shared(
+    ctx: RestoreContext, wanted: common_pb2.FileIdentity, who: Who, access: int
+) -> Found | None:
+    """The file, or what a rollback has made in its place; None: it is gone, and `descriptor` will make it again.
 
     Raises:
-        RestoreConflictError: it is gone for good, or another has its path.
+        RestoreConflictError: it is gone for good, another has its path, or it is closed to the job.
     """
     try:
-        return paths.locate(wanted, had="mapped")
+        return authority.locate(ctx, wanted, who, access, had="mapped")
     except RestoreConflictError as conflict:
         if not wanted.kept:
             raise
-        try:
-            path_fd = named.find_kept(ctx, wanted.kept)
-        except (OSError, RestoreConflictError):
-            raise conflict from None
-    if path_fd < 0:
+        found = named.find_kept(ctx, wanted.kept, conflict, wanted, who, access)
+    if found is None:
         ctx.warn(
             f"{paths.shown(wanted.path)} is gone; it is made again, with the content that it had at the point"
         )
-    return path_fd
+    return found
 
 
 def _check_shared(
@@ -97,16 +104,16 @@ def _check_shared(
 
 
 def _keep(
-    ctx: RestoreContext, wanted: common_pb2.FileIdentity, path_fd: int, *, writable: bool = False
+    ctx: RestoreContext, wanted: common_pb2.FileIdentity, found: Found, *, writable: bool = False
 ) -> None:
-    """Open it as it will be mapped; takes over the O_PATH descriptor."""
+    """Open it as it will be mapped; takes over what was found."""
     opened = _opened(ctx)
     try:
         for mode in {False, writable}:
             if _key(wanted, mode) not in opened:
-                opened[_key(wanted, mode)] = identity.reopen_mapped(wanted, path_fd, writable=mode)
+                opened[_key(wanted, mode)] = identity.reopen_mapped(ctx, wanted, found, writable=mode)
     finally:
-        os.close(path_fd)
+        found.close()
 
 
 def descriptor(ctx: RestoreContext, wanted: common_pb2.FileIdentity, *, writable: bool = False) -> int:

@@ -60,7 +60,7 @@ def check(ctx: RestoreContext) -> None:
         if process.mm and process.mm not in seen:
             seen.add(process.mm)
             mm = ctx.mm(process)
-            mapped.check(ctx, mm)
+            mapped.check(ctx, process.mm, mm)
             _check_objects(ctx, process.mm, mm)
             _verify_pages(process.mm, mm, pageplan.from_list(ctx.source.runs(process.mm)))
             vdso.base_address(mm)

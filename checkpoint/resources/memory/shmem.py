@@ -7,7 +7,7 @@ of the job that shared an object gets the same one.
 
 Restore: shared anonymous memory is mapped by snap itself and opened through /proc/self/map_files, so that it
 looks the same in /proc/PID/maps afterwards; a memfd is a memfd of the same name; a deleted file is a
-nameless file in the same directory (O_TMPFILE), or a memfd where that cannot be. One that has a path: named.py.
+nameless file in the same directory (making.py), or a memfd where that cannot be. One that has a path: named.py.
 
 Refused: hugetlb memfds and secret memory (vma.refusal names those that are mapped; for_fd those that are
 not).
@@ -24,12 +24,13 @@ import stat as stat_module
 from dataclasses import dataclass, field
 
 from checkpoint.context import DumpContext
+from checkpoint.kernel.fdinfo import O_TMPFILE_BIT
 from checkpoint.model.vma import DELETED, MAP_NORESERVE
-from checkpoint.resources import paths
-from checkpoint.resources.memory import named
+from checkpoint.resources import making, paths, proof
+from checkpoint.resources.memory import identity, named
 from checkpoint.resources.memory.identity import safe_close
 from checkpoint.restore_context import RestoreContext
-from images import mm_pb2
+from images import files_pb2, mm_pb2
 from snapshotter.base.errors import RestoreConflictError, UnsupportedError, wrap_os_error
 from snapshotter.base.pages import PAGE_SIZE, Run
 from snapshotter.base.runs import PageRuns, as_table
@@ -117,9 +118,12 @@ def register(
             raise wrap_os_error(error, "cannot open a shared memory object", where=open_path) from error
         if role is not None:
             image.kind, image.name = role, link
-            image.origin = named.origin(fd, stat)
+            image.origin = proof.origin(open_path, stat)
+            image.file.CopyFrom(identity.make(link, stat, open_path=open_path))
         else:
             image.seals = _seals(fd)
+            if image.kind == mm_pb2.Shmem.DELETED_FILE:
+                image.file.path, image.file.deleted = image.name, True
         name = f"shmem/{len(objects) + 1}"
         objects[key] = SharedObject(name, image, fd)
         ctx.images[name] = image
@@ -277,15 +281,17 @@ def open_shared(ctx: RestoreContext, name: str) -> int:
     if name not in made:
         image = ctx.image(name, mm_pb2.Shmem)
         fd, fresh = (
-            named.open_again(ctx, name, image) if image.kind in named.WITH_PATH else (_create(image), True)
+            named.open_again(ctx, name, image)
+            if image.kind in named.WITH_PATH
+            else (_create(ctx, name, image), True)
         )
         made[name] = fd
         try:
             os.ftruncate(fd, image.size_bytes)
             _fill(ctx, name, image, fd)
-            if fresh and image.kind != mm_pb2.Shmem.ANON:
+            if fresh and image.kind not in {mm_pb2.Shmem.ANON, *named.WITH_PATH}:
                 os.fchown(fd, image.uid, image.gid)
-                os.fchmod(fd, image.mode & (0o1777 if image.kind in named.WITH_PATH else 0o7777))
+                os.fchmod(fd, image.mode & 0o1777)
             # F_SEAL_WRITE must stand before anything maps the object; nothing could be mapped writable under
             # it.
             _add_seals(ctx, name, late=False)
@@ -303,8 +309,9 @@ def open_description(ctx: RestoreContext, name: str, flags: int) -> int:
     """
     fd = open_shared(ctx, name)
     handed = ctx.state.setdefault(_HANDED, set())
-    memfd = ctx.image(name, mm_pb2.Shmem).kind == mm_pb2.Shmem.MEMFD
-    if memfd and flags & os.O_ACCMODE == os.O_RDWR and name not in handed:
+    # One of O_TMPFILE shows by its flags that it may still be given a name.
+    first = ctx.image(name, mm_pb2.Shmem).kind == mm_pb2.Shmem.MEMFD or flags & O_TMPFILE_BIT
+    if first and flags & os.O_ACCMODE == os.O_RDWR and name not in handed:
         handed.add(name)
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
     return paths.reopen(fd, flags, name)
@@ -327,37 +334,35 @@ def open_read_only(ctx: RestoreContext, name: str, *, drop_writable: bool = Fals
     return read_only
 
 
-def _create(image: mm_pb2.Shmem) -> int:
+def _create(ctx: RestoreContext, name: str, image: mm_pb2.Shmem) -> int:
     if image.hugetlb or image.memfd_flags & _MFD_HUGETLB:
         raise UnsupportedError("is a memfd of huge pages", where=os.fsdecode(image.name))
     if image.kind == mm_pb2.Shmem.ANON and image.size_bytes:
         fd = _anonymous(image.size_bytes)
         if fd >= 0:
             return fd
+    shown = image.name
     if image.kind == mm_pb2.Shmem.DELETED_FILE:
-        try:
-            return os.open(
-                os.path.dirname(image.name) or b"/",
-                os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC,
-                image.mode & 0o7777,
-            )
-        except OSError as error:
-            if error.errno not in {
-                errno.ENOENT,
-                errno.ENOTDIR,
-                errno.EOPNOTSUPP,
-                errno.EISDIR,
-                errno.EROFS,
-                errno.EACCES,
-            }:
-                raise wrap_os_error(
-                    error, "cannot rebuild a deleted file", where=os.fsdecode(image.name)
-                ) from error
-    name = os.path.basename(image.name) if image.kind == mm_pb2.Shmem.DELETED_FILE else image.name
+        owner = making.Owner(image.uid, image.gid, image.mode)
+        who, linkable = ctx.holders.of_object(name), _is_linkable(ctx, name)
+        fd = making.nameless(ctx, who, image.file, owner, linkable=linkable)
+        if fd >= 0:
+            return fd
+        shown = os.path.basename(image.name)
     try:
-        return os.memfd_create(os.fsdecode(name[:200]), _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
+        return os.memfd_create(os.fsdecode(shown[:200]), _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
     except OSError as error:
-        raise wrap_os_error(error, "cannot make a memfd", where=os.fsdecode(name)) from error
+        raise wrap_os_error(error, "cannot make a memfd", where=paths.shown(shown)) from error
+
+
+def _is_linkable(ctx: RestoreContext, name: str) -> bool:
+    """Whether a description of it was opened with O_TMPFILE: linkat(2) can give it a name."""
+    if "files" not in ctx.names:
+        return False
+    return any(
+        description.regular.shmem == name and description.flags & O_TMPFILE_BIT
+        for description in ctx.image("files", files_pb2.Files).descriptions
+    )
 
 
 def _anonymous(size_bytes: int) -> int:
