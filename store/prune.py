@@ -25,7 +25,7 @@ import numpy as np
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE
-from store import compress, native, pagemap
+from store import compress, native, pagemap, reserve
 from store.blobs import add_maps
 from store.catalog import BlobRefs, PackRow
 from store.compress import FrameCompressor
@@ -104,12 +104,12 @@ class _Pruner:
         if not dry_run:
             self._remove([path for path, _ in garbage])
             self._drop(dead)
-        repack = self._choose() if self._whole else []
+        wanted = self._choose() if self._whole else []
         if dry_run:
+            repack = self._that_fit(wanted)
             new_bytes = sum(self._live_bytes(pack) for pack in repack)
         else:
-            repack, added = self._repack(repack)
-            new_bytes = sum(row.size_bytes for row in added)
+            repack, new_bytes = self._repack_all(wanted)
             self._store.damage.strike(self._store.damage.load().keys() - self._store.catalog.packs().keys())
         gone = dead.union(repack)
         before = sum(self._rows[pack].size_bytes for pack in gone) + sum(size for _, size in garbage)
@@ -197,22 +197,51 @@ class _Pruner:
             chosen += tiny
         if len(small) > MERGE_FROM:
             chosen += small
-        fits = self._that_fit([pack for pack in dict.fromkeys(chosen) if self._readable(pack)])
-        return [pack for pack in self._live if pack in fits]
+        wanted = {pack for pack in chosen if self._readable(pack)}
+        return [pack for pack in self._live if pack in wanted]
 
-    def _that_fit(self, packs: Sequence[int]) -> set[int]:
-        """As many of the packs as there is room for copying, the first ones first."""
+    def _repack_all(self, wanted: Sequence[int]) -> tuple[list[int], int]:
+        """Copies what lives in the packs. When not all fit at once: the smallest first, whose room then serves the others.
+
+        Returns the packs that went, and the bytes of the new ones.
+        """
+        left, gone, new_bytes = list(wanted), [], 0
+        while left:
+            fits = self._that_fit(left)
+            if not fits and reserve.release(self._store.path):
+                continue
+            went, added = self._repack(fits) if fits else ([], [])
+            new_bytes += sum(row.size_bytes for row in added)
+            gone += went
+            if not went or len(fits) == len(left):
+                left = [pack for pack in left if pack not in fits] if went else left
+                break
+            left = [pack for pack in left if pack not in went]
+            # Locations have changed: what lives where is found out anew.
+            self._forget_marks()
+            self._mark()
+            left = [pack for pack in left if pack in self._live]
+        if left and len(gone) < len(wanted) and not self._warnings:
+            self._warn(len(left), "the disk is nearly full")
+        return gone, new_bytes
+
+    def _forget_marks(self) -> None:
+        self._store.readers.forget_all()
+        self._refs = self._store.catalog.blobs()
+        self._live, self._needs, self._image_users = {}, {}, Counter()
+
+    def _that_fit(self, packs: Sequence[int]) -> list[int]:
+        """The packs, if there is room for copying them all; else as many of the smallest as there is room for. In order of age."""
         with wrapped("cannot look at the file system", self._store.packs_dir):
             status = os.statvfs(self._store.packs_dir)
         room = status.f_bavail * status.f_frsize * ROOM_SHARE
         fits: set[int] = set()
-        for pack in packs:
+        for pack in sorted(packs, key=self._live_bytes):
             room -= self._live_bytes(pack)
             if room < 0:
-                self._warn(len(packs) - len(fits), "the disk is nearly full")
                 break
             fits.add(pack)
-        return fits
+        return [pack for pack in packs if pack in fits]
 
     def _warn(self, nr_packs: int, why: str) -> None:
         packs = "a pack was" if nr_packs == 1 else f"{nr_packs} packs were"

@@ -23,6 +23,7 @@ from snapshotter.base.errors import (
     SnapshotterError,
     VerificationError,
 )
+from store import reserve
 from store.catalog import BlobRefs, Catalog
 from store.damage import NAME as DAMAGED
 from store.damage import DamageList
@@ -124,7 +125,16 @@ class Store:
             root.parent.mkdir(parents=True, exist_ok=True)
             make_dir(root)
             names = {name for name in os.listdir(root) if not name.endswith(TEMP_SUFFIX)}
-            if names - {*_DIRECTORIES, _MARK, _KEY, _CATALOG, _CATALOG + "-journal", DAMAGED, "lost+found"}:
+            if names - {
+                *_DIRECTORIES,
+                _MARK,
+                _KEY,
+                _CATALOG,
+                _CATALOG + "-journal",
+                DAMAGED,
+                reserve.NAME,
+                "lost+found",
+            }:
                 raise NoStoreError(
                     "the directory is not empty and not a store",
                     where=str(root),
@@ -365,8 +375,12 @@ class Store:
     def forget(self, points: Iterable[Point | str], *, wait_s: float = 10.0) -> list[str]:
         """Removes points from the catalog; `prune` gives their space back. Returns the ids removed."""
         ids = [point if isinstance(point, str) else point.id for point in points]
-        with self.lock_shared(wait_s):
-            return self.catalog.forget(ids)
+
+        def work() -> list[str]:
+            with self.lock_shared(wait_s):
+                return self.catalog.forget(ids)
+
+        return reserve.use(self.path, work)
 
     # -- the whole store ------------------------------------------------------------------------------
 
@@ -380,7 +394,10 @@ class Store:
         """Gives back the space of forgotten points and of takes that never committed."""
         from store.prune import prune
 
-        return prune(self, dry_run=dry_run, wait_s=wait_s)
+        report = reserve.use(self.path, lambda: prune(self, dry_run=dry_run, wait_s=wait_s))
+        if not dry_run:
+            reserve.make(self.path)
+        return report
 
     def stats(self) -> StoreStats:
         """Sizes."""

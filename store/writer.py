@@ -24,7 +24,7 @@ from snapshotter.base import faults
 from snapshotter.base.errors import MissingPagesError, SnapshotterError, StoreError, UsageError
 from snapshotter.base.pages import PAGE_SIZE, PageReader
 from snapshotter.base.runs import PageRuns, RunTable, as_table, cut
-from store import native, pagemap, parallel
+from store import native, pagemap, parallel, reserve
 from store.blobs import add_images, add_maps
 from store.files import store_error
 from store.packset import PackSet
@@ -247,6 +247,7 @@ class PointWriter:
         self._done = True
         self._lock.release()
         self._store.maintain_index()
+        reserve.make(self._store.path)
         return point
 
     def _resolve(self) -> pagemap.Maps:
