@@ -91,6 +91,14 @@ def timerfd_settime(fd: int, flags: int, value_ns: int, interval_ns: int) -> Non
     syscall("timerfd_settime", fd, flags, ctypes.create_string_buffer(spec, 32), None)
 
 
+def timerfd_gettime(fd: int) -> tuple[int, int]:
+    """(value, interval) in ns: what remains until it fires. Counts the expirations of a periodic timer that were due meanwhile."""
+    spec = ctypes.create_string_buffer(32)
+    syscall("timerfd_gettime", fd, spec)
+    interval_s, interval_ns, value_s, value_ns = struct.unpack("=qqqq", spec.raw)
+    return value_s * 10**9 + value_ns, interval_s * 10**9 + interval_ns
+
+
 def timerfd_set_ticks(fd: int, ticks: int) -> None:
     """TFD_IOC_SET_TICKS (CONFIG_CHECKPOINT_RESTORE): expirations that were not read yet."""
     fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("=Q", ticks))

@@ -214,21 +214,30 @@ class _AskedThread:
 
 
 def _questions(ctx: DumpContext, process: FrozenProcess) -> tuple[Batch, _AskedThread, _Asked]:
-    """The leader's batch. Processes that were forked from one another are asked the same."""
+    """The leader's batch. Processes that were forked from one another are asked the same, but for their POSIX timers: the ids
+    are a process's own, and a fork's child has none (timer_create(2)).
+    """
     status, entries = process.status, proc.read_timers(process.pid)
     findings: list[Finding] = []
     timers.look(process.pid, entries, {task.tid for task in process.threads}, findings)
     if findings:
         raise UnsupportedError.of(findings, ctx.root_pid)
-    found = timers.describe(entries)
+    if entries:
+        return _new_questions(ctx, status, timers.describe(entries))
     key = (status.uids[0], status.gids[0], status.sig_caught, status.sig_ignored)
     known: dict[tuple[int, int, int, int], tuple[Batch, _AskedThread, _Asked]] = ctx.resources.setdefault(
         _ASKED, {}
     )
-    if key not in known or found:
-        batch = Batch()
-        known[key] = batch, _ask_thread(ctx, batch, status), _ask_process(batch, found, status)
+    if key not in known:
+        known[key] = _new_questions(ctx, status, ())
     return known[key]
+
+
+def _new_questions(
+    ctx: DumpContext, status: Status, found: Sequence[task_pb2.PosixTimer]
+) -> tuple[Batch, _AskedThread, _Asked]:
+    batch = Batch()
+    return batch, _ask_thread(ctx, batch, status), _ask_process(batch, found, status)
 
 
 def _ask_thread(ctx: DumpContext, batch: Batch, status: Status) -> _AskedThread:

@@ -4,8 +4,10 @@ Dump: remaining times are read inside the frozen task, so all of a job's timers 
 point. /proc/PID/timers tells ids, signals and clocks; the rest is timer_gettime's.
 
 Restore: ids are part of the job's memory, so they must come back exactly: PR_TIMER_CREATE_RESTORE_IDS where the
-kernel has it (6.15), else timers are made and deleted until the id comes up. Timers are armed last of all. What the
-kernel does not take back: the overrun count of a signal that is already pending.
+kernel has it (6.15), else timers are made and deleted until the id comes up. Timers are armed last of all.
+
+Not kept: the overrun count of a signal that is already pending, and the id that the next timer_create(2) gives. No
+interface shows that id; after a rollback it is one above the highest id in use.
 """
 
 from __future__ import annotations
@@ -123,7 +125,8 @@ def restore_create(stub: RemoteTask, timers: Sequence[task_pb2.PosixTimer]) -> N
     restore_ids = batch.call("prctl", prctl.TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0, check=False)
     if stub.run(batch)[restore_ids] == 0:
         batch = stub.batch()
-        for timer in timers:
+        # Ascending: the kernel counts on from the id that was restored last (posix_timer_add, Linux 6.15).
+        for timer in sorted(timers, key=lambda timer: timer.id):
             batch.call("timer_create", timer.clock_id, _sigevent(timer), _TIMER_ID.pack(timer.id))
         batch.call("prctl", prctl.TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0)
         stub.run(batch)

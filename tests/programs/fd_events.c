@@ -21,6 +21,15 @@ int main(int argc, char **argv)
     MUST(timerfd_settime(fired, 0, &soon, NULL));
     struct pollfd wait = {fired, POLLIN, 0};
     MUST(poll(&wait, 1, 1000));
+    int periodic = MUST(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK));
+    struct itimerspec often = {.it_value.tv_nsec = 2000000, .it_interval.tv_nsec = 2000000};
+    MUST(timerfd_settime(periodic, 0, &often, NULL));
+    double periodic_since = check_now(CLOCK_MONOTONIC);
+    usleep(100000);
+    double periodic_seen = check_now(CLOCK_MONOTONIC);
+    int unarmed = MUST(timerfd_create(CLOCK_MONOTONIC, 0));
+    struct itimerspec only_interval = {.it_interval.tv_sec = 17};
+    MUST(timerfd_settime(unarmed, 0, &only_interval, NULL));
     sigset_t mask;
     sigemptyset(&mask);
     sigaddset(&mask, SIGUSR1);
@@ -63,6 +72,12 @@ int main(int argc, char **argv)
           (long)now.it_value.tv_sec);
     CHECK(now.it_interval.tv_sec == 2, "interval");
     CHECK(read(fired, &value, 8) == 8 && value == 1, "expirations that were not read: %lu", (unsigned long)value);
+    /* At least as many as were due before the point. */
+    uint64_t due = (uint64_t)((periodic_seen - periodic_since) / 0.002) - 1;
+    CHECK(read(periodic, &value, 8) == 8 && value >= due, "%lu of %lu expirations", (unsigned long)value,
+          (unsigned long)due);
+    CHECK(timerfd_gettime(unarmed, &now) == 0 && now.it_interval.tv_sec == 17 && now.it_value.tv_sec == 0,
+          "the interval of a timer that is not armed: %ld", (long)now.it_interval.tv_sec);
     struct signalfd_siginfo info;
     CHECK(read(signals, &info, sizeof(info)) == sizeof(info) && info.ssi_signo == SIGUSR1, "signalfd");
     struct pollfd alive = {pidfd, POLLIN, 0};

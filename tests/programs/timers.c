@@ -1,7 +1,9 @@
 /* The three interval timers, armed and disarmed, and POSIX timers: ids with a gap, clocks, intervals, notification by signal, by
- * thread id and by none; those that fire in between do fire. */
+ * thread id and by none; those that fire in between do fire. A child has the same signal actions and no timer. */
+// snap-test: children
 #include "selfcheck.h"
 #include <sys/time.h>
+#include <sys/wait.h>
 
 #ifndef sigev_notify_thread_id
 #define sigev_notify_thread_id _sigev_un._tid
@@ -49,6 +51,12 @@ int main(int argc, char **argv)
     MUST(timer_settime(ticking, 0, &tick, NULL));
     MUST(timer_settime(one_shot, 0, &once, NULL));
     MUST(timer_settime(by_thread, 0, &later, NULL));
+    /* A child inherits the signal actions, but no timer. */
+    pid_t child = MUST(fork());
+    if (child == 0) {
+        for (;;)
+            pause();
+    }
     check_ready();
     check_wait();
 
@@ -83,5 +91,7 @@ int main(int argc, char **argv)
     timer_t next;
     CHECK(timer_create(CLOCK_MONOTONIC, &none, &next) == 0, "no timer can be made any more");
     CHECK(next != ticking && next != one_shot && next != disarmed && next != by_thread, "an id is given twice");
+    CHECK((long)next > (long)by_thread, "the next id is %ld, below %ld", (long)next, (long)by_thread);
+    CHECK(kill(child, SIGKILL) == 0 && waitpid(child, NULL, 0) == child, "the child");
     return check_done();
 }

@@ -2,19 +2,21 @@
 
 A timer goes on with the time that remained at the dump; only an absolute one on the wall clock
 (TFD_TIMER_ABSTIME on CLOCK_REALTIME) keeps its date, and fires at once when that has passed.
-Expirations that were not read are put back with TFD_IOC_SET_TICKS. A periodic timer that has fired and was not
-read shows no remaining time: the kernel starts its next period at the read. Here the next period starts at the
-restore, since a timer without remaining time would never fire again. The flags of timerfd_settime(2) come back
-as they were, TFD_TIMER_CANCEL_ON_SET among them.
+Expirations that were not read are put back with TFD_IOC_SET_TICKS. Of a periodic timer the kernel counts only the first of
+them; the others are added at the next read or timerfd_gettime(2), which also starts the next period. So the dump calls
+timerfd_gettime on a duplicate first. The job cannot see that: its next read gives the same number.
+A disarmed timer keeps its interval. The flags of timerfd_settime(2) come back as they were, TFD_TIMER_CANCEL_ON_SET among them.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
+from checkpoint.kernel.fdinfo import TimerState, parse_fdinfo
 from checkpoint.resources.files import kind
 from snapshotter.base.errors import Finding, wrap_os_error
 
@@ -44,11 +46,13 @@ class TimerfdKind(kind.Kind):
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         state = seen.info.timer
         assert state is not None  # refused otherwise
+        if state.ticks and state.interval_ns:
+            state = _counted(job, seen)
         timer = description.timerfd
         timer.clock_id = state.clock_id
         timer.ticks = state.ticks
         timer.settime_flags = state.settime_flags
-        timer.value_ns = state.value_ns or (state.interval_ns if state.ticks else 0)
+        timer.value_ns = state.value_ns
         timer.interval_ns = state.interval_ns
         if state.clock_id in _WALL_CLOCKS and state.settime_flags & descriptors.TFD_TIMER_ABSTIME:
             timer.expires_ns = (
@@ -61,9 +65,9 @@ class TimerfdKind(kind.Kind):
             fd = descriptors.timerfd_create(timer.clock_id, os.O_CLOEXEC | os.O_NONBLOCK)
             if timer.expires_ns:
                 descriptors.timerfd_settime(fd, timer.settime_flags, timer.expires_ns, timer.interval_ns)
-            elif timer.value_ns:
+            elif timer.value_ns or timer.interval_ns:
                 flags, value_ns = timer.settime_flags, timer.value_ns
-                if flags & descriptors.TFD_TIMER_ABSTIME:
+                if value_ns and flags & descriptors.TFD_TIMER_ABSTIME:
                     value_ns += time.clock_gettime_ns(_PLAIN_CLOCKS.get(timer.clock_id, timer.clock_id))
                 descriptors.timerfd_settime(fd, flags, value_ns, timer.interval_ns)
             if timer.ticks:
@@ -73,6 +77,15 @@ class TimerfdKind(kind.Kind):
                 error, f"cannot make a timer on clock {timer.clock_id} again", where="timerfd"
             ) from error
         return fd
+
+
+def _counted(job: FilesDump, seen: Seen) -> TimerState:
+    """The state of a periodic timer that has expired, all of its expirations counted."""
+    with job.borrow(seen) as fd:
+        descriptors.timerfd_gettime(fd)
+        state = parse_fdinfo(Path(f"/proc/self/fdinfo/{fd}").read_bytes()).timer
+    assert state is not None
+    return state
 
 
 KIND = TimerfdKind()
