@@ -288,7 +288,11 @@ def _files(files: files_pb2.Files) -> None:
     _require(len(pipes) == len(files.pipes), "a pipe is listed twice")
     for pipe in files.pipes:
         _require(len(pipe.data) <= 1 << 31, f"pipe {pipe.id} holds {len(pipe.data)} bytes")
-        _require(sum(pipe.packets) <= len(pipe.data), f"pipe {pipe.id} has packets beyond its data")
+        if pipe.pieces:
+            sizes = [piece.size_bytes for piece in pipe.pieces]
+            _require(
+                all(sizes) and sum(sizes) == len(pipe.data), f"the pieces of pipe {pipe.id} are not its data"
+            )
     known = set(ids)
     sockets = {description.unix.ino for description in files.descriptions if description.HasField("unix")}
     for description in files.descriptions:

@@ -19,7 +19,23 @@ int main(int argc, char **argv)
     MUST(pipe2(packets, O_DIRECT));
     MUST(write(packets[1], "first", 5));
     MUST(write(packets[1], "second packet", 13));
+    /* Packets between ordinary bytes, copied ones too; the flag is gone from the end by the time of the point. */
+    int mixed[2], source[2];
+    MUST(pipe2(mixed, O_NONBLOCK));
+    MUST(pipe(source));
+    MUST(write(source[1], "ab", 2));
+    MUST(tee(source[0], mixed[1], 2, 0)); /* not written: a packet would be merged into the same page */
+    char aside[2];
+    MUST(read(source[0], aside, 2));
+    MUST(fcntl(mixed[1], F_SETFL, O_DIRECT | O_NONBLOCK));
+    MUST(write(mixed[1], "packet", 6));
+    MUST(write(mixed[1], "p", 1));
+    MUST(write(source[1], "copied.", 7));
+    MUST(tee(source[0], mixed[1], 7, 0));
+    MUST(write(mixed[1], "last", 4));
+    MUST(fcntl(mixed[1], F_SETFL, O_NONBLOCK));
     MUST(pipe(readless));
+    MUST(write(readless[1], "nobody reads", 12));
     MUST(close(readless[0]));
     MUST(pipe(writerless));
     MUST(write(writerless[1], "the rest", 8));
@@ -56,6 +72,17 @@ int main(int argc, char **argv)
     CHECK(fcntl(full[0], F_GETFL) == O_NONBLOCK, "flags %#o", fcntl(full[0], F_GETFL));
     CHECK(read(packets[0], back, 100) == 5 && !memcmp(back, "first", 5), "first packet");
     CHECK(read(packets[0], back, 100) == 13 && !memcmp(back, "second packet", 13), "second packet");
+    CHECK(read(mixed[0], back, 100) == 8 && !memcmp(back, "abpacket", 8), "bytes, then a packet");
+    CHECK(read(mixed[0], back, 100) == 1 && back[0] == 'p', "a packet of one byte");
+    CHECK(read(mixed[0], back, 100) == 11 && !memcmp(back, "copied.last", 11), "copied bytes, then a packet");
+    MUST(write(mixed[1], "on", 2));
+    MUST(write(mixed[1], "ward", 4));
+    CHECK(read(mixed[0], back, 100) == 6 && !memcmp(back, "onward", 6), "bytes again");
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", readless[1]);
+    int late = open(path, O_RDONLY | O_NONBLOCK);
+    CHECK(read(late, back, 100) == 12 && !memcmp(back, "nobody reads", 12), "what waits for a reader");
+    MUST(close(late));
     CHECK(write(readless[1], "x", 1) == -1 && errno == EPIPE, "a pipe without readers");
     CHECK(read(writerless[0], back, 100) == 8 && !memcmp(back, "the rest", 8), "what a writer left");
     CHECK(read(writerless[0], back, 100) == 0, "end of file");

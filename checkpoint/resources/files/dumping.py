@@ -48,8 +48,6 @@ class FilesDump:
         self.shared = shared
         self.image = files_pb2.Files(format_version=1)
         self.pipes: dict[int, files_pb2.PipeBuffer] = {}
-        self.packet_pipes: set[int] = set()
-        """Pipes with a write end in packet mode (O_DIRECT)."""
         self.tables: dict[int, dict[int, int]] = {}
         """First task that has a table -> descriptor -> description id."""
         self.examples: dict[int, Seen] = {}

@@ -1,10 +1,15 @@
 """Pipes and FIFOs: both ends, the bytes in between, the capacity, packet boundaries.
 
 State: one PipeBuffer per pipe (its inode), shared by the descriptions of its ends. The bytes are copied
-with tee(2) into a private pipe, so that the job's are not consumed. Restore makes the pipe in snap, sets
+with tee(2) into a private pipe, so that the job's are not consumed. Packets are found in the bytes themselves, for
+F_SETFL may have changed the flag of the ends since they were written. Restore makes the pipe in snap, sets
 its capacity, writes the bytes back and closes each end that the job did not have: a reader whose
 writers had gone reads the rest and then end-of-file, as before. A FIFO is opened read-write first, for
 then no open blocks, and each end is reopened from that.
+
+Bytes in a pipe whose readers have gone are kept, too: a new reader may come through /proc/PID/fd. They are read the same way.
+Not kept: such bytes in a FIFO, since opening it would let a writer through that waits for a reader (fifo(7)), and in a
+pipe whose writer asked for SIGIO, which it would get. A warning says so.
 
 A pipe that a process outside the job has open too is connected to again, while that process lives
 (outside.py); its bytes are then what they are now, and the recorded ones are not written. So it is with a FIFO
@@ -15,14 +20,20 @@ without (nameless.py).
 from __future__ import annotations
 
 import fcntl
+import itertools
+import mmap
 import os
+import select
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_DIRECT
 from checkpoint.resources import authority, nameless, paths
 from checkpoint.resources.files import fifo, kind, outside
+from images import files_pb2
 from snapshotter.base.errors import SnapshotterError, wrap_os_error
 
 if TYPE_CHECKING:
@@ -30,10 +41,7 @@ if TYPE_CHECKING:
     from checkpoint.resources.files.dumping import FilesDump
     from checkpoint.resources.files.kind import Seen
     from checkpoint.resources.files.opening import Opening
-    from images import files_pb2
 
-_PACKET_MAX_BYTES = 4096
-"""PIPE_BUF: one packet of a pipe in packet mode is one pipe buffer."""
 _CAPACITY_MAX_BYTES = 1 << 31
 
 
@@ -48,8 +56,6 @@ class PipeKind(kind.Kind):
         end.id = job.pipe_id(seen)
         end.read_end = seen.info.readable
         end.write_end = seen.info.writable
-        if end.write_end and seen.info.flags & O_DIRECT:
-            job.packet_pipes.add(end.id)
 
     def finish(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         """The first description of a pipe that can be read from fetches its contents."""
@@ -61,16 +67,30 @@ class PipeKind(kind.Kind):
                 buffer.fifo.uid, buffer.fifo.gid = seen.stat.st_uid, seen.stat.st_gid
             with job.borrow(seen) as fd:
                 buffer.size_bytes = fcntl.fcntl(fd, descriptors.F_GETPIPE_SZ)
-        if not description.pipe.read_end or buffer.data:
+        if buffer.data:
             return
         with job.borrow(seen) as fd:
-            nr_bytes = descriptors.nr_readable(fd)
-            if nr_bytes:
-                packets = description.pipe.id in job.packet_pipes
-                pieces = _copy(fd, nr_bytes, buffer.size_bytes, packets)
-                buffer.data = b"".join(pieces)
-                if packets:
-                    buffer.packets.extend(len(piece) for piece in pieces)
+            if description.pipe.read_end:
+                _fill_in(buffer, fd)
+            elif _has_no_reader(fd):
+                self._unread(job, seen, buffer, fd)
+
+    def _unread(self, job: FilesDump, seen: Seen, buffer: files_pb2.PipeBuffer, fd: int) -> None:
+        """The bytes in a pipe that nobody can read from at present."""
+        nr_bytes = descriptors.nr_readable(fd)
+        if not nr_bytes:
+            return
+        ends = (d for d in job.image.descriptions if d.HasField("pipe") and d.pipe.id == buffer.id)
+        if buffer.is_fifo or any(end.flags & os.O_ASYNC for end in ends):
+            job.ctx.warn(
+                f"task {seen.pid}, {seen.where}: {nr_bytes} bytes that wait for a reader are not part of the point"
+            )
+            return
+        reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            _fill_in(buffer, reader)
+        finally:
+            os.close(reader)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         buffer = opening.pipes[description.pipe.id]
@@ -112,27 +132,81 @@ class PipeKind(kind.Kind):
         return paths.reopen(ends[0], description.flags & ~O_DIRECT, f"pipe {end.id}")
 
 
-def _copy(fd: int, nr_bytes: int, capacity: int, packets: bool) -> list[bytes]:
-    """The contents of a pipe, which keeps them. One item per packet, or one in all."""
-    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+def _has_no_reader(write_end: int) -> bool:
+    """Whether every read end of a pipe is closed (poll(2): POLLERR)."""
+    state = select.poll()
+    state.register(write_end, 0)
+    return any(events & select.POLLERR for _, events in state.poll(0))
+
+
+def _fill_in(buffer: files_pb2.PipeBuffer, fd: int) -> None:
+    """Copy the contents of a pipe, which keeps them, into its message."""
+    nr_bytes = descriptors.nr_readable(fd)
+    if not nr_bytes:
+        return
+    with _scratch_pipe(buffer.size_bytes) as (read_end, write_end):
+        _tee(fd, write_end, nr_bytes)
+        buffer.data = os.read(read_end, nr_bytes)
+        # A read ends with the first packet. The byte tells whether the last piece was one.
+        if len(buffer.data) == nr_bytes:
+            _tee(fd, write_end, nr_bytes)
+            fcntl.fcntl(write_end, descriptors.F_SETPIPE_SZ, 2 * buffer.size_bytes)
+            os.write(write_end, b"\0")
+            if len(os.read(read_end, nr_bytes + 1)) > nr_bytes:
+                return
+            os.read(read_end, 1)
+        else:
+            while os.read(read_end, nr_bytes) and descriptors.nr_readable(read_end):
+                pass
+        _tee(fd, write_end, nr_bytes)
+        pieces = _pieces(read_end)
+    buffer.data = b"".join(data for data, _ in pieces)
+    for packet, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
+        sizes = [len(data) for data, _ in run]
+        for size in sizes if packet else [sum(sizes)]:
+            buffer.pieces.add(size_bytes=size, packet=packet)
+
+
+def _tee(fd: int, write_end: int, nr_bytes: int) -> None:
+    copied = descriptors.tee(fd, write_end, nr_bytes)
+    if copied != nr_bytes:
+        raise SnapshotterError(
+            f"only {copied} of the {nr_bytes} bytes in a pipe could be copied", where="pipe"
+        )
+
+
+def _pieces(source: int) -> list[tuple[bytes, bool]]:
+    """(bytes, whether they are a packet) of each buffer of a pipe, which is emptied.
+
+    A pipe with room for one buffer gets them one by one (splice(2) moves whole buffers). Each is copied twice into
+    another: a read of everything there ends after the first copy if the buffer is a packet (PIPE_BUF_FLAG_PACKET).
+    """
+    found = []
+    with (
+        _scratch_pipe(mmap.PAGESIZE) as (one, into_one),
+        _scratch_pipe(2 * mmap.PAGESIZE) as (twice, into_twice),
+    ):
+        while nr_left := descriptors.nr_readable(source):
+            nr_bytes = os.splice(source, into_one, nr_left, flags=descriptors.SPLICE_F_NONBLOCK)
+            for _ in range(2):
+                _tee(one, into_twice, nr_bytes)
+            packet = len(os.read(twice, 2 * nr_bytes)) == nr_bytes
+            if packet:
+                os.read(twice, nr_bytes)
+            found.append((os.read(one, nr_bytes), packet))
+    return found
+
+
+@contextmanager
+def _scratch_pipe(capacity: int) -> Iterator[tuple[int, int]]:
+    """A pipe of snap's own that never blocks: (read end, write end)."""
+    ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        fcntl.fcntl(write_end, descriptors.F_SETPIPE_SZ, capacity)
-        copied = descriptors.tee(fd, write_end, nr_bytes)
-        if copied != nr_bytes:
-            raise SnapshotterError(
-                f"only {copied} of the {nr_bytes} bytes in a pipe could be copied",
-                where=f"pipe of {capacity} bytes",
-            )
-        pieces: list[bytes] = []
-        left = nr_bytes
-        while left:
-            piece = os.read(read_end, _PACKET_MAX_BYTES if packets else left)
-            pieces.append(piece)
-            left -= len(piece)
-        return pieces
+        fcntl.fcntl(ends[1], descriptors.F_SETPIPE_SZ, capacity)
+        yield ends
     finally:
-        os.close(read_end)
-        os.close(write_end)
+        for fd in ends:
+            os.close(fd)
 
 
 def _make(opening: Opening, buffer: files_pb2.PipeBuffer) -> tuple[int, int]:
@@ -154,14 +228,12 @@ def _make(opening: Opening, buffer: files_pb2.PipeBuffer) -> tuple[int, int]:
     try:
         if buffer.size_bytes != fcntl.fcntl(ends[1], descriptors.F_GETPIPE_SZ):
             fcntl.fcntl(ends[1], descriptors.F_SETPIPE_SZ, buffer.size_bytes)
-        if buffer.packets:
-            fcntl.fcntl(ends[1], fcntl.F_SETFL, O_DIRECT | os.O_NONBLOCK)
-            offset = 0
-            for length in buffer.packets:
-                os.write(ends[1], buffer.data[offset : offset + length])
-                offset += length
-        elif buffer.data and os.write(ends[1], buffer.data) != len(buffer.data):
-            raise SnapshotterError("its contents do not fit into it", where=f"pipe {buffer.id}")
+        offset = 0
+        for piece in buffer.pieces or [files_pb2.PipePiece(size_bytes=len(buffer.data))]:
+            data = buffer.data[offset : offset + piece.size_bytes]
+            if data and _put_back(ends[1], data, buffer, packet=piece.packet) != len(data):
+                raise SnapshotterError("its contents do not fit into it", where=f"pipe {buffer.id}")
+            offset += piece.size_bytes
     except OSError as error:
         raise wrap_os_error(
             error,
@@ -175,6 +247,16 @@ def _holders(opening: Opening, pipe: int) -> Who:
     """Every task that gets an end of a pipe."""
     numbers = [one.id for one in opening.image.descriptions if one.HasField("pipe") and one.pipe.id == pipe]
     return frozenset().union(*map(opening.ctx.holders.of_description, numbers))
+
+
+def _put_back(write_end: int, data: bytes, buffer: files_pb2.PipeBuffer, *, packet: bool) -> int:
+    """Append to a pipe's contents; returns how many bytes fitted."""
+    fcntl.fcntl(write_end, fcntl.F_SETFL, os.O_NONBLOCK | (O_DIRECT if packet else 0))
+    if packet or not buffer.pieces:
+        return os.write(write_end, data)
+    # A packet that comes next would be merged into a page that was written, but not into one that was copied (tee(2)).
+    with _scratch_pipe(buffer.size_bytes) as (read_end, scratch):
+        return descriptors.tee(read_end, write_end, os.write(scratch, data))
 
 
 def _is_in_use(opening: Opening, buffer: files_pb2.PipeBuffer, fd: int) -> bool:
