@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors, sockdiag
 from checkpoint.resources import paths, proof
-from checkpoint.resources.files import kind, outside, sockets, unixghost, unixnode
+from checkpoint.resources.files import kind, outside, sockets, unixghost, unixnode, urgent
 from images import common_pb2, files_pb2
 from snapshotter.base.errors import (
     Finding,
@@ -148,6 +148,9 @@ class UnixKind(kind.Kind):
         if image.state == sockdiag.STATE_LISTEN:
             return
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
+            if image.type == socket.SOCK_STREAM and info.rqueue and urgent.is_pending(sock):
+                _queue_with_urgent(sock, info, seen, image)
+                return
             for data, rights, credentials, address in _queue(job, sock, info, seen):
                 kept = [job.keep(right) for right in rights]
                 image.queue.add(
@@ -407,6 +410,21 @@ def _queue(
         )
 
 
+def _queue_with_urgent(
+    sock: socket.socket, info: sockdiag.UnixSocketInfo, seen: Seen, image: files_pb2.UnixSocket
+) -> None:
+    parts = urgent.split(sock, info.rqueue)
+    if parts is None:
+        raise _unsupported(
+            seen,
+            "has an out-of-band byte (MSG_OOB) in a queue that also holds descriptors or credentials",
+            "take the point when the program has read them",
+        )
+    for data, is_urgent in zip(parts, (False, True, False), strict=True):
+        if data:
+            image.queue.add(data=data, urgent=is_urgent)
+
+
 @contextlib.contextmanager
 def _roomy(sender: socket.socket) -> Iterator[None]:
     """A socket with a send buffer for whatever a queue holds."""
@@ -450,7 +468,7 @@ def _send(
         sent = sender.sendmsg(
             [message.data],
             ancillary,
-            socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
+            socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | (socket.MSG_OOB if message.urgent else 0),
             *([] if to is None else [to]),
         )
     except OSError as error:
