@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
-from checkpoint.parasite.infection import AREA_SIZE, look_at_code
+from checkpoint.parasite.infection import AREA_SIZE, DATA_SIZE, look_at_code
 from checkpoint.resources import cgroups, directories, keyrings, namespaces, sharing, timers
 from snapshotter.base.errors import Finding, TargetGoneError
 
@@ -103,20 +103,33 @@ def _look_personality(pid: int, report: list[Finding]) -> None:
         )
 
 
+_ROOMS = (
+    (b"Max address space", "VmSize", AREA_SIZE, "address space", "as"),
+    (b"Max data size", "VmData", DATA_SIZE, "data size", "data"),
+)
+"""Limits that mapping the parasite runs into (mmap(2), ENOMEM): the line of /proc/PID/limits, that of /proc/PID/status which counts
+what is used, how many bytes it takes, the name, prlimit(1)'s option.
+"""
+
+
 def _look_room(pid: int, status: Status, report: list[Finding]) -> None:
-    """A limit of the address space (ulimit -v) must leave room for the parasite."""
+    """Limits of memory (ulimit -v, ulimit -d) must leave room for the parasite."""
     with open(f"/proc/{pid}/limits", "rb") as file:
-        words = next((line for line in file if line.startswith(b"Max address space")), b"").split()
-    if len(words) < 5 or not words[3].isdigit():
-        return
-    left = int(words[3]) - int(status.fields.get("VmSize", "0 kB").split()[0]) * 1024
-    if left < AREA_SIZE:
+        lines = file.readlines()
+    for line, used, need_bytes, name, option in _ROOMS:
+        words = next((one for one in lines if one.startswith(line)), b"").split()
+        if len(words) < 5 or not words[3].isdigit():
+            continue
+        left = int(words[3]) - int(status.fields.get(used, "0 kB").split()[0]) * 1024
+        if left >= need_bytes:
+            continue
+        enough = int(words[3]) + need_bytes - min(left, 0)
         report.append(
             Finding(
                 pid,
                 "task",
-                f"has {max(left, 0) // 1024} KiB of address space left to its limit, and snap needs {AREA_SIZE // 1024}",
-                f"raise it: prlimit --pid {pid} --as={int(words[3]) + AREA_SIZE - min(left, 0)}:",
+                f"has {max(left, 0) // 1024} KiB of {name} left to its limit, and snap needs {need_bytes // 1024}",
+                f"raise it: prlimit --pid {pid} --{option}={enough}:",
             )
         )
 
