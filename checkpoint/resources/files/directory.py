@@ -11,6 +11,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from checkpoint.kernel import descriptors
 from checkpoint.kernel.fdinfo import O_PATH
 from checkpoint.resources import authority, nameless, paths
 from checkpoint.resources.files import kind, pseudo
@@ -102,6 +103,12 @@ class DirectoryKind(kind.Kind):
 
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         _dump(job, seen, description.directory)
+        with job.borrow(seen) as fd:
+            _, owner = descriptors.get_owner(fd)
+        if owner:  # which F_NOTIFY sets (fcntl_dirnotify in fs/notify/dnotify/dnotify.c)
+            job.ctx.warn(
+                f"task {seen.pid}, {seen.where}: signals about changes of this directory (fcntl F_NOTIFY) end with a rollback"
+            )
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         _check(opening, description, description.directory)
