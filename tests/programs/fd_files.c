@@ -28,7 +28,10 @@ int main(int argc, char **argv)
     MUST(write(memfd, "in memory", 9));
     MUST(lseek(memfd, 3, SEEK_SET));
     int directory = MUST(open(".", O_RDONLY | O_DIRECTORY));
-    int place = MUST(open("plain", O_PATH));
+    int place = MUST(open("plain", O_PATH)), unfollowed = MUST(open("plain", O_PATH | O_NOFOLLOW));
+    int folder = MUST(open(".", O_PATH | O_DIRECTORY));
+    int place_flags = fcntl(place, F_GETFL), unfollowed_flags = fcntl(unfollowed, F_GETFL);
+    int folder_flags = fcntl(folder, F_GETFL);
     check_ready();
     check_wait();
 
@@ -63,6 +66,8 @@ int main(int argc, char **argv)
     while (readdir(entries))
         nr++;
     CHECK(nr >= 4, "%d directory entries", nr);
-    CHECK(fcntl(place, F_GETFL) & O_PATH, "O_PATH");
+    CHECK(fcntl(place, F_GETFL) == place_flags, "O_PATH: %#o", fcntl(place, F_GETFL));
+    CHECK(fcntl(unfollowed, F_GETFL) == unfollowed_flags, "O_NOFOLLOW: %#o", fcntl(unfollowed, F_GETFL));
+    CHECK(fcntl(folder, F_GETFL) == folder_flags, "O_DIRECTORY: %#o", fcntl(folder, F_GETFL));
     return check_done();
 }

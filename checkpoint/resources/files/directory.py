@@ -85,7 +85,7 @@ def _open(
         return paths.reopen(
             nameless.make(opening.ctx, place.identity), flags, paths.shown(place.identity.path)
         )
-    if flags & (O_PATH | os.O_DIRECTORY) == O_PATH:
+    if flags & (O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW) == O_PATH | os.O_NOFOLLOW:
         return os.dup(opening.judged[description.id].fd)
     return authority.open_found(
         opening.ctx, opening.judged[description.id], flags, paths.shown(place.identity.path)
