@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
+from checkpoint.kernel.tasks import children
 from checkpoint.model.vma import IO_URING_HINT
 from checkpoint.parasite import Batch, visit
 from checkpoint.resources import (
@@ -161,6 +162,7 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
         for task, thread, (results, questions) in zip(process.threads, message.threads, given, strict=True):
             _answer_thread(task, thread, results, questions)
             policies.answer_flags(results, questions.policies, task.facts, message, thread)
+        _warn_of_parent(ctx, message)
         message.threads[0].links_user_keyring = session is not None and session.has_user_keyring
         keyrings.warn(
             pid,
@@ -174,6 +176,21 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
 
     ctx.later.append(answer)
     return message
+
+
+def _warn_of_parent(ctx: DumpContext, message: task_pb2.Process) -> None:
+    """A signal at the end of the parent (PR_SET_PDEATHSIG) is one at the end of the *thread* that forked: after a rollback that is
+    always the first thread of the parent.
+    """
+    parent = ctx.processes.get(message.ppid)
+    if parent is None or len(parent.threads) < 2 or not any(one.pdeath_signal for one in message.threads):
+        return
+    maker = next((one.tid for one in parent.threads if message.pid in children(parent.pid, [one.tid])), 0)
+    if maker not in {0, parent.pid}:
+        ctx.warn(
+            f"task {message.pid}: asked for a signal when thread {maker} of its parent ends (PR_SET_PDEATHSIG); "
+            f"after a rollback that is thread {parent.pid}"
+        )
 
 
 def _unreported_stops(ctx: DumpContext, process: FrozenProcess) -> list[int]:

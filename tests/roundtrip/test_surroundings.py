@@ -105,3 +105,13 @@ def test_io_ports_are_refused(job, compile_program):
     with pytest.raises(SnapFailedError, match="ioperm"):
         job.take()
     assert job.finish() == "PASS"
+
+
+def test_what_no_interface_gives_back_is_said(job, compile_program):
+    job.start([compile_program("said.c")]).wait_ready()
+    said = "\n".join(job.take("--kill")["warnings"])
+    assert "F_NOTIFY" in said
+    assert "PR_SET_PDEATHSIG" in said
+    job.rollback()
+    assert job.finish() == "PASS"
+    reap(job.pid)
