@@ -111,7 +111,11 @@ def _check(ctx: RestoreContext, tid: int, place: task_pb2.Process | task_pb2.FsC
             ) from error
         info = os.fstat(opened[_place(identity)])
         if not stat_module.S_ISDIR(info.st_mode):
-            raise RestoreConflictError(f"its {what} {path} is no directory any more", where=where)
+            raise RestoreConflictError(
+                f"its {what} {path} is no directory any more",
+                where=where,
+                hint="put the directory back, then roll back",
+            )
         if (info.st_dev, info.st_ino) != (own_root.st_dev, own_root.st_ino):
             # In the root one is without asking; a directory is of use to who may enter it.
             fd = os.dup(opened[_place(identity)])

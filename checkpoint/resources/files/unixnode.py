@@ -67,6 +67,9 @@ def check(opening: Opening, image: files_pb2.UnixSocket) -> None:
             under; no task of the job may bind it there.
     """
     with contextlib.closing(_Directory(image)) as directory, contextlib.suppress(FileNotFoundError):
+        node = directory.node()
+        if node is not None and not stat.S_ISSOCK(node.st_mode):
+            raise _something_else(image.bound.path)
         _permitted(opening, image, directory)
         if is_renamed(image):
             os.stat(os.path.basename(image.address), dir_fd=directory.fd, follow_symlinks=False)
@@ -259,11 +262,25 @@ def _may_bind(own: Rights, image: files_pb2.UnixSocket, directory: _Directory) -
     owners = {directory.stat.st_uid, node.st_uid} if node is not None else {own.uid}
     if sticky and own.uid not in owners and not own.capabilities & _CAP_FOWNER:
         return False
+    if node is not None and not _may_connect(directory):
+        return False
     gives = own.capabilities & _CAP_CHOWN
     groups = {own.gid, *own.groups}
     if directory.stat.st_mode & stat.S_ISGID:
         groups.add(directory.stat.st_gid)
     return bool(gives or (own.uid == image.uid and image.gid in groups))
+
+
+def _may_connect(directory: _Directory) -> bool:
+    """Whether the node that is there may be asked if anybody serves it still (unix(7): write permission)."""
+    try:
+        fd = os.open(directory.name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
+    except OSError:
+        return False
+    try:
+        return rights.may_access(fd, os.W_OK)
+    finally:
+        os.close(fd)
 
 
 def _changed(image: files_pb2.UnixSocket, directory: _Directory) -> str:
@@ -318,9 +335,8 @@ def _in_the_way(address: bytes, error: OSError) -> RestoreConflictError:
 
 def _unlink_dead(address: bytes, directory: _Directory, node: os.stat_result, socket_type: int) -> None:
     """Remove the node of a socket that nobody serves any more; anything else is in the way."""
-    where = paths.shown(address)
     if not stat.S_ISSOCK(node.st_mode):
-        raise RestoreConflictError("there is something else where the job's socket was", where=where)
+        raise _something_else(address)
     with socket.socket(socket.AF_UNIX, socket_type) as probe:
         probe.setblocking(False)
         try:
@@ -333,7 +349,15 @@ def _unlink_dead(address: bytes, directory: _Directory, node: os.stat_result, so
         except OSError:
             pass
     raise RestoreConflictError(
-        "another program serves the job's socket", where=where, hint="end it, or move its socket"
+        "another program serves the job's socket",
+        where=paths.shown(address),
+        hint="end it, or move its socket",
+    )
+
+
+def _something_else(address: bytes) -> RestoreConflictError:
+    return RestoreConflictError(
+        "there is something else where the job's socket was", where=paths.shown(address), hint="move it away"
     )
 
 
