@@ -25,6 +25,7 @@
 #define NS_PER_S 1000000000LL
 #define PATIENCE_MS 1000        // so much longer for the task to come back when a signal wants us
 #define TICK_MS 100
+#define SETSIGMASK 0x420b
 
 #ifndef PTRACE_EVENT_STOP
 #define PTRACE_EVENT_STOP 128
@@ -206,10 +207,36 @@ static int drive_until(int tid, uint64_t until, struct limit *limit, struct snap
     return 0;
 }
 
-static int drive_signal(int tid, int sentinel, uint64_t ended, struct limit *limit, struct snap_drive *d)
+// A signal that came from somebody else, and that the task itself has blocked, is pending again as it would be without us. At a stop for
+// `sentinel`: the kernel queues anew what is blocked when it is to be delivered, and traps before the task runs on.
+static int put_back(int tid, int sentinel, siginfo_t *foreign, struct limit *limit, struct snap_drive *d)
 {
+    int sig = sentinel, error;
+
+    if (ptrace(PTRACE_SETSIGINFO, tid, 0, foreign) < 0)
+        return -errno;
+    do {
+        if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) < 0)
+            return -errno;
+        if ((error = go_on(PTRACE_CONT, tid, sig, limit, d)))
+            return error > 0 ? 0 : error;
+    } while (d->status >> 16 != PTRACE_EVENT_STOP && (sig = pass_by(tid, d)) >= 0);
+    return 0;
+}
+
+static int set_mask(int tid, uint64_t mask)
+{
+    return ptrace(SETSIGMASK, tid, (void *)sizeof(mask), &mask) < 0 ? -errno : 0;
+}
+
+static int drive_signal(int tid, int sentinel, int blocked, uint64_t ended, struct limit *limit, struct snap_drive *d)
+{
+    siginfo_t foreign = {0};
     int sig = 0, error;
 
+    // For no longer than the batch: what comes at any other time waits as the task wants it to.
+    if (blocked && (error = set_mask(tid, ~(1UL << (sentinel - 1)))))
+        return error;
     while (sig >= 0) {
         if ((error = go_on(PTRACE_CONT, tid, sig, limit, d)))
             return error > 0 ? 0 : error;
@@ -223,9 +250,17 @@ static int drive_signal(int tid, int sentinel, uint64_t ended, struct limit *lim
         if (errno)
             return -errno;
         if ((uint32_t)word != SNAP_NOT_ENDED) {
-            d->outcome = SNAP_DRIVE_DONE;
+            if (blocked && (error = set_mask(tid, ~0UL)))
+                return error;
+            if (foreign.si_signo && (error = put_back(tid, sentinel, &foreign, limit, d)))
+                return error;
+            if (d->outcome == SNAP_DRIVE_RUNNING)
+                d->outcome = SNAP_DRIVE_DONE;
             return 0;
         }
+        // One of a number is pending at most.
+        if (blocked && !foreign.si_signo && ptrace(PTRACE_GETSIGINFO, tid, 0, &foreign) < 0)
+            return -errno;
     }
     return 0;
 }
@@ -254,8 +289,8 @@ int snap_drive_until(int tid, uint64_t until, uint32_t limit_ms, struct snap_dri
 }
 
 // The same for a batch that announces its end by signal `sig`: no stop for each call. `ended` is the address
-// of its stopped_at, which tells our signal from one that somebody else sent (which the task ignores).
-int snap_drive_signal(int tid, int sentinel, uint64_t ended, uint32_t limit_ms, struct snap_drive *d)
+// of its stopped_at, which tells our signal from one that somebody else sent (which the task ignores; or, with `blocked`, keeps).
+int snap_drive_signal(int tid, int sentinel, int blocked, uint64_t ended, uint32_t limit_ms, struct snap_drive *d)
 {
     struct limit limit;
 
@@ -264,5 +299,5 @@ int snap_drive_signal(int tid, int sentinel, uint64_t ended, uint32_t limit_ms, 
     if (error)
         return error;
     d->outcome = SNAP_DRIVE_RUNNING;
-    return finished(&limit, d, drive_signal(tid, sentinel, ended, &limit, d));
+    return finished(&limit, d, drive_signal(tid, sentinel, blocked, ended, &limit, d));
 }

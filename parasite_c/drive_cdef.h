@@ -8,4 +8,4 @@ struct snap_drive {
 };
 
 int snap_drive_until(int tid, uint64_t until, uint32_t limit_ms, struct snap_drive *d);
-int snap_drive_signal(int tid, int sentinel, uint64_t ended, uint32_t limit_ms, struct snap_drive *d);
+int snap_drive_signal(int tid, int sentinel, int blocked, uint64_t ended, uint32_t limit_ms, struct snap_drive *d);

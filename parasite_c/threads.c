@@ -346,7 +346,7 @@ static int run(struct snap_visits *v, const struct snap_visit *one, const char *
     regs.eflags = EFLAGS;
     if ((error = set_regs(one->tid, &regs)) || (error = passes(passed, SNAP_V_STARTED)))
         return error;
-    error = -snap_drive_signal(one->tid, one->sig, v->entries + offsetof(struct snap_batch, stopped_at), v->limit_ms,
+    error = -snap_drive_signal(one->tid, one->sig, one->blocked, v->entries + offsetof(struct snap_batch, stopped_at), v->limit_ms,
                                &drive);
     v->lost = drive.outcome == SNAP_DRIVE_RUNNING;
     if (error)

@@ -61,6 +61,8 @@ struct snap_visit {
     int32_t sig;                        // announces the batch's end, see snap_batch
     int32_t inner_pid;
     int32_t inner_tid;
+    int32_t blocked;                    // the thread blocks `sig`: one from somebody else stays pending
+    int32_t pad;
     uint64_t own[27];                   // its registers, put back as they are
     uint64_t resume[27];                // those that the frame returns to: an interrupted call is issued again
     uint64_t mask;

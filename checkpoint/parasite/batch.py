@@ -243,6 +243,8 @@ class Ending:
     """Announce by rt_sigreturn itself."""
     sig: int = 0
     """Announce by this signal to itself; 0: by the sentinel call."""
+    blocked: bool = False
+    """The task blocks that signal: one from somebody else must stay pending."""
     pid: int = 0
     tid: int = 0
     """As the target's own pid namespace calls it."""

@@ -30,6 +30,8 @@ from snapshotter.base import faults
 from snapshotter.base.errors import Finding, SnapshotterError, TargetGoneError, UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from checkpoint.kernel.ptrace import Regs
     from checkpoint.kernel.threads import ThreadFacts
 
@@ -210,8 +212,13 @@ class InfectedTask(RemoteTask):
             self._ending = Ending(leave_only=True)
             self._one_at_a_time = True
         else:
+            blocked = status.sig_blocked | self._own_mask
+            sig = quiet_signal(status.sig_ignored, status.sig_caught, blocked)
+            if not sig:
+                sig = blocked_signal(status.sig_caught, pending_of(status.fields.get))
             self._ending = Ending(
-                sig=quiet_signal(status.sig_ignored, status.sig_caught, status.sig_blocked | self._own_mask),
+                sig=sig,
+                blocked=bool(sig and blocked >> (sig - 1) & 1),
                 pid=_inner_id(status, "NStgid", self.pid),
                 tid=_inner_id(status, "NSpid", self.tid),
             )
@@ -300,8 +307,9 @@ class InfectedTask(RemoteTask):
 
     @property
     def _inside_mask(self) -> int:
-        """Everything blocked but the signal that announces a batch's end."""
-        return ALL_SIGNALS & ~(1 << (self._ending.sig - 1)) if self._ending.sig else ALL_SIGNALS
+        """Everything blocked but the signal that announces a batch's end, if the task itself does not block that."""
+        ending = self._ending
+        return ALL_SIGNALS & ~(1 << (ending.sig - 1)) if ending.sig and not ending.blocked else ALL_SIGNALS
 
     def _aim(self, frame: int) -> None:
         """Registers that leave through a frame as soon as the task runs."""
@@ -421,6 +429,21 @@ def quiet_signal(ignored: int, caught: int, blocked: int) -> int:
         if by_choice and not (caught | blocked) >> (sig - 1) & 1:
             return int(sig)
     return 0
+
+
+def blocked_signal(caught: int, pending: int) -> int:
+    """The same of a task that blocks them all, as the workers of servers do: one that it would ignore if it did not block it, and that
+    is not pending. One that comes meanwhile is put back (drive.c), for somebody may wait for it. 0 when there is none.
+    """
+    for sig in _IGNORED_BY_DEFAULT:
+        if not (caught | pending) >> (sig - 1) & 1:
+            return sig
+    return 0
+
+
+def pending_of(line: Callable[[str, str], str]) -> int:
+    """What is pending for a thread or its process, by the lines of its status."""
+    return int(line("SigPnd", "0"), 16) | int(line("ShdPnd", "0"), 16)
 
 
 def live_frames() -> set[int]:

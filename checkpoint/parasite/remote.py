@@ -243,7 +243,10 @@ class RemoteTask:
         self._outcome(lib.snap_drive_until(self.tid, until, self._limit_ms, self._state))
 
     def _drive_signal(self, ended: int) -> None:
-        self._outcome(lib.snap_drive_signal(self.tid, self._ending.sig, ended, self._limit_ms, self._state))
+        ending = self._ending
+        self._outcome(
+            lib.snap_drive_signal(self.tid, ending.sig, ending.blocked, ended, self._limit_ms, self._state)
+        )
 
     @property
     def _limit_ms(self) -> int:

@@ -18,7 +18,7 @@ from checkpoint.kernel import interrupted, syscalls
 from checkpoint.parasite import batch as encoding
 from checkpoint.parasite import frames
 from checkpoint.parasite.batch import Batch, Ending, Results
-from checkpoint.parasite.infection import InfectedTask, live_frames, quiet_signal
+from checkpoint.parasite.infection import InfectedTask, blocked_signal, live_frames, quiet_signal
 from checkpoint.parasite.remote import lost
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
@@ -66,9 +66,9 @@ def visit(leader: RemoteTask, threads: Sequence[Thread], batch: Batch) -> list[R
     place = None
     if isinstance(leader, InfectedTask):
         place = _common_place(leader, threads)
-    quick: dict[int, int] = {}
+    quick: dict[int, tuple[int, bool]] = {}
     if place is not None:
-        quick = {at: sig for at, thread in enumerate(threads) if (sig := _signal(thread))}
+        quick = {at: way for at, thread in enumerate(threads) if (way := _signal(thread))}
     found: dict[int, Results] = {}
     if quick and place is not None:
         assert isinstance(leader, InfectedTask)
@@ -92,17 +92,25 @@ def _common_place(leader: InfectedTask, threads: Sequence[Thread]) -> frames.Pla
     return place if len(place.saved) <= lib.SNAP_FRAMES_MOST else None
 
 
-def _signal(thread: Thread) -> int:
-    """What may announce the end of its batch; 0: not this way."""
+def _signal(thread: Thread) -> tuple[int, bool] | None:
+    """What may announce the end of its batch, and whether the thread blocks it; None: not this way."""
     facts = thread.facts
     if not thread.regs.is_64bit or facts.word(b"Seccomp") or b"shstk" in facts.line(b"x86_Thread_features"):
-        return 0
+        return None
     blocked = facts.word(b"SigBlk", 16) | facts.sigmask
-    return quiet_signal(facts.word(b"SigIgn", 16), facts.word(b"SigCgt", 16), blocked)
+    caught = facts.word(b"SigCgt", 16)
+    if sig := quiet_signal(facts.word(b"SigIgn", 16), caught, blocked):
+        return sig, False
+    sig = blocked_signal(caught, facts.word(b"SigPnd", 16) | facts.word(b"ShdPnd", 16))
+    return (sig, True) if sig else None
 
 
 def _run(
-    leader: InfectedTask, place: frames.Place, threads: Sequence[Thread], signals: Sequence[int], batch: Batch
+    leader: InfectedTask,
+    place: frames.Place,
+    threads: Sequence[Thread],
+    signals: Sequence[tuple[int, bool]],
+    batch: Batch,
 ) -> list[Results]:
     space, area = leader.space, leader.area
     (piece,) = encoding.split(batch, area.half)
@@ -120,7 +128,8 @@ def _run(
     table = ffi.new("struct snap_visit[]", len(threads))
     for one, thread, sig in zip(table, threads, signals, strict=True):
         facts = thread.facts
-        one.tid, one.sig = thread.tid, sig
+        one.tid = thread.tid
+        one.sig, one.blocked = sig
         one.inner_pid = int(facts.line(b"NStgid").split()[-1])
         one.inner_tid = int(facts.line(b"NSpid").split()[-1])
         own = ffi.buffer(one.own)

@@ -10,10 +10,13 @@ import sys
 import time
 
 import pytest
+from parasite_c._native import lib
 
+from checkpoint.freeze import stopped_process
 from checkpoint.kernel import proc, ptrace, tasks
 from checkpoint.kernel import sys as sys_kernel
-from checkpoint.parasite import Parasite, RemoteCallError, infect, spawn_root_stub
+from checkpoint.parasite import Parasite, RemoteCallError, infect, spawn_root_stub, visits
+from checkpoint.parasite import remote as remote_module
 from checkpoint.parasite.infection import cure
 from snapshotter.base.errors import RestoreConflictError, TargetGoneError, UnsupportedError
 
@@ -38,6 +41,16 @@ def running(*command, **options):
     finally:
         job.kill()
         job.wait(30)  # one that a failed test still traces does not end
+
+
+def counted(calls, function):
+    """`function`, whose second arguments are noted."""
+
+    def call(task, until):
+        calls.append(until)
+        return function(task, until)
+
+    return call
 
 
 @pytest.fixture
@@ -208,6 +221,45 @@ def test_every_thread_of_a_process_runs_batches():
             assert ptrace.get_sigmask(target.tid) == target.sigmask
             ptrace.detach(target.tid)
         assert facts(job.pid)[0] == before
+
+
+BLOCKS_ALL = """
+import signal
+signal.pthread_sigmask(signal.SIG_SETMASK, set(range(1, 65)) - {32, 33})
+print(flush=True)
+got = signal.sigwait({signal.SIGUSR1})
+print(*sorted(int(sig) for sig in signal.sigpending()), flush=True)
+"""
+
+
+@pytest.mark.parametrize("way", ["one", "visits"])
+@pytest.mark.parametrize("sent", [0, signal.SIGURG, signal.SIGWINCH])
+def test_a_task_that_blocks_every_signal_keeps_those_that_come_meanwhile(monkeypatch, way, sent):
+    slow = []
+    monkeypatch.setattr(remote_module.RemoteTask, "_drive", counted(slow, remote_module.RemoteTask._drive))
+    with running(sys.executable, "-c", BLOCKS_ALL, stdout=subprocess.PIPE, text=True) as job:
+        job.stdout.readline()
+        until(lambda: system_call(job.pid) == "128")  # rt_sigtimedwait
+        before = proc.read_status(job.pid).sig_blocked
+        assert before >> (signal.SIGURG - 1) & 1
+        with stopped_process(job.pid) as process:
+            batch = process.parasite.batch()
+            if sent:
+                batch.call("kill", job.pid, sent)
+            pid = batch.call("getpid")
+            if way == "one":
+                results = process.parasite.run(batch)
+            else:
+                process.parasite.park()
+                (results,) = visits.visit(process.parasite, [process.leader], batch)
+            assert results[pid] == job.pid
+            # Mapping takes two calls through a gadget; the batch itself is one stop.
+            assert [until for until in slow if until == lib.SNAP_SENTINEL] == []
+            assert process.parasite.call("getpid") == job.pid
+        until(lambda: system_call(job.pid) == "128")
+        assert proc.read_status(job.pid).sig_blocked == before
+        os.kill(job.pid, signal.SIGUSR1)
+        assert job.stdout.readline().split() == ([str(int(sent))] if sent else [])
 
 
 def test_seccomp_filter_is_suspended():
