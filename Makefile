@@ -5,9 +5,10 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 PYTEST_ARGS ?=
 KERNELS ?= 6.1 6.12 7
+SOAK_MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-kernels lint format check bench wheel clean
+.PHONY: help venv build demo test test-kernels soak lint format check bench wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +35,9 @@ test: build ## all tests but those in other kernels; PYTEST_ARGS adds options
 
 test-kernels: build ## the kernel tests inside Debian's 6.1, 6.12 and 7 (QEMU; downloads packages); KERNELS, KERNEL_ARGS="-k timers"
 	$(BIN)/python -m tests.kernels $(KERNELS) $(KERNEL_ARGS)
+
+soak: build ## stress under the oracle, kills, chaos of commands: SOAK_MINUTES=60 SOAK_ARGS="--piece stress"; prints counts
+	$(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES) $(SOAK_ARGS)
 
 lint: build ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

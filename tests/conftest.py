@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pathlib
 import signal
-import subprocess
 import time
 
 import pytest
 
-from tests.jobs import Job, reap_all, tree
-
-PR_SET_CHILD_SUBREAPER = 36
-PROGRAMS = pathlib.Path(__file__).parent / "programs"
+from tests.jobs import PROGRAMS, Job, be_subreaper, compile_c, reap_all, tree
 
 
 def pytest_configure(config):
     """Orphans of jobs become our children; jobs inherit no descriptor of ours."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    be_subreaper()
     # Whoever started us in the background has SIGINT ignored, and what tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for fd in map(int, os.listdir("/proc/self/fd")):
@@ -131,24 +124,7 @@ def compile_program(tmp_path_factory):
     def compile_one(name: str, *options: str) -> pathlib.Path:
         if name not in made:
             target = folder / pathlib.Path(name).stem
-            command = [
-                "gcc",
-                "-std=gnu11",
-                "-O2",
-                "-g",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-                "-pthread",
-                f"-I{PROGRAMS}",
-            ]
-            done = subprocess.run(
-                [*command, *options, "-o", target, PROGRAMS / name, "-lrt", "-lm"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr
+            compile_c(PROGRAMS / name, target, *options)
             made[name] = target
         return made[name]
 

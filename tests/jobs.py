@@ -7,6 +7,7 @@ its child and is reaped here. No sleeps: every wait has a condition and a deadli
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -21,7 +22,29 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SNAP = [sys.executable, "-c", "import sys; from snapshotter.cli.main import main; sys.exit(main())"]
+PROGRAMS = ROOT / "tests" / "programs"
 DEADLINE_S = float(os.environ.get("SNAP_TEST_DEADLINE", "30"))
+
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def be_subreaper() -> None:
+    """Orphans of jobs become children of this process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def compile_c(source: pathlib.Path, target: pathlib.Path, *options: str) -> pathlib.Path:
+    """Compile a self-checking program."""
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    command = ["gcc", "-std=gnu11", "-O2", "-g", *warnings, "-pthread", f"-I{PROGRAMS}", *options]
+    done = subprocess.run(
+        [*command, "-o", target, source, "-lrt", "-lm"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return target
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
