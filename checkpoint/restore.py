@@ -15,15 +15,16 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from checkpoint import environment, surroundings
+from checkpoint import environment, room, surroundings
 from checkpoint.assembly import ARENA_BYTES, Assembly
 from checkpoint.finisher import Finisher
 from checkpoint.kernel import sys as ksys
 from checkpoint.plan import RestorePlan, decode, make_plan
 from checkpoint.replace import replace
-from checkpoint.resources import directories, files, memory, nameless, task
+from checkpoint.resources import directories, files, memory, nameless, scheduling, task
 from checkpoint.restore_context import RestoreContext, RestoreOptions, RestoreResult
 from checkpoint.uninterrupted import stops_wait
+from images import task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError, wrap_os_error
 from snapshotter.base.pages import PageSource
@@ -111,12 +112,14 @@ def _prepare(
         environment.check_machine(ctx)
         environment.check_rights(ctx)
         found = environment.survey(ctx)
-        ctx.replaces = bool(found.old)
+        ctx.replaces, ctx.old = bool(found.old), frozenset(found.old)
+        room.check(ctx, found)
         _check_surroundings(ctx, found)
         planned = make_plan(ctx, found)
         environment.check_free(planned.tree.helper_pids, found)
         for process in ctx.processes.values():
             task.check(ctx, process)
+        scheduling.check(one for one in ctx.processes.values() if one.state != task_pb2.Process.ZOMBIE)
         memory.check(ctx)
         # The root stub's own few mappings will want to be avoided too: in 128 TiB that never decides.
         memory.arena_hole([ctx.mm(process) for process in ctx.processes.values() if process.mm], ARENA_BYTES)
@@ -132,11 +135,12 @@ def _prepare(
 def _check_surroundings(ctx: RestoreContext, found: environment.Survey) -> None:
     """What killing the old job does to others is allowed, or refused now."""
     around = surroundings.look(found, ctx.manifest.root_pid)
-    refused = [one for one in around.obstacles if one.option not in ctx.options.allow]
+    obstacles = (*around.obstacles, *room.memory(ctx, found))
+    refused = [one for one in obstacles if one.option not in ctx.options.allow]
     if refused:
         raise RestoreConflictError.of(refused)
-    ctx.accepted = around.obstacles
-    for text in (*map(str, around.obstacles), *around.notes):
+    ctx.accepted = obstacles
+    for text in (*map(str, obstacles), *around.notes):
         ctx.warn(text)
 
 

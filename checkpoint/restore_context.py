@@ -93,6 +93,8 @@ class RestoreContext:
     """pid of a stub (a helper's number) -> the space whose pages its memory has; those of its maker at birth."""
     accepted: tuple[Obstacle, ...] = ()
     """What killing the living job does to others, and was allowed."""
+    old: frozenset[int] = frozenset()
+    """Processes of the living job, which are going to be killed."""
     replaces: bool = False
     """A living job is replaced: it has gone on since the point."""
     pages_written: int = 0

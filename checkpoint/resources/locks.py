@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import descriptors, fdinfo
 from checkpoint.kernel.fdinfo import LockLine
 from images import files_pb2, mm_pb2
+from snapshotter.base.errors import RestoreConflictError
 
 if TYPE_CHECKING:
     from checkpoint.context import DumpContext
@@ -152,6 +153,55 @@ def held_outside(wanted: set[LockLine], job: Collection[int]) -> set[LockLine]:
 
 
 # -- restore ----------------------------------------------------------------------------------------------------
+
+
+def check(ctx: RestoreContext, image: files_pb2.Files) -> None:
+    """Whether somebody outside the old job has locked what the job had locked.
+
+    On file systems whose stat(2) gives another device number than /proc/locks (btrfs, overlayfs) nothing is found; taking the lock tells then.
+
+    Raises:
+        RestoreConflictError: somebody has; each file is named.
+    """
+    wanted = [
+        (_place(description), lock, description)
+        for description in image.descriptions
+        for lock in description.locks
+        if description.HasField("regular")
+    ]
+    by_id = {description.id: description for description in image.descriptions}
+    for _, _, name in ctx.tables():
+        for entry in ctx.image(name, files_pb2.FdTable).entries:
+            wanted += [
+                (_place(by_id[entry.description]), lock, by_id[entry.description]) for lock in entry.locks
+            ]
+    if not wanted:
+        return
+    present = _read()
+    clashes = {line: one for place, lock, one in wanted for line in present if _clash(place, lock, line)}
+    outside = held_outside(set(clashes), {*ctx.old, os.getpid()})
+    names = dict.fromkeys(clashes[line].regular.identity.path for line in sorted(outside, key=str))
+    if names:
+        holders = ", ".join(sorted({f"process {line.pid}" for line in outside if line.pid > 0}))
+        raise RestoreConflictError(
+            "another process has locked it, and the job had it locked",
+            where=", ".join(os.fsdecode(name) for name in names),
+            hint=f"end {holders or 'that process (see /proc/locks)'}, then roll back",
+        )
+
+
+def _place(description: files_pb2.Description) -> str:
+    dev = description.regular.identity.dev
+    return f"{os.major(dev):02x}:{os.minor(dev):02x}:{description.regular.identity.ino}"
+
+
+def _clash(place: str, wanted: files_pb2.FileLock, line: LockLine) -> bool:
+    """Whether a lock that is there keeps one from being taken by somebody else."""
+    if line.place != place or not (wanted.write or line.write) or "LEASE" in {wanted.kind, line.kind}:
+        return False
+    if "FLOCK" in {wanted.kind, line.kind}:  # of its own, whatever ranges are locked
+        return wanted.kind == line.kind
+    return (wanted.to_end or line.start <= wanted.end) and (line.end is None or wanted.start <= line.end)
 
 
 def restore(batch: Batch, mm: mm_pb2.Mm, vmas: Iterable[mm_pb2.Vma], fd: Ref) -> list[Ref]:

@@ -15,7 +15,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import sys as ksys
@@ -120,6 +120,43 @@ def restore(batch: Batch, wanted: task_pb2.Scheduling) -> None:
     # A task that never set one shows the kernel's default, as snap does: setting it would tie it down.
     if wanted.io_priority != max(_libc.syscall(_NR_IOPRIO_GET, _IOPRIO_WHO_PROCESS, 0), 0):
         batch.call("ioprio_set", _IOPRIO_WHO_PROCESS, 0, wanted.io_priority)
+
+
+def check(processes: Iterable[task_pb2.Process]) -> None:
+    """Whether snap may give the job's threads their policy and priority: tried, each kind once, by threads of snap's that end at once.
+
+    Not deadlines: the old job may have the bandwidth that is to be given back.
+
+    Raises PermissionDeniedError, SnapshotterError.
+    """
+    kinds = {
+        (one.policy, one.nice, one.rt_priority): thread.tid
+        for process in processes
+        for thread in process.threads
+        if (one := thread.scheduling).policy != _POLICY_DEADLINE
+    }
+    failed: list[tuple[int, OSError]] = []
+
+    def attempt(tid: int, attr: bytes) -> None:
+        try:
+            ksys.syscall("sched_setattr", 0, attr, 0)
+        except OSError as error:
+            failed.append((tid, error))
+
+    for (policy, nice, priority), tid in kinds.items():
+        if policy == _POLICY_OTHER and nice >= os.getpriority(os.PRIO_PROCESS, 0):
+            continue
+        attr = _ATTR.pack(_ATTR.size, policy, 0, nice, priority, 0, 0, 0, 0, 0)
+        trying = threading.Thread(target=attempt, args=(tid, attr))
+        trying.start()
+        trying.join()
+    for tid, error in failed:
+        raise wrap_os_error(
+            error,
+            "its scheduling policy or priority cannot be given back",
+            where=f"task {tid}",
+            hint="run as root with CAP_SYS_NICE; nothing was touched",
+        ) from error
 
 
 def restore_affinity(tid: int, wanted: task_pb2.Scheduling) -> str:

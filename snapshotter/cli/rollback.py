@@ -32,6 +32,9 @@ from snapshotter.cli.output import short
     is_flag=True,
     help="Kill the job although its parent or supervisor notices: it may go on, or start another one.",
 )
+@click.option(
+    "--little-memory", is_flag=True, help="Try it although the job may not fit into the free memory."
+)
 @common
 def command(
     app: App,
@@ -41,6 +44,7 @@ def command(
     terminal: str,
     hang_up: bool,
     detach_from_parent: bool,
+    little_memory: bool,
 ) -> int:
     """Bring the job back as it was at POINT, under the same pids, detached.
 
@@ -54,7 +58,11 @@ def command(
     from snapshotter.manager.rollback import rollback
 
     with app.session() as session:
-        options = {"hang-up": hang_up, "detach-from-parent": detach_from_parent}
+        options = {
+            "hang-up": hang_up,
+            "detach-from-parent": detach_from_parent,
+            "little-memory": little_memory,
+        }
         report = rollback(
             session,
             point,

@@ -100,6 +100,8 @@ class Restored:
             state={},
             options=SimpleNamespace(terminal=terminal, dry_run=False),
             accepted=(),
+            old=frozenset(),
+            tables=lambda: (),
             warn=self.warnings.append,
             processes={},
             names=("files",),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import descriptors as sys
 from checkpoint.kernel import sockdiag
 from checkpoint.kernel.fdinfo import O_DIRECT, O_PATH
-from checkpoint.resources import authority
+from checkpoint.resources import authority, locks
 from checkpoint.resources.authority import Found
 from checkpoint.resources.files import kinds, unixsock
 from checkpoint.resources.locks import flock_struct
@@ -89,6 +89,10 @@ class Opening:
                 kinds.BY_FIELD[_field(description)].check(self, description)
             except RestoreConflictError as error:
                 conflicts.append(error)
+        try:
+            locks.check(self.ctx, self.image)
+        except RestoreConflictError as error:
+            conflicts.append(error)
         if conflicts:
             self.close()
         if len(conflicts) == 1:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from checkpoint.resources.files.opening import Opening
 
 _CAPACITY_MAX_BYTES = 1 << 31
+_USUAL_CAPACITY_BYTES = 1 << 16
 
 
 class PipeKind(kind.Kind):
@@ -115,6 +116,10 @@ class PipeKind(kind.Kind):
                 f"process {holder.pid} ({os.fsdecode(holder.comm)}) at the other end of {os.fsdecode(buffer.link)} "
                 "has ended: the job finds that end closed"
             )
+        if not buffer.is_fifo and (buffer.data or buffer.size_bytes > _USUAL_CAPACITY_BYTES):
+            # Whether it may be as large, and its contents fit, only making one tells (fs.pipe-max-size, pipe-user-pages-hard).
+            for fd in _make(opening, buffer):
+                os.close(fd)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         end = description.pipe

@@ -435,7 +435,7 @@ def check(ctx: RestoreContext) -> None:
     for name in ctx.names:
         if name.startswith("shmem/"):
             image = ctx.image(name, mm_pb2.Shmem)
-            if image.hugetlb:
+            if image.hugetlb or image.memfd_flags & _MFD_HUGETLB:
                 raise RestoreConflictError("is a memfd of huge pages", where=name)
             if image.kind == mm_pb2.Shmem.NAMED:
                 named.hold_named(ctx, name, image)
