@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -313,6 +313,18 @@ class Catalog:
             sa.select(table.c.id).where(*(table.c[name] == value for name, value in values.items()))
         )
         return int(found) if found is not None else self._insert(connection, table, **values)
+
+    def set_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Bytes that each point takes up, by id; only what differs is written."""
+        table = schema.points
+        with self._read() as connection:
+            known = dict(connection.execute(sa.select(table.c.id, table.c.bytes_stored)).tuples().all())
+        changed = {point: size for point, size in sizes.items() if known.get(point, size) != size}
+        if not changed:
+            return
+        with self._write() as connection:
+            for point, size in changed.items():
+                connection.execute(sa.update(table).where(table.c.id == point).values(bytes_stored=size))
 
     def forget(self, ids: Sequence[str]) -> list[str]:
         """Removes points; their children get the nearest ancestor that is left. Returns the ids removed."""

@@ -25,7 +25,7 @@ import numpy as np
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, VerificationError
 from snapshotter.base.pages import PAGE_SIZE
-from store import compress, native, pagemap, reserve
+from store import compress, native, pagemap, reserve, sizes
 from store.blobs import add_maps
 from store.catalog import BlobRefs, PackRow
 from store.compress import FrameCompressor
@@ -111,6 +111,7 @@ class _Pruner:
         else:
             repack, new_bytes = self._repack_all(wanted)
             self._store.damage.strike(self._store.damage.load().keys() - self._store.catalog.packs().keys())
+            self._update_sizes()
         gone = dead.union(repack)
         before = sum(self._rows[pack].size_bytes for pack in gone) + sum(size for _, size in garbage)
         kept = sum(row.size_bytes for pack, row in self._rows.items() if pack not in gone) + new_bytes
@@ -123,6 +124,11 @@ class _Pruner:
             dry_run=dry_run,
             warnings=tuple(self._warnings),
         )
+
+    def _update_sizes(self) -> None:
+        """What forgotten points had stored counts for those that still need it. A size that stays as it was harms nothing."""
+        with contextlib.suppress(VerificationError, NoSpaceError):
+            self._store.catalog.set_sizes(sizes.stored(self._store))
 
     # -- mark -----------------------------------------------------------------------------------------
 

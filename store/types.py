@@ -69,7 +69,7 @@ class Point:
     bytes_logical: int
     """pages_total * 4096 plus the images."""
     bytes_stored: int
-    """What this point added to the packs, everything included."""
+    """What the packs hold for this point and no older one (store/sizes.py): as of its take, or of the last prune since."""
     warnings: tuple[str, ...] = ()
     tasks: dict[int, int] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ from snapshotter.base import faults
 from snapshotter.base.errors import MissingPagesError, SnapshotterError, StoreError, UsageError
 from snapshotter.base.pages import PAGE_SIZE, PageReader
 from snapshotter.base.runs import PageRuns, RunTable, as_table, cut
-from store import native, pagemap, parallel, reserve
+from store import native, pagemap, parallel, reserve, sizes
 from store.blobs import add_images, add_maps
 from store.files import store_error
 from store.packset import PackSet
@@ -218,6 +218,7 @@ class PointWriter:
         refs = add_maps(self._packs, maps, self._parent_maps, self._parent_refs, image_ref)
         rows = self._packs.publish()
         stats = self.stats()
+        live = sizes.live_share(maps, {row.id for row in rows}, sum(row.nr_pages for row in rows))
         pages_total = sum(len(space.pages) for space in maps.values())
         point = Point(
             id=meta.point_id or secrets.token_hex(16),
@@ -236,7 +237,7 @@ class PointWriter:
             pages_new=stats.pages_new,
             pages_total=pages_total,
             bytes_logical=pages_total * PAGE_SIZE + image_bytes,
-            bytes_stored=sum(row.size_bytes for row in rows),
+            bytes_stored=int(sum(row.size_bytes for row in rows) * live),
             warnings=tuple(meta.warnings),
             tasks=dict(meta.tasks),
         )
