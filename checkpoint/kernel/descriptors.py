@@ -115,6 +115,12 @@ def epoll_add(epoll_fd: int, fd: int, events: int, data: int) -> None:
     syscall("epoll_ctl", epoll_fd, 1, fd, ctypes.create_string_buffer(event, 12))
 
 
+def epoll_modify(epoll_fd: int, fd: int, events: int, data: int) -> None:
+    """EPOLL_CTL_MOD: arms the entry anew, and reports it if it is ready now."""
+    event = struct.pack("=IQ", events, data)
+    syscall("epoll_ctl", epoll_fd, 3, fd, ctypes.create_string_buffer(event, 12))
+
+
 def inotify_init(flags: int) -> int:
     """A new inotify instance."""
     return syscall("inotify_init1", flags)

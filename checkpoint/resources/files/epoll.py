@@ -5,6 +5,10 @@ data. The description is found by kcmp(KCMP_EPOLL_TFD), for the number may have 
 meanwhile. Restore adds each entry under its old number from a thread of snap's that has a descriptor
 table of its own, so that any number is free; to the kernel it makes no difference which process adds.
 
+An edge-triggered entry (EPOLLET) that is added reports what is ready, although the job may have been told before. Where
+the instance had nothing to report at the point, that report is taken away again. An entry that watches something from
+outside the job may have news; it is armed anew and reports if it is ready: better twice than never.
+
 Refused: an entry whose description no process of the job has any more under any number.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
@@ -25,6 +30,10 @@ if TYPE_CHECKING:
     from checkpoint.resources.files.looking import Looking
     from checkpoint.resources.files.opening import Opening
     from images import files_pb2
+
+
+_EDGE, _ONE_SHOT = 1 << 31, 1 << 30
+"""EPOLLET, EPOLLONESHOT."""
 
 
 class EpollKind(kind.Kind):
@@ -63,6 +72,9 @@ class EpollKind(kind.Kind):
                 target_description=found,
                 target_known=True,
             )
+        if any(entry.events & _EDGE for entry in description.epoll.entries):
+            with job.borrow(seen) as fd:
+                description.epoll.quiet = not _readable(fd)
 
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         instance = select.epoll(flags=select.EPOLL_CLOEXEC)
@@ -75,22 +87,62 @@ class EpollKind(kind.Kind):
         entries = list(description.epoll.entries)
         if not entries:
             return
-        highest = max([fd, opening.highest_local, *(entry.fd for entry in entries)])
-        targets = [opening.fds[entry.target_description] for entry in entries]
+        _for_each(opening, fd, entries, descriptors.epoll_add)
 
-        def add_all() -> None:
-            high = _above(fd, highest)
-            copies = [_above(target, highest) for target in targets]
-            for entry, target in zip(entries, copies, strict=True):
-                os.dup2(target, entry.fd, inheritable=False)
-                descriptors.epoll_add(high, entry.fd, entry.events, entry.data)
+    def quieten(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
+        """Last pass, when everything that may wake it has its contents: forget what the job was told before the point."""
+        if not description.epoll.quiet or not _readable(fd):
+            return
+        entries = list(description.epoll.entries)
+        with select.epoll.fromfd(os.dup(fd)) as instance:
+            instance.poll(0, len(entries))
+        again = [
+            entry
+            for entry in entries
+            if entry.events & _ONE_SHOT or (entry.events & _EDGE and not _is_inside(opening, entry))
+        ]
+        if again:
+            _for_each(opening, fd, again, descriptors.epoll_modify)
 
-        try:
-            descriptors.with_private_table(add_all)
-        except OSError as error:
-            raise SnapshotterError(
-                f"cannot put {len(entries)} entries into an epoll instance again: {error.strerror}"
-            ) from error
+
+def _readable(fd: int) -> bool:
+    state = select.poll()
+    state.register(fd, select.POLLIN)
+    return bool(state.poll(0))
+
+
+def _is_inside(opening: Opening, entry: files_pb2.EpollEntry) -> bool:
+    """Whether nobody but the job makes what an entry watches ready."""
+    target = opening.descriptions[entry.target_description]
+    if target.HasField("pipe"):
+        buffer = opening.pipes[target.pipe.id]
+        return not buffer.is_fifo and not buffer.holders
+    return target.HasField("eventfd") or target.HasField("unix")
+
+
+def _for_each(
+    opening: Opening,
+    fd: int,
+    entries: Sequence[files_pb2.EpollEntry],
+    call: Callable[[int, int, int, int], None],
+) -> None:
+    """Call with (instance, number, events, data) for each entry, each target under the number that the entry is known by."""
+    highest = max([fd, opening.highest_local, *(entry.fd for entry in entries)])
+    targets = [opening.fds[entry.target_description] for entry in entries]
+
+    def work() -> None:
+        high = _above(fd, highest)
+        copies = [_above(target, highest) for target in targets]
+        for entry, target in zip(entries, copies, strict=True):
+            os.dup2(target, entry.fd, inheritable=False)
+            call(high, entry.fd, entry.events, entry.data)
+
+    try:
+        descriptors.with_private_table(work)
+    except OSError as error:
+        raise SnapshotterError(
+            f"cannot put {len(entries)} entries into an epoll instance again: {error.strerror}"
+        ) from error
 
 
 def _lost(seen: Seen, fd: int) -> Finding:

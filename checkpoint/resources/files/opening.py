@@ -17,7 +17,7 @@ from checkpoint.kernel import sockdiag
 from checkpoint.kernel.fdinfo import O_DIRECT, O_PATH
 from checkpoint.resources import authority, locks
 from checkpoint.resources.authority import Found
-from checkpoint.resources.files import kinds, unixsock
+from checkpoint.resources.files import epoll, kinds, unixsock
 from checkpoint.resources.locks import flock_struct
 from images import common_pb2, files_pb2
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError, wrap_os_error
@@ -120,6 +120,9 @@ class Opening:
                     if lock.kind == "OFDLCK":
                         _lock(description, lock, self.fds[number])
             self._close_extra()
+            for number, description in self.descriptions.items():
+                if description.HasField("epoll"):
+                    epoll.KIND.quieten(self, description, self.fds[number])
         except BaseException:
             self.close()
             raise
