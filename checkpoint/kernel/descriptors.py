@@ -7,9 +7,7 @@ checkpoint/resources/files.
 from __future__ import annotations
 
 import array
-import contextlib
 import ctypes
-import errno
 import fcntl
 import os
 import struct
@@ -30,6 +28,7 @@ F_SETSIG = 10
 F_GETSIG = 11
 F_SETOWN_EX = 15
 F_GETOWN_EX = 16
+_F_GETOWNER_UIDS = 17
 F_GETLEASE = 1025
 F_GET_SEALS = 1034
 F_OFD_SETLK = 37
@@ -164,9 +163,28 @@ def get_owner(fd: int) -> tuple[int, int]:
     return kind, pid
 
 
-def set_owner(fd: int, kind: int, pid: int) -> None:
-    """F_SETOWN_EX, see get_owner."""
-    fcntl.fcntl(fd, F_SETOWN_EX, struct.pack("=ii", kind, pid))
+def owner_ids(fd: int) -> tuple[int, int]:
+    """F_GETOWNER_UIDS: real and effective user of whoever set the owner, whose rights decide about the signal."""
+    uid, euid = struct.unpack("=II", fcntl.fcntl(fd, _F_GETOWNER_UIDS, bytes(8)))
+    return uid, euid
+
+
+def set_owner(fd: int, kind: int, pid: int, uid: int, euid: int) -> None:
+    """F_SETOWN_EX, see get_owner, as that real and effective user: the kernel judges each later signal by their rights.
+
+    Raises:
+        OSError: the owner is gone, or we may not take on those ids.
+    """
+
+    def work() -> None:
+        # Of this thread alone, which ends: the bare system call.
+        syscall("setresuid", uid, euid, -1)
+        fcntl.fcntl(fd, F_SETOWN_EX, struct.pack("=ii", kind, pid))
+
+    if (uid, euid) == (os.getuid(), os.geteuid()):
+        fcntl.fcntl(fd, F_SETOWN_EX, struct.pack("=ii", kind, pid))
+    else:
+        _in_thread(work)
 
 
 def terminal_device(fd: int) -> int:
@@ -186,33 +204,6 @@ def filesystem_type(path: str | bytes) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return int(struct.unpack_from("=q", buffer.raw)[0])
-
-
-def with_file_rights(uid: int, gid: int, work: Callable[[], _Result]) -> _Result:
-    """Runs `work` in a thread whose rights in file systems are those of a user: fsuid, fsgid, no further groups, none of
-    root's capabilities over files (unless it is root). Its umask is 0.
-
-    Raises:
-        PermissionError: we may not take on those ids; or what `work` raises.
-    """
-
-    def body() -> _Result:
-        if _libc.unshare(CLONE_FS) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        os.umask(0)  # of this thread alone now
-        # The raw calls change this thread; libc's setgroups would change all.
-        with contextlib.suppress(PermissionError):
-            syscall("setgroups", 0, None)
-        syscall("setfsgid", gid)
-        syscall("setfsuid", uid)
-        # Neither call tells whether it worked, but both return the id that was.
-        now = tuple(syscall(name, -1) for name in ("setfsuid", "setfsgid"))
-        if now != (uid, gid):
-            raise PermissionError(errno.EPERM, f"cannot act as user {uid}, group {gid}")
-        return work()
-
-    return _in_thread(body)
 
 
 def detached_tmpfs() -> int:

@@ -7,7 +7,9 @@ root's file is untouched), or the job has it again.
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.fdinfo import parse_fdinfo
 from checkpoint.kernel.sys import syscall
 from snapshotter.base.errors import RestoreConflictError
@@ -95,10 +98,6 @@ class Held:
 
     def received(self) -> int:
         """What is in the socket's queue."""
-        import array
-
-        from checkpoint.kernel import sys as ksys
-
         pidfd = os.pidfd_open(self.pid)
         with socket.socket(fileno=ksys.pidfd_getfd(pidfd, 5)) as end:
             os.close(pidfd)
@@ -383,3 +382,41 @@ def test_a_temporary_file_of_his_own_does_come_back(hold):
     memory_store.rollback(held.point)
     assert held.has_it()
     assert held.path.stat().st_uid == NOBODY
+
+
+# -- what else root does for a job --------------------------------------------------------------------------------
+
+
+def test_signals_of_a_descriptor_reach_no_process_that_its_owner_may_not_signal(program):
+    """F_SETOWN to a process of root's: snap must not set it as root."""
+    victim = subprocess.Popen(["/bin/sleep", "1000"], start_new_session=True)
+    job = subprocess.Popen(
+        [program, "signals", str(victim.pid), "0"],
+        stdin=-3,
+        stdout=subprocess.PIPE,
+        stderr=-3,
+        cwd="/",
+        start_new_session=True,
+    )
+    job.returncode = 0
+    try:
+        assert job.stdout is not None
+        assert job.stdout.read(5) == b"ready"
+        point = memory_store.take(job.pid)
+        memory_store.rollback(point)
+        pidfd = os.pidfd_open(job.pid)
+        far, near = (ksys.pidfd_getfd(pidfd, number) for number in (4, 3))
+        assert fcntl.fcntl(near, fcntl.F_GETOWN) == victim.pid
+        os.write(far, b"x")  # a signal for the owner, if it may be sent
+        for fd in (pidfd, far, near):
+            os.close(fd)
+        assert victim.poll() is None
+        wait_until(lambda: state(victim.pid) == "S", "the other process asleep")
+        assert victim.poll() is None, "SIGUSR1 would have ended it"
+    finally:
+        for process in (job, victim):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        victim.wait()
+        wait_until(lambda: reap_all() or not state(job.pid), "the job gone")
+        job.stdout.close()

@@ -14,6 +14,7 @@ at worst (many eventfds share one inode) and none at all in the common case.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -213,10 +214,15 @@ class FilesDump:
         with self.borrow(seen) as fd:
             kind, pid = sys.get_owner(fd)
             signal = fcntl.fcntl(fd, sys.F_GETSIG)
+            ids = (0, 0)
+            if pid:
+                with contextlib.suppress(OSError):  # a kernel without CONFIG_CHECKPOINT_RESTORE
+                    ids = sys.owner_ids(fd)
         if pid or signal:
             description.owner.pid = pid
             description.owner.type = kind
             description.owner.signal = signal
+            description.owner.uid, description.owner.euid = ids
 
     def run(self) -> None:
         """Dumps every table of the job into ctx.images."""

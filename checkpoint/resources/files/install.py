@@ -171,13 +171,28 @@ def _owner(ctx: RestoreContext, opening: Opening, description: files_pb2.Descrip
     fd = opening.fds[description.id]
     try:
         if description.owner.pid:
-            sys.set_owner(fd, description.owner.type, description.owner.pid)
+            sys.set_owner(fd, description.owner.type, description.owner.pid, *_owner_ids(ctx, description))
         if description.owner.signal:
             fcntl.fcntl(fd, sys.F_SETSIG, description.owner.signal)
     except OSError as error:
         ctx.warn(f"the owner of a descriptor (process {description.owner.pid}) is gone: {error.strerror}")
     if description.flags & os.O_ASYNC:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _owner_ids(ctx: RestoreContext, description: files_pb2.Description) -> tuple[int, int]:
+    """As whom the owner of a descriptor is set. Never as root for those who are not: by its signals they could kill anybody's process."""
+    who = ctx.holders.of_description(description.id)
+    users = {rights.uid for task in who for rights in task}
+    owner = description.owner
+    tasks = ctx.task_ids() | {
+        process.pgid for process in ctx.processes.values() if process.pgid in ctx.processes
+    }
+    # The number of a process outside may be another's by now.
+    if owner.pid in tasks and {owner.uid, owner.euid} <= users:
+        return owner.uid, owner.euid
+    least = max(task[0].uid for task in who)
+    return least, least
 
 
 def _controlling_terminal(
