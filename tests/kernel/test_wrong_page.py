@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import pathlib
 import signal
 import struct
+import sys
 
 import pytest
 
@@ -19,8 +21,8 @@ from checkpoint.kernel import uring
 from checkpoint.tracking.base import EMPTY
 from checkpoint.tracking.write_protect import WriteProtectSession
 from snapshotter.base.errors import UnsupportedError
-from tests import slow
-from tests.jobs import reap, signal_tree, state
+from tests import slow, slow_files
+from tests.jobs import reap, signal_tree, state, ticks, tree, wait_until
 from tests.kernel.descriptor_jobs import child
 from tests.memory_store import take
 
@@ -63,6 +65,36 @@ def test_direct_reads_in_flight(mode, job, compile_program, varied_file):
     finally:
         signal_tree(job.pid, signal.SIGKILL)
         reap(job.pid)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse: modprobe fuse")
+def test_direct_reads_from_a_file_server(job, compile_program, tmp_path):
+    """FUSE copies an answer into pages that it has looked up when the read began; the reader waits interruptibly."""
+    with slow_files.mounted(tmp_path / "slow", 0.02) as path:
+        job.start([compile_program(PROGRAM), path, "reopen", "48", "4"]).wait_ready()
+        try:
+            point = None
+            for _ in range(NR_TAKES):
+                point = take(job.pid, point)
+                assert point.result.stats.pages_verified > 0
+        finally:
+            signal_tree(job.pid, signal.SIGKILL)
+            reap(job.pid)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse: modprobe fuse")
+def test_another_task_writes_into_the_memory(job, compile_program, tmp_path):
+    """process_vm_writev of a child, stalled by page faults of its own in the middle of the parent's pages."""
+    with slow_files.mounted(tmp_path / "slow", 0.02) as path:
+        job.start([compile_program("../kernel/programs/writes_into.c"), path]).wait_ready()
+        try:
+            point = None
+            for _ in range(NR_TAKES):
+                point = take(job.pid, point)
+                assert point.result.stats.pages_verified > 0
+        finally:
+            signal_tree(job.pid, signal.SIGKILL)
+            reap(job.pid)
 
 
 @pytest.mark.parametrize("way", ["pre-copied", "inherited"])
@@ -127,3 +159,45 @@ def test_requests_of_closed_rings(job, compile_program, varied_file):
     finally:
         signal_tree(job.pid, signal.SIGKILL)
         reap(job.pid)
+
+
+def test_who_sleeps_where_no_page_is_held_is_not_stopped(job, monkeypatch):
+    """A sleep, a poll, a lock, an empty pipe, a socket, a wait for a child: all of them are only looked at."""
+    sleepers = (
+        "import os, select, socket, subprocess, threading, time\n"
+        "r, w = os.pipe()\n"
+        "a, b = socket.socketpair()\n"
+        "for work in (lambda: time.sleep(1000), lambda: select.select([r], [], []), lambda: os.read(r, 1), lambda: a.recv(1),\n"
+        "             lambda: subprocess.run(['sleep', '1000'])):\n"
+        "    threading.Thread(target=work, daemon=True).start()\n"
+        "threading.Event().wait()\n"
+    )
+    job.start([sys.executable, "-S", "-c", sleepers])
+    wait_until(
+        lambda: len(tree(job.pid)) == 2 and set(map(state, tree(job.pid))) == {"S"}, "all of them sleep"
+    )
+    wait_until(lambda: len(os.listdir(f"/proc/{job.pid}/task")) == 6, "all threads there")
+    stopped = []
+    real = transfers.Seizure.seize
+    monkeypatch.setattr(transfers.Seizure, "seize", lambda *args: stopped.append(args[2]) or real(*args))
+
+    def settled_by_looking() -> bool:  # a thread may be on its way to its sleep
+        stopped.clear()
+        assert transfers.settle(job.pid, 2.0)
+        return not stopped
+
+    wait_until(settled_by_looking, "nobody needs to be stopped")
+    os.kill(job.pid, signal.SIGSTOP)
+    wait_until(settled_by_looking, "who is stopped already need not be")
+    job.destroy()
+
+
+def test_who_computes_is_stopped_for_an_instant(job):
+    """It may be on its way into a transfer or out of one; afterwards it runs on and nobody traces it."""
+    job.start([sys.executable, "-S", "-c", "while True: pass"])
+    wait_until(lambda: state(job.pid) == "R", "it runs")
+    assert transfers.settle(job.pid, 5.0)
+    assert "TracerPid:\t0\n" in pathlib.Path(f"/proc/{job.pid}/status").read_text()
+    before = ticks(job.pid)
+    wait_until(lambda: ticks(job.pid) > before, "it computes")
+    job.destroy()
