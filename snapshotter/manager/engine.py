@@ -116,6 +116,7 @@ class RealEngine:
     def check(self, pid: int) -> Checked:
         """The engine's look at a running job; never touches it."""
         from checkpoint.check import check
+        from checkpoint.resources import files
 
         self.identify(pid)
         report = check(pid)
@@ -124,7 +125,7 @@ class RealEngine:
             nr_tasks=report.nr_tasks,
             findings=tuple(report.findings),
             pids=tuple(report.pids),
-            warnings=tuple(report.warnings),
+            warnings=(*report.warnings, *files.look_fleeting(report.tasks, pid)),
             unseen=report.unseen,
         )
 

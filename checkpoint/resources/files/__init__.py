@@ -18,6 +18,7 @@ from checkpoint.resources import sharing
 from checkpoint.resources.files import install as _install
 from checkpoint.resources.files import kinds, looking, outside
 from checkpoint.resources.files.dumping import FilesDump
+from checkpoint.resources.files.fleeting import of_job as look_fleeting
 from checkpoint.resources.files.install import highest_fd
 from checkpoint.resources.files.kind import descriptors, see
 from checkpoint.resources.files.opening import Opening
@@ -37,6 +38,7 @@ __all__ = [
     "install_own",
     "late",
     "look",
+    "look_fleeting",
     "look_job",
     "open_all",
 ]

@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import functools
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
@@ -29,7 +28,7 @@ from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.fdinfo import EpollTarget
 from checkpoint.resources import locks
 from checkpoint.resources.files import kinds, lookers, multicast, outside
-from checkpoint.resources.files.kind import Seen, descriptors, see
+from checkpoint.resources.files.kind import Seen, descriptors, see, started_ns
 from images import files_pb2
 from snapshotter.base.errors import SnapshotterError, UnsupportedError, wrap_os_error
 
@@ -121,10 +120,8 @@ class FilesDump:
 
     @functools.cached_property
     def began_ns(self) -> int:
-        """When the root of the job was started, as files' times count; a second early, for start times are cut off."""
-        started = self.ctx.processes[self.ctx.root_pid].start_time_ticks / os.sysconf("SC_CLK_TCK")
-        ago = time.clock_gettime(time.CLOCK_BOOTTIME) - started
-        return time.time_ns() - int((ago + 1) * 1e9)
+        """When the root of the job was started, see kind.started_ns."""
+        return started_ns(self.ctx.processes[self.ctx.root_pid].start_time_ticks)
 
     @functools.cached_property
     def multicast_groups(self) -> list[multicast.Group]:

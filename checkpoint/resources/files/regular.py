@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from checkpoint.kernel import descriptors
 from checkpoint.resources import authority, paths
 from checkpoint.resources.authority import Found
-from checkpoint.resources.files import kind, pseudo
+from checkpoint.resources.files import fleeting, kind, pseudo
 from checkpoint.resources.memory import named, shmem
 from images import mm_pb2
 from snapshotter.base.errors import Finding, RestoreConflictError, SnapshotterError
@@ -96,6 +96,10 @@ class RegularKind(kind.Kind):
             regular.shmem = shmem.registered(job.ctx, seen.stat.st_dev, seen.stat.st_ino)
             if not regular.shmem and not regular.HasField("proc"):
                 regular.kept = _kept(job, seen, identity.path)
+                if not regular.kept and (
+                    text := fleeting.warning(seen, identity.path, identity.birth_ns, job.began_ns)
+                ):
+                    job.ctx.warn(text)
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         regular = description.regular
