@@ -14,12 +14,13 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from checkpoint import environment
 from checkpoint.finisher import Finisher
-from checkpoint.kernel import ptrace
+from checkpoint.kernel import cut_short, ptrace
 from checkpoint.model import inherited, tree
-from checkpoint.parasite import StubTask, spawn_root_stub
+from checkpoint.parasite import StubTask, attending, spawn_root_stub
 from checkpoint.parasite.stub import CLONE_FILES, CLONE_FS, CLONE_PARENT, THREAD_FLAGS
 from checkpoint.plan import RestorePlan
 from checkpoint.resources import (
@@ -50,6 +51,16 @@ _SIG_DFL_ACTION = bytes(32)
 _EVERY_FD = 0xFFFFFFFF
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _ALL_SIGNALS = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A thread that is about to be let go, and what it goes on with."""
+
+    tid: int
+    pid: int
+    regs: ptrace.Regs
+    sigmask: int
 
 
 class Assembly:
@@ -281,6 +292,7 @@ class Assembly:
         for _, process in self.living():
             for thread in process.threads:
                 ptrace.set_sigmask(thread.tid, thread.sigmask)
+        waiting = [one for stub, process in self.living() for one in self._cut_short(stub, process)]
         tids = [thread.tid for _, process in reversed(list(self.living())) for thread in process.threads]
         with signals_wait():
             # While one task still has EXITKILL, our end kills it and leaves those that were let go. So it is taken
@@ -296,6 +308,25 @@ class Assembly:
                 with contextlib.suppress(TargetGoneError):
                     ptrace.detach(tid)
                 faults.point("restore.detached")
+        attending.start(waiting)
+
+    def _cut_short(self, stub: StubTask, process: task_pb2.Process) -> list[attending.Waiting]:
+        """Park the threads whose calls had been cut short by the freeze, for attendants that have the rest done."""
+        waiting: list[attending.Waiting] = []
+        if self._is_stopped(process):
+            return waiting
+        for thread in process.threads:
+            rest = cut_short.rest_of(ptrace.Regs.from_bytes(thread.regs), thread.tid, stub.mem)
+            if rest is None or signals.interrupting_handler(process, thread) is not None:
+                continue
+            task = _Cut(thread.tid, process.pid, ptrace.getregs(thread.tid), thread.sigmask)
+            stacks = [int(ptrace.getregs(one.tid).rsp) for one in process.threads]
+            taken = [one.place for one in waiting]
+            try:
+                waiting.append(attending.send_to_wait(task, rest, stub.mem, stacks=stacks, taken=taken))
+            except SnapshotterError as error:
+                self.ctx.warn(f"task {thread.tid}: its {rest} returns {rest.done:,}: {error}")
+        return waiting
 
     def _is_stopped(self, process: task_pb2.Process) -> bool:
         return process.state == task_pb2.Process.STOPPED or self.ctx.options.leave_stopped

@@ -15,6 +15,7 @@ from snapshotter.base import faults
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+    from checkpoint.kernel.cut_short import Rest
     from checkpoint.kernel.mem import ProcMem
     from checkpoint.kernel.proc import Stat, Status
     from checkpoint.kernel.ptrace import Regs
@@ -54,6 +55,8 @@ class FrozenTask:
     """It was in a group-stop (SIGSTOP, SIGTSTP ...) when it was seized and goes back to it at the thaw."""
     stop_signal: int = 0
     """The signal of that group-stop."""
+    rest: Rest | None = None
+    """What is left of its system call, which the freeze has cut short."""
 
     def infect(self) -> RemoteTask:
         """The task as something that can run syscalls. Cured by the thaw."""

@@ -163,6 +163,8 @@ class _Take:
                 self.commit(result, commit)
                 tree.leave(after, finisher)
         sink.resume()
+        for call in tree.cut_short:
+            ctx.warn(call)
         if after == "run":
             faults.point("dump.thawed")
             result = self.finish(staging, started, tree)

@@ -24,12 +24,12 @@ from typing import Literal, Self
 from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
 from checkpoint.finisher import Finisher, signal_all
 from checkpoint.hurry import hurried
-from checkpoint.kernel import interrupted, proc, ptrace, threads
+from checkpoint.kernel import cut_short, interrupted, proc, ptrace, threads
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.tasks import task_ids, tree_of, without_workers
 from checkpoint.kernel.threads import ThreadFacts
-from checkpoint.parasite import cure, frames, stranded
+from checkpoint.parasite import LostTaskError, attending, cure, frames, stranded
 from checkpoint.parasite.remote import MAGIC_SIZE, blob
 from checkpoint.seizure import CannotStopError, Seizure
 from checkpoint.uninterrupted import stops_wait
@@ -40,6 +40,9 @@ __all__ = ["CannotStopError", "FrozenTree", "TreeChangedError", "lead_out", "set
 
 _MAX_PASSES = 64
 _TRIES = 5
+_IGNORED_BY_DEFAULT = sum(
+    1 << (signo - 1) for signo in (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH)
+)
 _FIRST_TRY_S, _SETTLE_S = 0.5, 0.02
 """How long the first of them may take and the pause after it; the n-th n times that."""
 
@@ -66,6 +69,10 @@ class FrozenTree:
         self.processes: dict[int, FrozenProcess] = {}
         self.thawed_at_ns = 0
         self.seized = Seizure()
+        self._lost = False
+        """The context is left because a task did not come back from a remote call."""
+        self.cut_short: list[str] = []
+        """Calls that end with a short count because of the freeze: there was no way to have the rest done."""
         self._tasks: dict[int, FrozenTask] = {}
         self._leave: tuple[signal.Signals, Finisher] | None = None
 
@@ -82,6 +89,7 @@ class FrozenTree:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._lost = isinstance(error, LostTaskError)
         self.thaw()
 
     @property
@@ -148,7 +156,7 @@ class FrozenTree:
                 hint="such a process cannot be made again exactly",
             )
         places = [(int(one.raw.regs[16]), int(one.raw.regs[19])) for one in facts]  # rip, rsp
-        tasks = [self._task(one, places) for one in sorted(facts, key=lambda one: one.tid != pid)]
+        tasks = [self._task(one, places, mem) for one in sorted(facts, key=lambda one: one.tid != pid)]
         leader = tasks[0]
         stat = leader.facts.stat
         state: ProcessState = "stopped" if leader.group_stopped else "running"
@@ -181,7 +189,7 @@ class FrozenTree:
             self.seized.forget(one.tid)
         return True
 
-    def _task(self, facts: ThreadFacts, places: list[tuple[int, int]]) -> FrozenTask:
+    def _task(self, facts: ThreadFacts, places: list[tuple[int, int]], mem: ProcMem) -> FrozenTask:
         stop_signal = self.seized.tasks[facts.tid].stop_signal
         regs = facts.regs
         if not stop_signal and interrupted.restart_instead(regs):
@@ -197,6 +205,8 @@ class FrozenTree:
             group_stopped=bool(stop_signal),
             stop_signal=stop_signal,
         )
+        if cut_short.may_be_cut(regs) and not stop_signal and not _ends_calls(facts):
+            task.rest = cut_short.rest_of(regs, facts.tid, mem)
         self._tasks[facts.tid] = task
         return task
 
@@ -229,6 +239,25 @@ class FrozenTree:
         if problem is not None:
             raise problem
 
+    def _send_to_wait(self, waiting: list[attending.Waiting]) -> None:
+        """Park the tasks whose calls have something left, for their attendants to find; adds them to `waiting`."""
+        for process in self.processes.values():
+            for task in process.threads:
+                if task.rest is None or process.mem is None:
+                    continue
+                taken = [one.place for one in waiting if one.pid == task.pid]
+                stacks = [rsp for _, rsp in task.places]
+                try:
+                    waiting.append(
+                        attending.send_to_wait(task, task.rest, process.mem, stacks=stacks, taken=taken)
+                    )
+                except TargetGoneError:
+                    continue
+                except (OSError, SnapshotterError) as error:
+                    self.cut_short.append(
+                        f"task {task.tid}: its {task.rest} returns {task.rest.done:,}: {error}"
+                    )
+
     def thaw(self) -> None:
         """Let every task go. Does nothing the second time. The first error is raised after all were let go."""
         if not len(self.seized):
@@ -240,6 +269,13 @@ class FrozenTree:
         except BaseException as error:  # the rest must be let go whatever happened
             problem = error
         killed = False
+        waiting: list[attending.Waiting] = []
+        # A lost task needs its frames, and nobody knows here where they are.
+        if self._leave is None and not self._lost and not isinstance(problem, LostTaskError):
+            try:
+                self._send_to_wait(waiting)
+            except BaseException as error:
+                problem = problem or error
         if self._leave is not None:
             signo, finisher = self._leave
             try:
@@ -249,6 +285,7 @@ class FrozenTree:
                 problem = problem or error
         late = self.seized.let_go(killed=killed)
         self.thawed_at_ns = time.monotonic_ns()
+        attending.start(waiting)
         self._tasks.clear()
         for process in self.processes.values():
             if process.mem is not None:
@@ -256,6 +293,12 @@ class FrozenTree:
         problem = problem or late
         if problem is not None:
             raise problem
+
+
+def _ends_calls(facts: ThreadFacts) -> bool:
+    """Whether a signal waits for this thread that ends a call whoever freezes it: not blocked, not ignored."""
+    pending = (facts.word(b"SigPnd", 16) | facts.word(b"ShdPnd", 16)) & ~facts.sigmask
+    return bool(pending & ~facts.word(b"SigIgn", 16) & ~(_IGNORED_BY_DEFAULT & ~facts.word(b"SigCgt", 16)))
 
 
 @contextlib.contextmanager

@@ -18,8 +18,15 @@ from dataclasses import dataclass
 from checkpoint.kernel import proc, ptrace
 from checkpoint.kernel.sys import KCMP_VM, kcmp
 from checkpoint.kernel.tasks import is_dead
+from checkpoint.parasite import attending
 from snapshotter.base import faults
-from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError, wrap_os_error
+from snapshotter.base.errors import (
+    PermissionDeniedError,
+    SnapshotterError,
+    TargetGoneError,
+    UnsupportedError,
+    wrap_os_error,
+)
 
 _STOP_SIGNALS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 _EVENT_STOP = 128  # PTRACE_EVENT_STOP
@@ -70,7 +77,7 @@ class Seizure:
     def seize(self, pid: int, tid: int) -> bool:
         """Seize one task; False when it has ended meanwhile."""
         try:
-            ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
+            _seize(pid, tid)
         except (OSError, SnapshotterError) as error:
             if is_dead(pid, tid):
                 self.dead[tid] = pid
@@ -227,6 +234,15 @@ class Seizure:
     def _stop_error(self, tids: list[int]) -> SnapshotterError:
         tid = tids[0]
         return _does_not_stop(self.tasks[tid].pid if tid in self.tasks else tid, tid)
+
+
+def _seize(pid: int, tid: int) -> None:
+    try:
+        ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
+    except PermissionDeniedError:
+        if not attending.dismiss(pid, tid):
+            raise
+        ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
 
 
 def _does_not_stop(pid: int, tid: int) -> SnapshotterError:

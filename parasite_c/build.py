@@ -27,7 +27,7 @@ SOURCES = (
     "watch.c",
 )
 CODE_SIZE_BYTES = 4096
-_PROGRAMS = ("keeper", "finisher", "bystander")
+_PROGRAMS = ("keeper", "finisher", "bystander", "attendant")
 """Small programs of their own, freestanding."""
 
 _BLOB_FLAGS = [
@@ -63,6 +63,7 @@ def _make_ffibuilder() -> FFI:
     builder = FFI()
     preamble = '#include "native.h"\n'
     builder.cdef(_declarations("protocol.h"))
+    builder.cdef(_declarations("attend.h"))
     for name in sources:
         header = name.removesuffix(".c") + "_cdef.h"
         if not (HERE / header).exists():
@@ -99,7 +100,7 @@ def _run(*command: str | Path) -> str:
 
 
 def build_blobs(directory: Path | str = HERE) -> None:
-    """Compile blob.bin, stub, keeper.bin, finisher.bin and bystander.bin into `directory`. Raises BlobError when a check fails."""
+    """Compile blob.bin, stub and the small programs into `directory`. Raises BlobError when a check fails."""
     directory = Path(directory)
     cc = os.environ.get("CC", "gcc")
     scratch = directory / "blob.o"

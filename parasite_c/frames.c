@@ -66,6 +66,12 @@ size_t snap_frame_size(size_t xstate_used)
     return xstate_used ? head + xstate_used + FP_XSTATE_MAGIC2_SIZE : sizeof(struct frame);
 }
 
+// Where in a frame the result of the interrupted call is.
+size_t snap_frame_result_at(void)
+{
+    return offsetof(struct frame, uc.uc_mcontext.rax);
+}
+
 // Write the frame that returns to `regs` with `sigmask` into `out`, which will live at `address` (a
 // multiple of 64). xstate_used 0: no vector state (the task's becomes initial). Returns its size.
 size_t snap_put_frame(void *out, uint64_t address, const struct snap_regs *regs, uint64_t sigmask,

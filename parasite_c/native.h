@@ -2,6 +2,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include "protocol.h"
+#include "attend.h"
 
 struct snap_run_pages { uint64_t first; uint64_t nr_pages; };
 struct snap_missing { int uffd; size_t nr_ranges; const struct snap_run_pages *ranges; };

@@ -13,5 +13,6 @@ int snap_spawn_stub(int exe_fd, int pid, int go_read, int go_write);
 
 size_t snap_xstate_used(const void *xstate, size_t size);
 size_t snap_frame_size(size_t xstate_used);
+size_t snap_frame_result_at(void);
 size_t snap_put_frame(void *out, uint64_t address, const struct snap_regs *regs, uint64_t sigmask,
                       uint64_t restorer, const void *xstate, size_t xstate_used);

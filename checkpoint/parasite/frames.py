@@ -45,6 +45,8 @@ _FIRST = ALIGN
 SECOND: int = _FIRST + (-(-lib.snap_frame_size(0) // ALIGN)) * ALIGN
 _RED_ZONE = 128
 _PAGE = 4096
+_CALL_AT = len(MAGIC)
+"""Where the number of a call is noted that was cut short, plus 1; 0: none."""
 _HANDLER_ROOM = 8 * _PAGE
 """Below frames at the low end: should snap die in the instants where a task's registers are those of the way out and
 its signals not blocked, the handler of one that is pending runs there.
@@ -75,6 +77,16 @@ def size(xstate_used: int) -> int:
     return SECOND + int(lib.snap_frame_size(xstate_used))
 
 
+def noted_call(frame: int, mem: ProcMem) -> int | None:
+    """The number of the call that the context of this second frame was in when its result was cut short; None: of none."""
+    with contextlib.suppress(OSError):
+        head = mem.read(frame - SECOND, _CALL_AT + 8)
+        noted = int.from_bytes(head[_CALL_AT:], "little")
+        if head.startswith(MAGIC) and noted:
+            return noted - 1
+    return None
+
+
 def is_ours(frame: int, mem: ProcMem) -> bool:
     """Whether a frame that build() made starts at this address, by the magic before both."""
     for back in (_FIRST, SECOND):
@@ -93,14 +105,24 @@ def used_xstate(xstate: bytes | memoryview) -> int:
 
 
 def build(
-    place: Place, regs: Regs, sigmask: int, xstate: bytes, used: int, gadgets: Gadgets, area: Area | None
+    place: Place,
+    regs: Regs,
+    sigmask: int,
+    xstate: bytes,
+    used: int,
+    gadgets: Gadgets,
+    area: Area | None,
+    *,
+    call: int | None = None,
 ) -> bytes:
     """The bytes of magic and both frames for a place, all of it. `regs` are those to return to. area None: frame 1 only
-    leads to frame 2 (munmap of nothing is not asked for).
+    leads to frame 2 (munmap of nothing is not asked for). `call` is noted for noted_call().
     """
     address, room = place.address, len(place.saved)
     out = ffi.new("char[]", room)
     ffi.buffer(out)[: len(MAGIC)] = MAGIC
+    if call is not None:
+        ffi.buffer(out)[_CALL_AT : _CALL_AT + 8] = (call + 1).to_bytes(8, "little")
     if room - size(used) >= len(MAGIC):
         ffi.buffer(out)[room - len(MAGIC) :] = MAGIC
     first = regs.copy()
@@ -161,6 +183,8 @@ def choose(
             # Where no thread stands in it, the main one may still return to its low end.
             lowest = min(inside, default=entry.start)
             at = (min(entry.start, lowest - _STACK_RESERVE) - _room(need)) & -_PAGE
+            while _is_taken(mem, at, _room(need), taken):
+                at -= _room(need)
             place = _extended(mem, at, _room(need), entry.start, below=_HANDLER_ROOM)
         if place is not None:
             return place
@@ -191,7 +215,7 @@ def _low_end(
         first += max(0, min(_HANDLER_ROOM, limit - room - stack.start)) & -_PAGE
     for at in range(first, limit - room + 1, _PAGE):
         try:
-            if any(at - room < other < at + room and _has_magic(mem, other) for other in taken):
+            if _is_taken(mem, at, room, taken):
                 continue
             content = mem.read(at, room)
         except OSError:
@@ -202,9 +226,9 @@ def _low_end(
     return None
 
 
-def _has_magic(mem: ProcMem, at: int) -> bool:
-    """Whether frames begin here. Those of another process need not: only some share their memory."""
-    return mem.read(at, len(MAGIC)) == MAGIC
+def _is_taken(mem: ProcMem, at: int, room: int, taken: Collection[int]) -> bool:
+    """Whether live frames are in the way. Those of another process need not be there: only some share their memory."""
+    return any(at - room < other < at + room and mem.read(other, len(MAGIC)) == MAGIC for other in taken)
 
 
 def _extended(mem: ProcMem, at: int, need: int, start: int, *, below: int = 0) -> Place | None:

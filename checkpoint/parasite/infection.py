@@ -73,7 +73,7 @@ class _Space:
         self.start_time_ticks = start_time_ticks
         self.mem = ProcMem(pid)
         self.maps = proc.read_maps(pid)
-        self.gadgets = gadgets.find(_code_ranges(self.maps), self.mem.read, where=f"task {pid}")
+        self.gadgets = gadgets.find(code_ranges(self.maps), self.mem.read, where=f"task {pid}")
         self.area = Area(_hole(self.maps, AREA_SIZE, pid), AREA_SIZE)
         places = places or _places(pid)
         self.stacks = [rsp for _, rsp in places]
@@ -104,7 +104,7 @@ def _space(target: Target) -> _Space:
     return _spaces[pid]
 
 
-def _code_ranges(maps: list[proc.MapsEntry]) -> list[gadgets.CodeRange]:
+def code_ranges(maps: list[proc.MapsEntry]) -> list[gadgets.CodeRange]:
     """Executable mappings, the likely ones first."""
     found = []
     for entry in maps:
@@ -472,7 +472,7 @@ def look_at_code(pid: int, report: list[Finding]) -> None:
         return  # it has just ended
     try:
         with ProcMem(pid) as mem:
-            gadgets.find(_code_ranges(maps), mem.read, where=f"task {pid}")
+            gadgets.find(code_ranges(maps), mem.read, where=f"task {pid}")
         _hole(maps, AREA_SIZE, pid)
     except UnsupportedError as error:
         if proc.read_maps(pid):

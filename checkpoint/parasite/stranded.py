@@ -78,6 +78,7 @@ def lead_out(tid: int, mem: ProcMem) -> None:
     ptrace.set_sigmask(tid, ALL_SIGNALS)
     with contextlib.suppress(SnapshotterError):  # what it still has to call was not its own wish
         ptrace.setoptions(tid, ptrace.O_TRACESYSGOOD | ptrace.O_SUSPEND_SECCOMP)
+    call = _end_sleep(tid, mem)
     sig = 0
     while is_inside(ptrace.getregs(tid), mem):
         ptrace.syscall(tid, sig)
@@ -97,6 +98,26 @@ def lead_out(tid: int, mem: ProcMem) -> None:
     ptrace.cont(tid)
     if not await_stop(tid, deadline):
         raise TargetGoneError("it ended while it left the parasite", where=f"task {tid}")
+    if call is not None:
+        regs = ptrace.getregs(tid)
+        regs.orig_rax = (
+            call  # sigreturn has cleared it; whoever looks sees the short count of that call again
+        )
+        ptrace.setregs(tid, regs)
+
+
+def _end_sleep(tid: int, mem: ProcMem) -> int | None:
+    """The call that a parked task (parked.py) will return from, its sleep ended; None: it is not parked."""
+    regs = ptrace.getregs(tid)
+    for passed in (0, _WORD):
+        call = frames.noted_call(int(regs.rsp) - passed, mem)
+        if call is None:
+            continue
+        if regs.wants_restart:
+            regs.rax, regs.orig_rax = 0, ptrace.NOT_IN_SYSCALL
+            ptrace.setregs(tid, regs)
+        return call
+    return None
 
 
 def await_stop(tid: int, deadline: float) -> bool:

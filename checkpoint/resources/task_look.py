@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
+from checkpoint.parasite import attending
 from checkpoint.parasite.infection import AREA_SIZE, DATA_SIZE, look_at_code
 from checkpoint.resources import cgroups, directories, keyrings, namespaces, sharing, timers
 from snapshotter.base.errors import Finding, TargetGoneError
@@ -53,7 +54,7 @@ def look(pid: int, report: list[Finding]) -> None:
 
 def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> None:
     where = "task" if tid == pid else f"thread {tid}"
-    if status.tracer_pid not in {0, os.getpid()}:
+    if status.tracer_pid not in {0, os.getpid()} and not attending.is_attendant(status.tracer_pid):
         tracer = _comm(status.tracer_pid)
         report.append(
             Finding(

@@ -50,6 +50,12 @@ POINTS: dict[str, str] = {
     "parasite.unmapped": "the area is gone, the task would leave through the frames",
     "parasite.unblocked": "the signal mask is the task's own again, the registers are not",
     "parasite.parked": "the task's registers are its own again",
+    # engine, calls that the freeze has cut short
+    "parked.frames": "the fail-safe frames of a task to be parked are written, its registers still its own",
+    "parked.redirected": "it would sleep and leave through the frames; its signals are not blocked yet",
+    "parked.blocked": "it will sleep as soon as it is let go",
+    "attend.parked": "the job runs, one task sleeps and has no attendant",
+    "attend.started": "one task has its attendant",
     # engine, all or none (`take --stop`, `take --kill`, and a rollback that replaces the job)
     "finish.signalled": "one process of a job that is to be stopped or killed as a whole was told so",
     "stub.spawned": "the first stub exists and is seized, not yet executed",

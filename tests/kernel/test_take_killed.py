@@ -29,6 +29,8 @@ OF_OTHER_COMMANDS = {
     "restore.": "snap rollback",
     "stub.": "snap rollback",
     "store.prune": "snap prune",
+    "parked.": "jobs whose calls are cut short (test_attending.py)",
+    "attend.": "jobs whose calls are cut short (test_attending.py)",
     "finish.": "snap take --kill (test_finisher.py)",
 }
 POINTS = [name for name in faults.POINTS if not name.startswith(tuple(OF_OTHER_COMMANDS))]

@@ -59,6 +59,7 @@ def test_what_is_generated_is_inside(wheel):
     protos = [path.stem for path in (ROOT / "images").glob("*.proto")]
     assert {f"images/{name}_pb2.py" for name in protos} <= names
     assert {
+        "parasite_c/attendant.bin",
         "parasite_c/blob.bin",
         "parasite_c/bystander.bin",
         "parasite_c/finisher.bin",

@@ -1,0 +1,168 @@
+"""Calls that a freeze has cut short: an attendant has the rest done, and whatever happens to it or to snap no byte comes twice or is lost."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from checkpoint.freeze import FrozenTree
+from checkpoint.parasite import attending
+from snapshotter.base import faults
+from tests.jobs import reap, state, wait_until
+
+pytestmark = pytest.mark.requires("root")
+
+SIZE, PERIOD = 1_000_000, 251
+WRITER = f"""
+import os, signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: os.write(2, b"handled\\n"))
+pattern, at = memoryview(bytes(range({PERIOD})) * {SIZE // PERIOD + 2}), 0
+while True:
+    done = os.write(1, pattern[at % {PERIOD} : at % {PERIOD} + {SIZE}])
+    at += done
+    os.write(2, b"%d\\n" % done)
+"""
+
+
+class Writer:
+    """A process that writes a pattern to a pipe, SIZE bytes at a time, and says what each write has returned."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.log = directory / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", WRITER], stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        self.pid = self.process.pid
+        self.read = 0
+        self.expect()
+
+    def tracer(self) -> int:
+        text = pathlib.Path(f"/proc/{self.pid}/status").read_text()
+        return int(text.split("TracerPid:")[1].split()[0])
+
+    def expect(self, nr_bytes: int = 300_000) -> None:
+        """Read so many bytes and wait until the writer is blocked again; they are the right ones."""
+        assert self.process.stdout is not None
+        end = self.read + nr_bytes
+        while self.read < end:
+            got = os.read(self.process.stdout.fileno(), end - self.read)
+            assert got == bytes((self.read + at) % PERIOD for at in range(len(got)))
+            self.read += len(got)
+        wait_until(lambda: state(self.pid) in "St", "blocked in write")
+
+    def attended(self, other_than: int = 0) -> int:
+        def by() -> int:
+            tracer = self.tracer()
+            return tracer if tracer != other_than and attending.is_attendant(tracer) else 0
+
+        return int(wait_until(by, "attended"))
+
+    def said(self) -> list[str]:
+        return self.log.read_text().split()
+
+
+@pytest.fixture
+def writer(tmp_path):
+    made = Writer(tmp_path)
+    yield made
+    made.process.kill()
+    made.process.communicate()
+    wait_until(lambda: not attendants(), "the attendants have ended")
+
+
+def attendants() -> list[int]:
+    ours = [int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*")]
+    return [pid for pid in ours if attending.is_attendant(pid) and _parent(pid) == os.getpid()]
+
+
+def _parent(pid: int) -> int:
+    text = pathlib.Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    return int(text.rsplit(")", 1)[1].split()[1])
+
+
+def freeze(pid: int) -> None:
+    with FrozenTree(pid):
+        pass
+
+
+def test_every_write_is_whole(writer):
+    for _ in range(12):
+        freeze(writer.pid)
+        writer.attended()
+        freeze(writer.pid)  # takes it from its attendant
+        writer.expect()
+    assert len(writer.said()) > 2
+    assert set(writer.said()) == {str(SIZE)}
+
+
+def test_the_guard_takes_over(writer):
+    freeze(writer.pid)
+    first = writer.attended()
+    os.kill(first, signal.SIGKILL)
+    writer.attended(other_than=first)
+    writer.expect(1_500_000)
+    assert set(writer.said()) == {str(SIZE)}
+
+
+def test_a_handler_ends_the_write(writer):
+    """As without snap: the handler runs, the write returns what it has done."""
+    freeze(writer.pid)
+    writer.attended()
+    os.kill(writer.pid, signal.SIGUSR1)
+    wait_until(lambda: "handled" in writer.said(), "the handler ran")
+    wait_until(lambda: len(writer.said()) > 1, "the write has returned")
+    assert 0 < int(next(word for word in writer.said() if word != "handled")) < SIZE
+    writer.expect(2_000_000)
+
+
+def test_a_signal_that_is_ignored_does_not(writer):
+    freeze(writer.pid)
+    writer.attended()
+    for _ in range(5):
+        os.kill(writer.pid, signal.SIGWINCH)
+        writer.expect(50_000)
+    writer.expect(1_000_000)
+    assert set(writer.said()) == {str(SIZE)}
+
+
+def test_stopped_and_continued(writer):
+    freeze(writer.pid)
+    writer.attended()
+    os.kill(writer.pid, signal.SIGSTOP)
+    wait_until(lambda: state(writer.pid) == "T", "stopped")
+    freeze(writer.pid)
+    assert state(writer.pid) == "T"
+    os.kill(writer.pid, signal.SIGCONT)
+    writer.expect(2_000_000)
+
+
+def test_killed_while_attended(writer):
+    freeze(writer.pid)
+    writer.attended()
+    writer.process.kill()
+    assert writer.process.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at once", "taken again"])
+@pytest.mark.parametrize(
+    "name",
+    ["thaw.begin", "parked.frames", "parked.redirected", "parked.blocked", "attend.parked", "attend.started"],
+)
+def test_snap_killed(writer, name, again):
+    """The write may return less: as much as it has done."""
+    child = os.fork()
+    if child == 0:
+        faults.configure(f"{name}:kill")
+        freeze(writer.pid)
+        os._exit(0)
+    assert os.WTERMSIG(reap(child)) == signal.SIGKILL
+    if again:
+        freeze(writer.pid)
+    writer.expect(2_500_000)
