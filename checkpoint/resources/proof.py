@@ -62,6 +62,17 @@ def traits(path: str | bytes, stat: os.stat_result) -> Traits:
     return found
 
 
+def prepare(path: str, stat: os.stat_result) -> None:
+    """At the look, while the job runs: ask beforehand, unless the link leads elsewhere by now."""
+    key = (stat.st_dev, stat.st_ino, stat.st_ctime_ns)
+    if key in _known:
+        return
+    with contextlib.suppress(OSError):
+        found, now = _read(os.fsencode(path)), os.stat(path)
+        if (now.st_dev, now.st_ino, now.st_ctime_ns) == key and len(_known) < _KNOWN_MAX:
+            _known[key] = found
+
+
 def _read(path: bytes) -> Traits:
     try:
         handle_type, handle = descriptors.file_handle(path)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
-from checkpoint.resources import sharing
+from checkpoint.resources import proof, sharing
 from checkpoint.resources.files import install as _install
 from checkpoint.resources.files import kinds, looking, outside
 from checkpoint.resources.files.dumping import FilesDump
@@ -56,6 +56,8 @@ def look(pid: int, report: list[Finding]) -> None:
                     continue
                 try:
                     finding = kinds.refusal(seen)
+                    if seen.link.startswith(b"/") and seen.stat.st_nlink:
+                        proof.prepare(f"/proc/{task}/fd/{fd}", seen.stat)
                 except FileNotFoundError:
                     continue  # closed meanwhile
                 if finding is not None:

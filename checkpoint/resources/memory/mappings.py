@@ -25,6 +25,7 @@ from checkpoint.model import pageplan
 from checkpoint.model import vma as model
 from checkpoint.model.pageplan import Runs
 from checkpoint.model.vma import Mapping
+from checkpoint.resources import proof
 from checkpoint.resources.memory import identity, named, rings
 from images import common_pb2, mm_pb2
 from snapshotter.base.errors import Finding, TargetGoneError, UnsupportedError, wrap_os_error
@@ -246,6 +247,7 @@ def _file_refusal(pid: int, mapping: Mapping) -> tuple[str, str] | None:
     except OSError:
         return None
     identity.build_id(map_files_path(pid, mapping), stat)
+    proof.prepare(map_files_path(pid, mapping), stat)
     return _kind_refusal(mapping, stat)
 
 
