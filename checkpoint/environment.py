@@ -352,14 +352,18 @@ def check_children() -> None:
         )
 
 
+def may_restore() -> bool:
+    """Whether this process has the capability that makes processes with their old pids."""
+    return bool(proc.read_status(os.getpid()).cap_effective & (_CAP_CHECKPOINT_RESTORE | _CAP_SYS_ADMIN))
+
+
 def check_rights(ctx: RestoreContext) -> None:
     """Whether snap may do here what building the job takes, found out before the old one is killed for it.
 
     Raises:
         PermissionDeniedError: names the right that is missing.
     """
-    status = proc.read_status(os.getpid())
-    if not status.cap_effective & (_CAP_CHECKPOINT_RESTORE | _CAP_SYS_ADMIN):
+    if not may_restore():
         raise PermissionDeniedError(
             "snap may not make tasks with their old pids, nor set their executable (clone3 set_tid, PR_SET_MM_MAP)",
             where="this process",
@@ -373,7 +377,9 @@ def check_rights(ctx: RestoreContext) -> None:
                 where="this process",
                 hint="run as root of the pid namespace, or with CAP_CHECKPOINT_RESTORE; nothing was touched",
             )
-    lacking = [name for bit, name in _ID_CAPS.items() if not status.cap_effective >> bit & 1]
+    lacking = [
+        name for bit, name in _ID_CAPS.items() if not proc.read_status(os.getpid()).cap_effective >> bit & 1
+    ]
     if not lacking:
         return
     own = credentials.own()

@@ -128,6 +128,7 @@ class FakeEngine:
         self.clock_offset_s = time.time() - self.uptime_ns / 1e9
         """Wall clock minus uptime; a test sets the clock by changing it."""
         self.late_warnings = []
+        self.rights = True
         self.programs = {}
         self.program_stored = "sim"
         self.dumps = []
@@ -186,6 +187,9 @@ class FakeEngine:
 
     def program_at(self, reader, pid):
         return self.program_stored
+
+    def may_restore(self):
+        return self.rights
 
     def boot_id(self):
         return BOOT

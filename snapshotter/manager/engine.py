@@ -56,6 +56,12 @@ class RealEngine:
             uids=frozenset(map(int, status.fields["Uid"].split())),
         )
 
+    def may_restore(self) -> bool:
+        """Whether this user may make processes with their old pids: without that no rollback works."""
+        from checkpoint import environment
+
+        return environment.may_restore()
+
     def boot_id(self) -> str:
         """The id of the present boot of this machine."""
         from checkpoint.kernel import proc

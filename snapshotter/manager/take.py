@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from snapshotter.base.errors import (
     NoStoreError,
     NoSuchPointError,
     OtherProgramError,
+    PermissionDeniedError,
     SnapshotterError,
     TargetGoneError,
     UnsupportedError,
@@ -278,10 +280,23 @@ def _parent_info(store: StoreLike, parent: Parent | None) -> ParentInfo | None:
     )
 
 
+def _rollback_needs(session: Session, after: str) -> list[str]:
+    """A warning for a user who may take what only somebody else can bring back; with --kill that is refused."""
+    if session.engine.may_restore():
+        return []
+    owner = f"snap rollback POINT --store {session.store_path} --store-owner {os.geteuid()}"
+    if after == "kill":
+        raise PermissionDeniedError(
+            "you may take this job but not bring it back, so it is not killed",
+            hint=f"run as root, or without --kill; root brings it back with: {owner}",
+        )
+    return [f"you may not roll this job back; root may: {owner}"]
+
+
 def _take_locked(session: Session, job: str, identity: Identity, after: str) -> Point:
     store = session.store(create=True)
     parent = find_parent(store, session.store_path, job, identity)
-    notes: list[str] = []
+    notes = _rollback_needs(session, after)
     while True:
         try:
             return _dump_into(session, job, identity, after, parent, notes)

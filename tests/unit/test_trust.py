@@ -310,3 +310,17 @@ def test_a_reused_pid_is_not_killed(tmp_path):
     with pytest.raises(TargetGoneError, match="ended while"):
         take_point(session, 7, job="sim", after="kill")
     assert not store.saved
+
+
+def test_what_only_root_can_bring_back_is_said_and_never_killed(tmp_path):
+    store, engine = FakeStore(), FakeEngine()
+    engine.rights = False
+    settings = config.Config(store=tmp_path / "store", store_from="test", lock_wait_s=0.0)
+    session = Session(settings, open_store=store.opener, open_engine=lambda: engine)
+    with pytest.raises(PermissionDeniedError, match="not bring it back"):
+        take_point(session, 7, job="sim", after="kill")
+    assert not engine.dumps
+    warnings = take_point(session, 7, job="sim").warnings
+    assert any("--store-owner" in text for text in warnings)
+    engine.rights = True
+    assert not any("--store-owner" in text for text in take_point(session, 7, job="sim").warnings)
