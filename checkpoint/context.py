@@ -138,6 +138,8 @@ class DumpOptions:
     """Pre-copy rounds at most; after them the window is as long as it must be."""
     max_tasks: int = 32768
     freeze_timeout_s: float = 10.0
+    max_frozen_s: float = 5.0
+    """A job that stands still for longer is let go, and the take fails; 0: never."""
     files: Literal["open", "none"] = "open"
     verify_pages: bool = False
     """Compare every page that is not read in the frozen window with the living memory (checkpoint/oracle.py)."""

@@ -22,12 +22,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from checkpoint import environment, oracle, tracking, transfers
+from checkpoint import environment, oracle, tracking, transfers, watchdog
 from checkpoint.check import CheckReport, check, look_at_process, program_of
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
 from checkpoint.finisher import Finisher
 from checkpoint.freeze import FrozenTree, lead_out, settled_tree
-from checkpoint.kernel import proc
+from checkpoint.kernel import distant, proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
@@ -37,6 +37,7 @@ from checkpoint.resources.proof import record_ways
 from checkpoint.staging import Staging
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from checkpoint.uninterrupted import stops_wait
+from checkpoint.watchdog import Watchdog
 from images import codec, manifest_pb2, task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import Finding, SnapshotterError, TargetGoneError, UnsupportedError
@@ -76,9 +77,16 @@ def dump(
         TargetGoneError, UnsupportedError, PermissionDeniedError: the job is not touched.
         SnapshotterError: whatever else went wrong; the job runs on.
     """
-    started = time.monotonic_ns()
     options = options or DumpOptions()
     environment.check_children()
+    with Watchdog(options.max_frozen_s), distant.asking(watchdog.left_s, watchdog.note):
+        return _dump(pid, sink, parent, options, commit)
+
+
+def _dump(
+    pid: int, sink: PageSink, parent: ParentPoint | None, options: DumpOptions, commit: Commit | None
+) -> DumpResult:
+    started = time.monotonic_ns()
     found = check(pid, max_tasks=options.max_tasks)
     if not found.ok:
         # What stands in the way may be what a snap that was killed has left there.
@@ -158,6 +166,7 @@ class _Take:
             faults.point("dump.frozen")
             self.dump_frozen(tree, staging)
             if after != "run" and finisher is not None:
+                watchdog.lifted()
                 sink.resume()
                 result = self.finish(staging, started, tree)
                 self.commit(result, commit)
@@ -366,6 +375,7 @@ class _Take:
             self._mark("pages")
             self.verify_pages(spaces)
             for process in ctx.processes.values():
+                watchdog.note(f"reading the state of task {process.pid}")
                 message = task.dump_process(ctx, process)
                 ctx.images[f"process/{process.pid}"] = message
                 if not process.is_zombie:
@@ -375,9 +385,11 @@ class _Take:
             for error in self.wrong.values():
                 raise error
             self._mark("state")
+            watchdog.note("reading the descriptors of the job")
             files.dump_files(ctx)
             locks.dump(ctx, spaces)
             self._mark("files")
+            watchdog.note("copying the shared memory of the job")
             memory.shmem.put_all(ctx)
             self._mark("shmem")
             staging.drain()
@@ -427,6 +439,7 @@ class _Take:
         """Collect, plan and copy the pages of one process that are not with the sink yet."""
         ctx, pid = self.ctx, process.pid
         assert process.mem is not None
+        watchdog.note(f"copying the memory of task {pid}")
         _, before = self.spaces.get(pid, (0, None))
         space = memory.address_space(ctx, pid, frozen=True, before=before, backings=self.backings)
         self.session.add(pid, process.start_time_ticks)

@@ -11,12 +11,12 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from checkpoint import beside
 from checkpoint.kernel import sys as ksys
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError
@@ -39,22 +39,13 @@ class Finisher:
         ksys.allow_descriptors()  # it takes one per process
         self._socket, other_end = socket.socketpair()
         self._socket.settimeout(_ANSWER_S)
-        unlucky: list[subprocess.Popen[bytes]] = []
         try:
-            self._process = _start(other_end)
-            while self._process.pid in avoid:
-                unlucky.append(self._process)  # keeps its pid until another is found
-                self._process = _start(other_end)
-        except OSError as error:
+            self._process = beside.start(BINARY, [], other_end, avoid=avoid)
+        except SnapshotterError:
             self._socket.close()
-            raise SnapshotterError(
-                f"cannot start the finisher: {error}", where=str(BINARY), hint="run `make build`"
-            ) from error
+            raise
         finally:
             other_end.close()
-            for process in unlucky:
-                process.kill()
-                process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -94,18 +85,6 @@ class Finisher:
             return False
         except OSError as error:
             raise SnapshotterError(f"the finisher does not answer: {error}") from error
-
-
-def _start(stdin: socket.socket) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [str(BINARY)],
-        stdin=stdin.fileno(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # neither the terminal's signals nor a kill of our group reach it
-        cwd="/",
-        env={},
-    )
 
 
 def signal_all(finisher: Finisher, pids: Sequence[int], signo: int) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Literal, Self
 
+from checkpoint import watchdog
 from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
 from checkpoint.finisher import Finisher, signal_all
 from checkpoint.hurry import hurried
@@ -102,6 +103,7 @@ class FrozenTree:
 
     def freeze(self) -> None:
         """Stop every task of the tree and read what it was doing."""
+        watchdog.note(f"stopping the tasks of the job below {self.root_pid}")
         ksys.allow_descriptors()
         deadline = time.monotonic() + self.timeout_s
         for _ in range(_MAX_PASSES):
@@ -262,6 +264,7 @@ class FrozenTree:
         """Let every task go. Does nothing the second time. The first error is raised after all were let go."""
         if not len(self.seized):
             return
+        watchdog.letting_go()
         faults.point("thaw.begin")
         problem: BaseException | None = None
         try:
@@ -312,7 +315,7 @@ def settled_tree(
     """
     for number in range(1, _TRIES + 1):
         tree = FrozenTree(root_pid, timeout_s=min(timeout_s, _FIRST_TRY_S * number), max_tasks=max_tasks)
-        with hurried():
+        with hurried(), watchdog.held():
             try:
                 tree.__enter__()
             except (CannotStopError, TreeChangedError):
@@ -334,7 +337,7 @@ def stopped_process(pid: int, *, timeout_s: float = 5.0) -> Iterator[FrozenProce
     Raises:
         TargetGoneError: it has ended, or is a zombie.
     """
-    with hurried(), stops_wait(), _OneProcess(pid, timeout_s=timeout_s) as tree:
+    with hurried(), stops_wait(), watchdog.held(), _OneProcess(pid, timeout_s=timeout_s) as tree:
         process = tree.processes[pid]
         if process.is_zombie:
             raise TargetGoneError("has ended", where=f"task {pid}")

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Iterable
 
-from checkpoint import environment
+from checkpoint import environment, watchdog
 from checkpoint.environment import Survey
 from checkpoint.finisher import Finisher, signal_all
 from checkpoint.freeze import FrozenTree
@@ -39,6 +39,7 @@ def replace(ctx: RestoreContext, found: Survey, finisher: Finisher) -> None:
     wanted = ctx.task_ids()
     if found.old:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(watchdog.held())
             trees = _freeze(found, stack)
             # What left the tree after the survey (a daemon was just made) keeps a number for as long as it lives.
             members = set(found.old).union(*(tree.members for tree in trees))
@@ -50,6 +51,7 @@ def replace(ctx: RestoreContext, found: Survey, finisher: Finisher) -> None:
             )
             faults.point("restore.held")
             with signals_wait():
+                watchdog.lifted()
                 held = dict.fromkeys(pid for tree in trees for pid in tree.held)
                 signal_all(finisher, list(held), signal.SIGKILL)
             deadline = time.monotonic() + ctx.options.reap_timeout_s

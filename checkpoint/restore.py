@@ -24,6 +24,7 @@ from checkpoint.replace import replace
 from checkpoint.resources import directories, files, memory, nameless, scheduling, task
 from checkpoint.restore_context import RestoreContext, RestoreOptions, RestoreResult
 from checkpoint.uninterrupted import stops_wait
+from checkpoint.watchdog import Watchdog
 from images import task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError, wrap_os_error
@@ -83,6 +84,7 @@ def restore(
         stack.enter_context(stops_wait())
         try:
             finisher = stack.enter_context(Finisher(_numbers(ctx, planned)))
+            stack.enter_context(Watchdog(options.max_frozen_s if found.old else 0, _numbers(ctx, planned)))
             with _timed(phases, "replace"):
                 replace(ctx, found, finisher)
         except BaseException:

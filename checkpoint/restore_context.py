@@ -36,6 +36,8 @@ class RestoreOptions:
     """Every process is left in a group-stop (SIGSTOP) instead of running."""
     reap_timeout_s: float = 10.0
     """How long a killed job's zombies may wait for the parent that must reap them."""
+    max_frozen_s: float = 5.0
+    """A living job that stands still for longer before it is killed is let go, and the restore fails; 0: never."""
     replace: bool = True
     """A living job with these pids and start times is killed; False: it is a conflict."""
     known_tasks: Sequence[Mapping[int, int]] = ()

@@ -27,7 +27,7 @@ SOURCES = (
     "watch.c",
 )
 CODE_SIZE_BYTES = 4096
-_PROGRAMS = ("keeper", "finisher", "bystander", "attendant")
+_PROGRAMS = ("keeper", "finisher", "bystander", "attendant", "watchdog")
 """Small programs of their own, freestanding."""
 
 _BLOB_FLAGS = [

@@ -1,4 +1,4 @@
-/* What the small programs that stay beside snap share (keeper.c, finisher.c, bystander.c): no libc, no heap, no signals beyond the
+/* What the small programs that stay beside snap share (keeper.c, finisher.c, bystander.c, watchdog.c): no libc, no heap, no signals beyond the
  * default ones, so that one of them costs a few pages. */
 
 #ifndef SNAP_FREESTANDING_H
@@ -8,6 +8,7 @@
 #define SYS_WRITE 1
 #define SYS_CLOSE 3
 #define SYS_POLL 7
+#define SYS_PREAD64 17
 #define SYS_SENDTO 44
 #define SYS_FORK 57
 #define SYS_EXIT 60
@@ -18,7 +19,9 @@
 #define SYS_SETRESUID 117
 #define SYS_SETRESGID 119
 #define SYS_CAPSET 126
+#define SYS_SETPRIORITY 141
 #define SYS_PRCTL 157
+#define SYS_CLOCK_GETTIME 228
 #define SYS_PIDFD_SEND_SIGNAL 424
 #define SYS_PIDFD_OPEN 434
 

@@ -11,6 +11,7 @@ import os
 import stat as stat_module
 from typing import TYPE_CHECKING
 
+from checkpoint.kernel import distant
 from checkpoint.resources import authority, nameless, paths, proof
 from checkpoint.resources.files import lookers
 from images import common_pb2, task_pb2
@@ -36,7 +37,7 @@ def look(pid: int, report: list[Finding], tid: int = 0) -> None:
     """
     folder = f"/proc/{pid}/task/{tid or pid}"
     root, cwd = os.readlink(f"{folder}/root"), os.readlink(f"{folder}/cwd")
-    if _is_deleted(root, os.stat(f"{folder}/root")):
+    if _is_deleted(root, distant.stat(f"{folder}/root", os.fsencode(root))):
         report.append(Finding(pid, "root", _ROOT_DELETED, _ROOT_HINT))
     for name, link in (("cwd", cwd), ("root", root)):
         if lookers.process_of(os.fsencode(link)):
@@ -62,7 +63,8 @@ def dump_thread(pid: int, tid: int, umask: int, message: task_pb2.FsContext) -> 
 
 def _directory(pid: int, tid: int, link: str) -> common_pb2.FileIdentity:
     path = f"/proc/{pid}/task/{tid}/{link}"
-    info, target = os.stat(path), os.readlink(path)
+    target = os.readlink(path)
+    info = distant.stat(path, os.fsencode(target))
     if lookers.process_of(os.fsencode(target)):
         finding = Finding(pid, link, _OF_PROCESS[link].format(target), "let it chdir elsewhere first")
         raise UnsupportedError.of([finding], pid)

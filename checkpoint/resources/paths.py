@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 
-from checkpoint.kernel import descriptors
+from checkpoint.kernel import descriptors, distant
 from checkpoint.kernel.fdinfo import O_PATH, O_TMPFILE_BIT
 from checkpoint.resources import proof
 from checkpoint.resources.proof import Sameness
@@ -142,7 +142,7 @@ def by_handle(folder: bytes, handle_type: int, handle: bytes) -> int:
 def is_closed(path: bytes) -> bool:
     """Whether the rights of snap's user end before the path does."""
     try:
-        os.lstat(path)
+        distant.lstat(path)
     except PermissionError:
         return True
     except OSError:
@@ -153,7 +153,7 @@ def is_closed(path: bytes) -> bool:
 def leads_to(path: bytes, dev: int, ino: int) -> bool:
     """Whether the path, as snap sees it, leads to that file."""
     try:
-        now = os.lstat(path)
+        now = distant.lstat(path)
     except OSError:
         return False
     return (now.st_dev, now.st_ino) == (dev, ino)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
-from checkpoint.kernel import descriptors
+from checkpoint.kernel import descriptors, distant
 from checkpoint.kernel.fdinfo import O_PATH
 from checkpoint.kernel.sys import syscall
 from images import common_pb2, files_pb2, mm_pb2, task_pb2
@@ -68,12 +68,15 @@ def prepare(path: str, stat: os.stat_result) -> None:
     if key in _known:
         return
     with contextlib.suppress(OSError):
-        found, now = _read(os.fsencode(path)), os.stat(path)
+        found, now = _read(os.fsencode(path)), distant.stat(path, os.fsencode(os.readlink(path)))
         if (now.st_dev, now.st_ino, now.st_ctime_ns) == key and len(_known) < _KNOWN_MAX:
             _known[key] = found
 
 
 def _read(path: bytes) -> Traits:
+    link = os.readlink(path) if path.startswith(b"/proc/") else path
+    if distant.is_distant(link):
+        return Traits(0, b"", 0, b"")  # nothing is proven; a server may answer late, or never
     try:
         handle_type, handle = descriptors.file_handle(path)
     except OSError:  # not every file system has them

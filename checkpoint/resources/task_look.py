@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import proc
+from checkpoint.kernel import distant, proc
 from checkpoint.parasite import attending
 from checkpoint.parasite.infection import AREA_SIZE, DATA_SIZE, look_at_code
 from checkpoint.resources import cgroups, directories, keyrings, namespaces, sharing, timers
@@ -94,8 +94,9 @@ def has_tagged_addresses(status: Status) -> bool:
 
 def _look_personality(pid: int, report: list[Finding]) -> None:
     try:
-        with open(f"/proc/{pid}/exe", "rb") as executable:
-            head = executable.read(20)
+        link = os.fsencode(os.readlink(f"/proc/{pid}/exe"))
+        with distant.opened(f"/proc/{pid}/exe", link) as read:
+            head = read(0, 20)
     except OSError:
         return  # the memory resource names what is wrong with an executable
     if head[:4] == b"\x7fELF" and (head[4] != 2 or head[18:20] != b"\x3e\x00"):

@@ -6,6 +6,7 @@ manager before a command runs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,9 +44,23 @@ class App:
     flag_store: str | None
     flag_owner: str | None = None
 
-    def session(self) -> Session:
-        """A new session; use it in a `with`."""
-        return open_session(self.flag_store, self.flag_owner)
+    def session(self, *, max_frozen_s: float | None = None) -> Session:
+        """A new session; use it in a `with`. `max_frozen_s`: what the command line says of it."""
+        session = open_session(self.flag_store, self.flag_owner)
+        if max_frozen_s is not None:
+            session.config = dataclasses.replace(session.config, max_frozen_s=max_frozen_s)
+        return session
+
+
+def max_frozen(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --max-frozen, as `max_frozen_s`."""
+    return click.option(
+        "--max-frozen",
+        "max_frozen_s",
+        type=click.FloatRange(min=0, max=1e6, max_open=True),
+        metavar="SECONDS",
+        help="Let a job that stood still for so long go, and fail (default: SNAP_MAX_FROZEN, config, 5; 0: never).",
+    )(command)
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:

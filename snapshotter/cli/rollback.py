@@ -5,13 +5,14 @@ from __future__ import annotations
 import click
 
 from snapshotter.base.units import format_bytes, format_us, plural
-from snapshotter.cli.options import App, common
+from snapshotter.cli.options import App, common, max_frozen
 from snapshotter.cli.output import short
 
 
 @click.command("rollback")
 @click.argument("point", metavar="POINT")
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; touch nothing.")
+@max_frozen
 @click.option(
     "--stop", "leave_stopped", is_flag=True, help="Leave the restored job stopped (SIGCONT lets it go)."
 )
@@ -40,6 +41,7 @@ def command(
     app: App,
     point: str,
     dry_run: bool,
+    max_frozen_s: float | None,
     leave_stopped: bool,
     terminal: str,
     hang_up: bool,
@@ -57,7 +59,7 @@ def command(
     """
     from snapshotter.manager.rollback import rollback
 
-    with app.session() as session:
+    with app.session(max_frozen_s=max_frozen_s) as session:
         options = {
             "hang-up": hang_up,
             "detach-from-parent": detach_from_parent,

@@ -8,7 +8,7 @@ import click
 
 from snapshotter.base.errors import JobEndedError, UsageError
 from snapshotter.base.units import format_bytes, format_us, plural
-from snapshotter.cli.options import App, common
+from snapshotter.cli.options import App, common, max_frozen
 from snapshotter.cli.output import point_json, short
 
 
@@ -28,6 +28,7 @@ from snapshotter.cli.output import point_json, short
 )
 @click.option("--stop", is_flag=True, help="Leave the job stopped (SIGSTOP).")
 @click.option("--kill", is_flag=True, help="Kill the job once the point is safe on disk.")
+@max_frozen
 @common
 def command(
     app: App,
@@ -36,6 +37,7 @@ def command(
     pidfile: Path | None,
     keep_last: int | None,
     other_program: bool,
+    max_frozen_s: float | None,
     stop: bool,
     kill: bool,
 ) -> int:
@@ -60,7 +62,7 @@ def command(
     if stop and kill:
         raise UsageError("--stop and --kill exclude each other", hint="a killed job cannot be left stopped")
     after = "stop" if stop else "kill" if kill else "run"
-    with app.session() as session:
+    with app.session(max_frozen_s=max_frozen_s) as session:
         if pidfile is not None:
             if pid is not None:
                 raise UsageError("PID and --pidfile exclude each other")

@@ -30,6 +30,8 @@ class Config:
     """Who besides root and the caller is trusted with the store (--store-owner)."""
     lock_wait_s: float = 10.0
     """How long rollback, forget and prune wait for a take that is under way."""
+    max_frozen_s: float = 5.0
+    """How long a job may stand still before it is let go and the command fails; 0: as long as it takes."""
 
 
 def user_config_path(env: Mapping[str, str]) -> Path:
@@ -73,13 +75,17 @@ def load(
     env = os.environ if env is None else env
     uid = os.geteuid() if uid is None else uid
     store, store_from = default_store(env, uid), "default"
-    lock_wait_s = 10.0
+    lock_wait_s, frozen_s = 10.0, 5.0
     for path in (system_config, user_config_path(env)):
         values = _read_file(path)
         if "store" in values:
             store, store_from = Path(_absolute(str(values["store"]), path, env)), str(path)
         if "lock_wait_s" in values:
             lock_wait_s = _number("lock_wait_s", values["lock_wait_s"], where=str(path))
+        if "max_frozen_s" in values:
+            frozen_s = _number("max_frozen_s", values["max_frozen_s"], where=str(path))
+    if env.get("SNAP_MAX_FROZEN"):
+        frozen_s = _number("SNAP_MAX_FROZEN", env["SNAP_MAX_FROZEN"])
     if env.get("SNAP_LOCK_WAIT_S"):
         lock_wait_s = _number("SNAP_LOCK_WAIT_S", env["SNAP_LOCK_WAIT_S"])
     if env.get("SNAP_STORE"):
@@ -87,7 +93,9 @@ def load(
     if flag_store:
         store, store_from = Path(flag_store).absolute(), "--store"
     owner = None if flag_owner is None else _uid(flag_owner)
-    return Config(store=store, store_from=store_from, store_owner=owner, lock_wait_s=lock_wait_s)
+    return Config(
+        store=store, store_from=store_from, store_owner=owner, lock_wait_s=lock_wait_s, max_frozen_s=frozen_s
+    )
 
 
 def _uid(user: str) -> int:
@@ -133,7 +141,11 @@ def _read_file(path: Path) -> dict[str, str | float]:
         values = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"not valid TOML: {error}", where=str(path)) from error
-    kinds: dict[str, tuple[type, ...]] = {"store": (str,), "lock_wait_s": (int, float)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "store": (str,),
+        "lock_wait_s": (int, float),
+        "max_frozen_s": (int, float),
+    }
     for key, value in values.items():
         if key not in kinds:
             raise UsageError(

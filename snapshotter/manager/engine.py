@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 
 class RealEngine:
-    """`checkpoint`, imported piece by piece when needed."""
+    """`checkpoint`, imported piece by piece when needed.
+
+    Args:
+        max_frozen_s: how long a job may stand still before it is let go.
+    """
+
+    def __init__(self, max_frozen_s: float = 5.0) -> None:
+        self.max_frozen_s = max_frozen_s
 
     def load(self) -> None:
         """Import what `dump` needs: 50 ms, which are Python's start and not the take's."""
@@ -109,7 +116,9 @@ class RealEngine:
                 pages=parent.pages,
             )
         options = DumpOptions(
-            after=cast("Literal['run', 'stop', 'kill']", after), producer=f"snap {__version__}"
+            after=cast("Literal['run', 'stop', 'kill']", after),
+            producer=f"snap {__version__}",
+            max_frozen_s=self.max_frozen_s,
         )
         told: list[str] = []
 
@@ -156,6 +165,7 @@ class RealEngine:
         options = RestoreOptions(
             dry_run=dry_run,
             leave_stopped=leave_stopped,
+            max_frozen_s=self.max_frozen_s,
             known_tasks=tuple(known_tasks),
             terminal=cast("Literal['auto', 'reopen', 'null']", terminal),
             allow=allow,

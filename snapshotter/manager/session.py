@@ -33,10 +33,10 @@ def _open_real_store(
     return open_store(path, create, upgrade=upgrade, owner=owner)
 
 
-def _open_real_engine() -> EngineLike:
+def _open_real_engine(config: Config) -> EngineLike:
     from snapshotter.manager.engine import RealEngine
 
-    return RealEngine()
+    return RealEngine(max_frozen_s=config.max_frozen_s)
 
 
 class Session:
@@ -47,7 +47,7 @@ class Session:
         config: Config,
         *,
         open_store: OpenStore = _open_real_store,
-        open_engine: Callable[[], EngineLike] = _open_real_engine,
+        open_engine: Callable[[], EngineLike] | None = None,
     ) -> None:
         self.config = config
         self._open_store = open_store
@@ -83,7 +83,7 @@ class Session:
     def engine(self) -> EngineLike:
         """The engine, imported now if it was not yet."""
         if self._engine is None:
-            self._engine = self._open_engine()
+            self._engine = self._open_engine() if self._open_engine else _open_real_engine(self.config)
         return self._engine
 
     @contextmanager

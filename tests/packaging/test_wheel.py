@@ -65,6 +65,7 @@ def test_what_is_generated_is_inside(wheel):
         "parasite_c/finisher.bin",
         "parasite_c/keeper.bin",
         "parasite_c/stub",
+        "parasite_c/watchdog.bin",
     } <= names
     assert any(name.startswith("parasite_c/_native") and name.endswith(".so") for name in names)
 

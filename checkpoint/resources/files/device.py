@@ -9,6 +9,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from checkpoint.kernel import distant
 from checkpoint.resources import authority, nameless, paths
 from checkpoint.resources.files import kind
 from snapshotter.base.errors import Finding, RestoreConflictError
@@ -85,7 +86,7 @@ def _is_deleted(seen: Seen) -> bool:
 
 def _leads_to_device(path: bytes, rdev: int) -> bool:
     try:
-        now = os.stat(path)
+        now = distant.stat(path)
     except OSError:
         return False
     return stat.S_ISCHR(now.st_mode) and now.st_rdev == rdev

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from checkpoint.kernel import descriptors as sys
-from checkpoint.kernel import sockdiag
+from checkpoint.kernel import distant, sockdiag
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.fdinfo import EpollTarget
 from checkpoint.resources import locks
@@ -66,8 +66,10 @@ class FilesDump:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in [*self._pidfds.values(), *self._borrowed.values(), *self._owned]:
+        for fd in self._pidfds.values():
             os.close(fd)
+        for fd in [*self._borrowed.values(), *self._owned]:
+            distant.close(fd)
         self._borrowed.clear()
         self._pidfds.clear()
         self._owned.clear()
@@ -102,7 +104,7 @@ class FilesDump:
         try:
             yield fd
         finally:
-            os.close(fd)
+            distant.close(fd)
 
     def keep(self, fd: int) -> Seen:
         """Takes over a descriptor of snap's own (from a socket's queue); it is closed when the dump ends."""

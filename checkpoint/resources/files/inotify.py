@@ -13,8 +13,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors
-from checkpoint.kernel.fdinfo import O_PATH, WatchLine
+from checkpoint.kernel import descriptors, distant
+from checkpoint.kernel.fdinfo import WatchLine
 from checkpoint.resources import authority, paths, proof
 from checkpoint.resources.files import kind
 from images import common_pb2
@@ -114,6 +114,9 @@ class InotifyKind(kind.Kind):
 
 
 def _identity_of(path: bytes) -> common_pb2.FileIdentity:
+    if distant.is_distant(path):
+        there = distant.lstat(path)
+        return common_pb2.FileIdentity(path=path, dev=there.st_dev, ino=there.st_ino, mode=there.st_mode)
     fd = paths.find(path)
     try:
         now = os.fstat(fd)
@@ -136,21 +139,8 @@ def _path_of(watch: WatchLine) -> bytes | None:
         return None
     for mount in _mounts(watch.dev):
         try:
-            mount_fd = os.open(mount, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fd = descriptors.open_by_handle(mount_fd, watch.handle_type, watch.handle, O_PATH | os.O_CLOEXEC)
-        except OSError:
-            continue
-        finally:
-            os.close(mount_fd)
-        try:
-            path = os.readlink(b"/proc/self/fd/%d" % fd)
-        finally:
-            os.close(fd)
-        try:
-            now = os.lstat(path)
+            path = distant.path_of_handle(mount, watch.handle_type, watch.handle)
+            now = distant.lstat(path)
         except OSError:
             continue
         if now.st_ino == watch.ino:

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from checkpoint.kernel import distant
 from checkpoint.kernel.fdinfo import O_PATH, FdInfo, parse_fdinfo
 from checkpoint.resources import proof
 from images import common_pb2
@@ -68,7 +69,7 @@ def see(pid: int, fd: int) -> Seen | None:
     base = f"/proc/{pid}/fd/{fd}"
     try:
         link = os.readlink(os.fsencode(base))
-        state = os.stat(base)
+        state = distant.stat(base, link)
         data = _read(f"/proc/{pid}/fdinfo/{fd}")
     except (FileNotFoundError, ProcessLookupError):
         return None

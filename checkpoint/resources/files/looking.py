@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors as sys
-from checkpoint.kernel import sockdiag
+from checkpoint.kernel import distant, sockdiag
 from checkpoint.resources import sharing
 from checkpoint.resources.files.kind import descriptors, see
 from snapshotter.base.errors import Finding, UnsupportedError
@@ -52,7 +52,8 @@ class Looking:
         for task in self.tables:
             for fd in descriptors(task):
                 try:
-                    stat = os.stat(f"/proc/{task}/fd/{fd}")
+                    place = f"/proc/{task}/fd/{fd}"
+                    stat = distant.stat(place, os.fsencode(os.readlink(place)))
                 except OSError:
                     continue
                 found.setdefault((stat.st_dev, stat.st_ino), []).append((task, fd))

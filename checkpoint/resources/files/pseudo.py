@@ -17,7 +17,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import capabilities, descriptors, proc
+from checkpoint.kernel import capabilities, distant, proc
 from checkpoint.kernel.fdinfo import O_PATH
 from checkpoint.resources import paths
 from checkpoint.resources.files import kind, lookers
@@ -53,7 +53,7 @@ _TO_OPEN = capabilities.CAP_DAC_OVERRIDE | capabilities.CAP_DAC_READ_SEARCH | ca
 
 def system_of(seen: Seen) -> int:
     """The magic number of the file system that a descriptor is on, if it is one of the kernel's own; else 0."""
-    number = descriptors.filesystem_type(f"/proc/{seen.pid}/fd/{seen.fd}")
+    number = distant.filesystem_type(f"/proc/{seen.pid}/fd/{seen.fd}", seen.link)
     return number if number in _SYSTEMS else 0
 
 

@@ -19,7 +19,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors
+from checkpoint.kernel import descriptors, distant
 from checkpoint.resources import authority, paths
 from checkpoint.resources.authority import Found
 from checkpoint.resources.files import fleeting, kind, pseudo
@@ -209,6 +209,8 @@ def _handle_of(seen: Seen) -> tuple[int, bytes, bytes] | None:
     """(type, handle, path) of a file that has other names: a path that leads to it if the kernel knows one, else the one
     that it was opened by. None where the file system has no handles.
     """
+    if distant.is_distant(seen.path):
+        return None  # the server decides what its handles mean
     try:
         handle_type, handle = descriptors.file_handle(b"/proc/%d/fd/%d" % (seen.pid, seen.fd))
         fd = paths.by_handle(os.path.dirname(seen.path), handle_type, handle)

@@ -32,7 +32,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors, sockdiag
+from checkpoint.kernel import distant, sockdiag
 from checkpoint.resources import paths, proof
 from checkpoint.resources.files import kind, outside, sockets, unixghost, unixnode, urgent
 from images import common_pb2, files_pb2
@@ -101,13 +101,17 @@ class UnixKind(kind.Kind):
         try:
             folder, name = os.path.split(image.address)
             if not folder.startswith(b"/"):
-                folder = os.path.join(b"/proc/%d/cwd" % seen.pid, folder)
-            folder = os.path.realpath(folder)
+                cwd = b"/proc/%d/cwd" % seen.pid
+                folder = os.path.join(
+                    distant.realpath(os.readlink(cwd)) if distant.is_distant(os.readlink(cwd)) else cwd,
+                    folder,
+                )
+            folder = distant.realpath(folder)
             path = os.path.join(folder, name)
             node = _node_at(info, path)
             if node is None and image.address.startswith(b"/"):
                 path = _renamed(info, folder)
-                node = os.lstat(path) if path else None
+                node = distant.lstat(path) if path else None
         except OSError:
             return
         if node is None:
@@ -280,14 +284,14 @@ def _holders(
     elif image.HasField("bound"):
         path = image.bound.path
         with contextlib.suppress(OSError):
-            node = os.lstat(path)
+            node = distant.lstat(path)
             yield from (info for info in others if info.name and _is_node(info, node, path))
 
 
 def _node_at(info: sockdiag.UnixSocketInfo, path: bytes) -> os.stat_result | None:
     """What is at a path, if it is the socket's node."""
     try:
-        node = os.lstat(path)
+        node = distant.lstat(path)
     except FileNotFoundError:
         return None
     return node if _is_node(info, node, path) else None
@@ -296,7 +300,7 @@ def _node_at(info: sockdiag.UnixSocketInfo, path: bytes) -> os.stat_result | Non
 def _renamed(info: sockdiag.UnixSocketInfo, folder: bytes) -> bytes:
     """Where the node of a socket is that was bound under another name in this directory (Java's attach socket); b"": not here."""
     device = os.makedev(info.vfs_dev >> 20, info.vfs_dev & 0xFFFFF)
-    if os.lstat(folder).st_dev != device:
+    if distant.is_distant(folder) or os.lstat(folder).st_dev != device:
         return b""
     with os.scandir(folder) as entries:
         for entry in itertools.islice(entries, _ENTRIES_MAX):
@@ -314,7 +318,7 @@ def _is_node(info: sockdiag.UnixSocketInfo, node: os.stat_result, path: bytes) -
     if node.st_ino & 0xFFFFFFFF != info.vfs_ino or not stat.S_ISSOCK(node.st_mode):
         return False
     device = os.makedev(info.vfs_dev >> 20, info.vfs_dev & 0xFFFFF)
-    return node.st_dev == device or descriptors.filesystem_type(os.path.dirname(path)) != _TMPFS_MAGIC
+    return node.st_dev == device or distant.filesystem_type(os.path.dirname(path)) != _TMPFS_MAGIC
 
 
 def _has_peer(sock: socket.socket) -> bool:
@@ -349,7 +353,7 @@ def _receive(sock: socket.socket, nr_bytes: int) -> tuple[bytes, list[int], byte
 
 def _close(fds: list[int] | array.array[int]) -> None:
     for fd in fds:
-        os.close(fd)
+        distant.close(fd)
 
 
 def _queue(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpoint.context import DumpContext, FrozenProcess
+from checkpoint.kernel import distant
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.pagemap import Content, PageMap
 from checkpoint.model import pageplan
@@ -244,7 +245,8 @@ def _dump_fields(image: mm_pb2.Mm, process: FrozenProcess) -> None:
 def _dump_exe(ctx: DumpContext, image: mm_pb2.Mm, pid: int) -> None:
     path = f"/proc/{pid}/exe"
     try:
-        stat, link = os.stat(path), os.readlink(os.fsencode(path))
+        link = os.readlink(os.fsencode(path))
+        stat = distant.stat(path, link)
     except OSError as error:
         raise wrap_os_error(error, "cannot look at the executable", where=f"task {pid}") from error
     plain = link.removesuffix(model.DELETED)

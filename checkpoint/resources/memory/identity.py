@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from checkpoint.kernel import distant
 from checkpoint.resources import authority, paths, proof
 from images import common_pb2
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError
@@ -36,25 +37,22 @@ Reader = Callable[[int, int], bytes]
 _build_ids: dict[tuple[int, int, int, int], bytes] = {}
 
 
-def build_id(path: str | bytes, stat: os.stat_result) -> bytes:
-    """The NT_GNU_BUILD_ID of the ELF file that `path` opens, b"" when it has none or is no ELF file."""
+def build_id(path: str | bytes, stat: os.stat_result, link: bytes = b"") -> bytes:
+    """The NT_GNU_BUILD_ID of the ELF file that `path` opens, b"" when it has none or is no ELF file. `link`: what `path` reads,
+    if it is one of the links of /proc.
+    """
     key = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
     if key not in _build_ids:
-        _build_ids[key] = _read_build_id(path)
+        _build_ids[key] = _read_build_id(path, link)
     return _build_ids[key]
 
 
-def _read_build_id(path: str | bytes) -> bytes:
+def _read_build_id(path: str | bytes, link: bytes) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with distant.opened(path, link, flags=os.O_RDONLY | os.O_NONBLOCK) as read:
+            return elf_build_id(read)
     except OSError:
         return b""
-    try:
-        return elf_build_id(lambda offset, size: os.pread(fd, size, offset))
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)
 
 
 def elf_build_id(read: Reader, *, in_memory: bool = False) -> bytes:
@@ -107,7 +105,7 @@ def make(path: bytes, stat: os.stat_result, *, open_path: str | bytes = b"") -> 
         mode=stat.st_mode,
         size_bytes=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
-        build_id=build_id(open_path or path, stat),
+        build_id=build_id(open_path or path, stat, path),
         deleted=stat.st_nlink == 0,
     )
     proof.record(identity, stat, open_path or path)
@@ -117,7 +115,7 @@ def make(path: bytes, stat: os.stat_result, *, open_path: str | bytes = b"") -> 
 def leads_to(path: bytes, stat: os.stat_result) -> bool:
     """Whether `path` still names the file that `stat` is of."""
     try:
-        found = os.stat(path)
+        found = distant.stat(path)
     except OSError:
         return False
     return (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino)

@@ -19,6 +19,7 @@ import stat as stat_module
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from checkpoint.kernel import distant
 from checkpoint.kernel.sys import KCMP_VM, kcmp
 from checkpoint.kernel.tasks import children, task_ids
 from checkpoint.model import pageplan
@@ -243,10 +244,10 @@ def _file_refusal(pid: int, mapping: Mapping) -> tuple[str, str] | None:
     if not _has_file(mapping):
         return None
     try:
-        stat = os.stat(map_files_path(pid, mapping))
+        stat = distant.stat(map_files_path(pid, mapping), mapping.path)
     except OSError:
         return None
-    identity.build_id(map_files_path(pid, mapping), stat)
+    identity.build_id(map_files_path(pid, mapping), stat, mapping.path)
     proof.prepare(map_files_path(pid, mapping), stat)
     return _kind_refusal(mapping, stat)
 
@@ -431,12 +432,13 @@ def _backing(pid: int, mapping: Mapping, backings: Backings | None) -> tuple[_Ba
     if backings is not None and key in backings:
         return backings[key], open_path
     try:
-        stat, link = os.stat(open_path), os.readlink(os.fsencode(open_path))
+        link = os.readlink(os.fsencode(open_path))
+        stat = distant.stat(open_path, link)
     except (FileNotFoundError, ProcessLookupError):
         raise _ChangedError from None
     except PermissionError:  # map_files takes CAP_CHECKPOINT_RESTORE; a path that leads to the inode will do
         try:
-            stat, link = os.stat(mapping.path), mapping.path
+            stat, link = distant.stat(mapping.path), mapping.path
         except OSError:
             return None, ""
         if stat.st_ino != mapping.ino:
@@ -474,7 +476,7 @@ def _with_file(
         return None
     vma.readable_fd = True
     vma.writable_fd = mapping.shared and "mw" in mapping.flags
-    role = named.mapped_role(link_path, stat) if found and vma.writable_fd else None
+    role = named.mapped_role(link_path, stat, link) if found and vma.writable_fd else None
     in_memory = role == mm_pb2.Shmem.NAMED
     if found and not in_memory:
         vma.kind = model.FILE_SHARED if mapping.shared else model.FILE_PRIVATE

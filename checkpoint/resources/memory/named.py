@@ -17,7 +17,7 @@ import os
 import stat as stat_module
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import descriptors
+from checkpoint.kernel import distant
 from checkpoint.kernel.sys import syscall
 from checkpoint.resources import authority, making, paths, proof
 from checkpoint.resources.memory.identity import safe_close
@@ -42,10 +42,10 @@ _FOUND = "memory.named"
 _PUNCH_HOLE = 0x3  # with FALLOC_FL_KEEP_SIZE
 
 
-def mapped_role(path: str, stat: os.stat_result) -> mm_pb2.Shmem.Kind | None:
+def mapped_role(path: str, stat: os.stat_result, link: bytes) -> mm_pb2.Shmem.Kind | None:
     """What becomes of the content of a file with a path that is mapped shared and writable; None: the file alone has it."""
     try:
-        system = descriptors.filesystem_type(path)
+        system = distant.filesystem_type(path, link)
     except OSError:
         return None
     if system == _TMPFS:
@@ -62,8 +62,8 @@ def is_temporary(path: bytes, stat: os.stat_result) -> bool:
         return False
     folder = os.path.dirname(path)
     try:
-        sticky = os.stat(folder).st_mode & stat_module.S_ISVTX
-        return bool(sticky) and descriptors.filesystem_type(folder) in {*_DISKS, _TMPFS}
+        sticky = distant.stat(folder).st_mode & stat_module.S_ISVTX
+        return bool(sticky) and distant.filesystem_type(folder) in {*_DISKS, _TMPFS}
     except OSError:
         return False
 

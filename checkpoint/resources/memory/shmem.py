@@ -24,6 +24,7 @@ import stat as stat_module
 from dataclasses import dataclass, field
 
 from checkpoint.context import DumpContext
+from checkpoint.kernel import distant
 from checkpoint.kernel.fdinfo import O_TMPFILE_BIT
 from checkpoint.model.vma import DELETED, MAP_NORESERVE
 from checkpoint.resources import making, paths, proof
@@ -113,7 +114,7 @@ def register(
     if key not in objects:
         image = describe(stat, link)
         try:
-            fd = os.open(open_path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = distant.open_content(open_path, link)
         except OSError as error:
             raise wrap_os_error(error, "cannot open a shared memory object", where=open_path) from error
         if role is not None:
