@@ -23,6 +23,7 @@
 #include "freestanding.h"
 
 #define SYS_MMAP 9
+#define SYS_NANOSLEEP 35
 #define SYS_RT_SIGACTION 13
 #define SYS_RT_SIGPROCMASK 14
 #define SYS_PREAD 17
@@ -53,6 +54,9 @@
 #define ERESTARTSYS 512
 #define ERESTART_RESTARTBLOCK 516
 #define SYSCALL_LENGTH 2
+#define EPERM_RESULT (-1L)
+#define SEIZE_PAUSE_NS 50000
+#define GUARD_TRIES 20000
 #define NOT_IN_SYSCALL (~0UL)
 #define SHARED_ANONYMOUS 0x21
 #define READ_WRITE 3
@@ -383,11 +387,22 @@ static int take_over(int is_group_stop)
 	return 0;
 }
 
-static void attend(void)
+/* A dying process closes its descriptors before it lets its tracees go: the guard may come too early. */
+static int seize(int tries)
+{
+	static const long pause[2] = {0, SEIZE_PAUSE_NS};
+	long result;
+
+	while ((result = trace(PTRACE_SEIZE, 0, (void *)PTRACE_O_TRACESYSGOOD)) == EPERM_RESULT && --tries > 0)
+		call3(SYS_NANOSLEEP, (long)pause, 0, 0);
+	return result == 0;
+}
+
+static void attend(int tries)
 {
 	int in_call = 0, begun = 0, status;
 
-	if (progress->phase == OVER || trace(PTRACE_SEIZE, 0, (void *)PTRACE_O_TRACESYSGOOD) < 0)
+	if (progress->phase == OVER || !seize(tries))
 		return;
 	trace(PTRACE_INTERRUPT, 0, 0);
 	while ((status = next_stop()) != 0) {
@@ -462,11 +477,11 @@ __attribute__((used)) _Noreturn void attendant_main(void)
 			got = call3(SYS_READ, ends[0], (long)&done, 1);
 		while (got == EINTR_RESULT);
 		if (got == 0)
-			attend();
+			attend(GUARD_TRIES);
 		leave(0);
 	}
 	call3(SYS_CLOSE, ends[0], 0, 0);
-	attend();
+	attend(1);
 	call3(SYS_WRITE, ends[1], (long)&done, 1);
 	leave(0);
 }

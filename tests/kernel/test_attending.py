@@ -60,6 +60,10 @@ class Writer:
     def attended(self, other_than: int = 0) -> int:
         def by() -> int:
             tracer = self.tracer()
+            if state(self.pid) != "S" or not pathlib.Path(f"/proc/{self.pid}/syscall").read_text().startswith(
+                "1 "
+            ):
+                return 0  # not in write again: it may still be parked
             return tracer if tracer != other_than and attending.is_attendant(tracer) else 0
 
         return int(wait_until(by, "attended"))
