@@ -201,6 +201,27 @@ def test_what_root_handed_down_is_refused(start, programs, tmp_path):
         memory_store.take(pid)
 
 
+@pytest.mark.parametrize(
+    ("path", "mine"), [("/proc/vmallocinfo", False), ("/proc/loadavg", True), ("/proc/self/stat", True)]
+)
+def test_a_file_of_the_system_that_root_handed_down(start, path, mine):
+    """nobody could not open it by himself."""
+    text = "import os,subprocess,sys;os.execvp(sys.argv[2],sys.argv[2:])"
+    with open(path, "rb") as file:
+        pid = start("/usr/bin/python3", "-c", text, "-", "sleep", "1000", pass_fds=[file.fileno()], **NOBODY)
+        wait_until(lambda: executes(pid).endswith("sleep"), "it sleeps")
+        found = check(pid).findings
+        if path == "/proc/self/stat":  # of the test itself, which is outside; anybody may read it
+            assert not found
+        elif mine:
+            assert not found
+            memory_store.take(pid)
+        else:
+            with pytest.raises(UnsupportedError, match=r"may not open by its own rights") as error:
+                memory_store.take(pid)
+            assert [str(one) for one in error.value.findings] == [str(one) for one in found]
+
+
 def test_no_more_is_shown_than_to_who_opened_it(start, tmp_path):
     """Numbers of page frames, which the kernel shows to a file that root has opened."""
     tmp_path.chmod(0o777)
