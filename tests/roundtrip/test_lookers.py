@@ -73,6 +73,9 @@ GAINS = ["set-uid", "set-gid", "file capability"]
 @pytest.fixture
 def programs(tmp_path):
     """sleep(1), plain and with each way to more rights."""
+    for folder in tmp_path.parents:
+        if folder.stat().st_mode & 0o005 != 0o005 and folder != pathlib.Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o005)
     folder = tmp_path / "programs"
     folder.mkdir()
     found = {}
@@ -102,9 +105,6 @@ def executes(pid: int) -> str:
 def started(start, programs, tmp_path):
     """The job, ready: (pid, pid of its child, what has the child execute its program)."""
     tmp_path.chmod(0o777)
-    for folder in tmp_path.parents:
-        if folder.stat().st_mode & 0o005 != 0o005 and folder != pathlib.Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o005)
 
     def run(where, kind, names):
         pid = start("/usr/bin/python3", "-c", JOB, where, str(programs[kind]), *names, **NOBODY)
