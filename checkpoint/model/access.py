@@ -6,11 +6,12 @@ PTRACE_MODE_READ_FSCREDS, which the files of /proc/PID ask for. Security modules
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from images import task_pb2
 
-_CAP_SYS_PTRACE = 1 << 19
+_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SYS_PTRACE = 1 << 1, 1 << 2, 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,18 @@ def may_look(caller: Subject, target: Subject) -> bool:
         return True
     same = set(target.uids[:3]) == {caller.uids[3]} and set(target.gids[:3]) == {caller.gids[3]}
     return same and target.dumpable and not target.cap_permitted & ~caller.cap_effective
+
+
+def may_open(caller: Subject, file: os.stat_result, wanted: int) -> bool:
+    """Whether `caller` may open a file of a kernel's file system by its mode (4 read, 2 write, 1 search).
+
+    Supplementary groups are left out: those files belong to root's group.
+    """
+    override = _CAP_DAC_OVERRIDE | (0 if wanted & 2 else _CAP_DAC_READ_SEARCH)
+    if caller.cap_effective & override:
+        return True
+    shift = 6 if caller.uids[3] == file.st_uid else 3 if caller.gids[3] == file.st_gid else 0
+    return file.st_mode >> shift & wanted == wanted
 
 
 def of_image(process: task_pb2.Process, credentials: task_pb2.Credentials) -> Subject:

@@ -73,6 +73,9 @@ GAINS = ["set-uid", "set-gid", "file capability"]
 @pytest.fixture
 def programs(tmp_path):
     """sleep(1), plain and with each way to more rights."""
+    for folder in tmp_path.parents:
+        if folder.stat().st_mode & 0o005 != 0o005 and folder != pathlib.Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o005)
     folder = tmp_path / "programs"
     folder.mkdir()
     found = {}
@@ -102,9 +105,6 @@ def executes(pid: int) -> str:
 def started(start, programs, tmp_path):
     """The job, ready: (pid, pid of its child, what has the child execute its program)."""
     tmp_path.chmod(0o777)
-    for folder in tmp_path.parents:
-        if folder.stat().st_mode & 0o005 != 0o005 and folder != pathlib.Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o005)
 
     def run(where, kind, names):
         pid = start("/usr/bin/python3", "-c", JOB, where, str(programs[kind]), *names, **NOBODY)
@@ -199,6 +199,27 @@ def test_what_root_handed_down_is_refused(start, programs, tmp_path):
     wait_until((tmp_path / "ready").exists, "handed down")
     with pytest.raises(UnsupportedError, match=r"user 65534\) may not look into"):
         memory_store.take(pid)
+
+
+@pytest.mark.parametrize(
+    ("path", "mine"), [("/proc/vmallocinfo", False), ("/proc/loadavg", True), ("/proc/self/stat", True)]
+)
+def test_a_file_of_the_system_that_root_handed_down(start, path, mine):
+    """nobody could not open it by himself."""
+    text = "import os,subprocess,sys;os.execvp(sys.argv[2],sys.argv[2:])"
+    with open(path, "rb") as file:
+        pid = start("/usr/bin/python3", "-c", text, "-", "sleep", "1000", pass_fds=[file.fileno()], **NOBODY)
+        wait_until(lambda: executes(pid).endswith("sleep"), "it sleeps")
+        found = check(pid).findings
+        if path == "/proc/self/stat":  # of the test itself, which is outside; anybody may read it
+            assert not found
+        elif mine:
+            assert not found
+            memory_store.take(pid)
+        else:
+            with pytest.raises(UnsupportedError, match=r"may not open by its own rights") as error:
+                memory_store.take(pid)
+            assert [str(one) for one in error.value.findings] == [str(one) for one in found]
 
 
 def test_no_more_is_shown_than_to_who_opened_it(start, tmp_path):

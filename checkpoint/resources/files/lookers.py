@@ -6,7 +6,7 @@ again in the frozen window, those in flight in sockets too:
 
 - One that shows nothing any more comes back as one that shows nothing (ProcEntry.dead). That is found out by reading a duplicate.
 - One that shows an address space which is neither dead nor that of its process is refused.
-- Of any other, every task that can get at it must be able to open it with its own ids and capabilities (model/access.py); else it
+- Of any other, those of the system (/proc, /sys) too, every task that can get at it must be able to open it with its own ids and capabilities (model/access.py); else it
   is refused. A rollback gives the tasks of the job the rights that they had, so that this holds then, too. What is about a process
   outside is judged once more by `check`.
 """
@@ -110,7 +110,7 @@ def judge(job: FilesDump) -> None:
     carried: set[int] | None = None
     for description in job.image.descriptions:
         entry = _entry_in(description)
-        if entry is None or not entry.pid or entry.dead:
+        if entry is None or entry.namespace or entry.dead:
             continue
         if carried is None:
             carried = {
@@ -171,8 +171,10 @@ def _refusal(
 ) -> Finding | bool:
     """Why it is refused; True: it shows nothing any more; False: all is well."""
     pid, name = process_of(seen.link), os.path.basename(seen.link)
-    if not pid or seen.link.endswith(kind.DELETED) or seen.path_only:
+    if seen.link.endswith(kind.DELETED) or seen.path_only:
         return False
+    if not pid:
+        return _refusal_of_system(seen, who) or False
     if name in _OF_MEMORY:
         if pid not in pids:
             return Finding(seen.pid, seen.where, _FOREIGN, "close it first")
@@ -191,6 +193,18 @@ def _refusal(
             what = _CLOSED.format(pid, f"task {caller.pid} (user {caller.uids[3]})")
             return Finding(seen.pid, seen.where, what, "close it first")
     return False
+
+
+def _refusal_of_system(seen: Seen, who: Iterable[Subject]) -> Finding | None:
+    """Of a file of the kernel's that is about no process: as its mode says who may open it."""
+    if _is_for_all(seen.stat.st_mode, seen.info.access):
+        return None
+    wanted = {os.O_RDONLY: 4, os.O_WRONLY: 2}.get(seen.info.access, 6) | stat.S_ISDIR(seen.stat.st_mode)
+    for caller in who:
+        if not access.may_open(caller, seen.stat, wanted):
+            what = f"is a file that task {caller.pid} (user {caller.uids[3]}) may not open by its own rights"
+            return Finding(seen.pid, seen.where, what, "close it first")
+    return None
 
 
 def _is_for_all(mode: int, how: int) -> bool:

@@ -87,7 +87,7 @@ def look_job(pids: Sequence[int], report: list[Finding]) -> None:
                 link = os.readlink(os.fsencode(f"/proc/{task}/fd/{fd}"))
             except OSError:
                 continue
-            if lookers.process_of(link) and (entry := see(task, fd)) is not None:
+            if link.startswith((b"/proc/", b"/sys/")) and (entry := see(task, fd)) is not None:
                 entries.append(entry)
             elif link.startswith((b"pipe:", b"socket:", b"/")):
                 seen = see(task, fd) if not link.startswith(b"/") or _is_fifo(task, fd) else None
