@@ -19,8 +19,11 @@ Why the answers are right:
   missed by that scan, but not by the one of the frozen window, where nothing changes.
 
 Registering happens only while every thread of the process stands still, with the VMAs as they are then: registering
-a range that is no longer exactly a VMA would split one, and mremap(2) refuses ranges of several VMAs. (What a program
-maps later beside a registered VMA does not merge with it; only a program that mremaps two mappings as one can tell.)
+a range that is no longer exactly a VMA would split one, and mremap(2) refuses ranges of several VMAs. What a program
+maps later beside or inside a registered VMA does not merge with it: mremap(2) of both as one is EFAULT, which it is not without
+tracking. Tried on 6.18: registering the newcomer, or unregistering both, merges them only as long as no page of the newcomer was
+touched (after that their anon_vma differ, and nothing merges them any more). That instant is before any take could come, so there is
+no cure from outside; DumpOptions.track=False (or the tracker compare) leaves nothing behind.
 
 Not seen are writes into a page that was looked up before the scan and is written later (O_DIRECT in flight). After each scan of a
 job that runs, checkpoint/transfers.py waits for them; none is in flight when every task is stopped. checkpoint/tracking.md lists every
