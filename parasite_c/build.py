@@ -25,6 +25,7 @@ SOURCES = (
     "planes.c",
     "options.c",
     "watch.c",
+    "descriptors.c",
 )
 CODE_SIZE_BYTES = 4096
 _PROGRAMS = ("keeper", "finisher", "bystander", "attendant", "watchdog")

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import array
 import ctypes
+import errno
 import fcntl
 import os
 import struct
 import termios
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from checkpoint.kernel.sys import KCMP_EPOLL_TFD, syscall
+from parasite_c._native import ffi, lib
+
+from checkpoint.kernel.sys import KCMP_EPOLL_TFD, kcmp, syscall
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -38,6 +42,7 @@ TIOCGDEV = 0x80045432
 AT_FDCWD = -100
 RESOLVE_NO_SYMLINKS = 4
 
+_NS_PER_S = 1_000_000_000
 _CLOEXEC = 1
 """FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC."""
 _FSCONFIG_CMD_CREATE = 6
@@ -49,8 +54,62 @@ _Result = TypeVar("_Result")
 
 def is_epoll_target(pid: int, fd: int, epoll_pid: int, epoll_fd: int, target_fd: int, nth: int) -> bool:
     """Whether (pid, fd) is the file that `epoll_fd` watches under the number `target_fd` (the nth with it)."""
-    slot = ctypes.create_string_buffer(struct.pack("=III", epoll_fd, target_fd, nth), 12)
-    return syscall("kcmp", pid, epoll_pid, KCMP_EPOLL_TFD, fd, slot) == 0
+    slot = ffi.new("uint32_t[3]", (epoll_fd, target_fd, nth))
+    return kcmp(pid, epoll_pid, KCMP_EPOLL_TFD, fd, int(ffi.cast("uintptr_t", slot))) == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What /proc shows of one descriptor."""
+
+    fd: int
+    link: bytes
+    stat: os.stat_result
+    info: bytes
+    """fdinfo."""
+
+
+_ROOM_EACH, _ROOM_LEAST = 256, 1 << 16
+
+
+def shown(pid: int, numbers: Sequence[int]) -> list[Shown | None]:
+    """Those descriptors of a task; None: it is closed.
+
+    Raises:
+        OSError: one of them, or all, cannot be looked at.
+    """
+    size = max(_ROOM_LEAST, _ROOM_EACH * len(numbers))
+    while True:
+        table, room = ffi.new("struct snap_descriptor[]", len(numbers)), ffi.new("char[]", size)
+        for at, number in enumerate(numbers):
+            table[at].fd = number
+        error = lib.snap_see(pid, table, len(numbers), room, size)
+        if error != errno.ENOSPC:
+            break
+        size *= 4
+    if error:
+        raise OSError(error, os.strerror(error), f"/proc/{pid}/fd")
+    return [_shown(one, ffi.buffer(room)) for one in table]
+
+
+def _shown(one: Any, room: Any) -> Shown | None:
+    if one.error in {errno.ENOENT, errno.ESRCH}:
+        return None
+    if one.error:
+        raise OSError(one.error, os.strerror(one.error), f"descriptor {one.fd}")
+    link = room[one.link_at : one.link_at + one.link_length]
+    info = room[one.info_at : one.info_at + one.info_length]
+    times = (one.atime_ns, one.mtime_ns, one.ctime_ns)
+    seconds = [value // _NS_PER_S for value in times]
+    # As os.stat() gives it: ten integers, the times as fractions, what else there is in the order of its own fields.
+    stat = os.stat_result(
+        (one.mode, one.ino, one.dev, one.nlink, one.uid, one.gid, one.size, *seconds),
+        {
+            "st_atime": times[0] / _NS_PER_S, "st_mtime": times[1] / _NS_PER_S, "st_ctime": times[2] / _NS_PER_S,
+            "st_atime_ns": times[0], "st_mtime_ns": times[1], "st_ctime_ns": times[2], "st_rdev": one.rdev,
+        },
+    )  # fmt: skip
+    return Shown(one.fd, link, stat, info)
 
 
 def open_without_symlinks(path: bytes, flags: int) -> int:

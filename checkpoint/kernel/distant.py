@@ -204,6 +204,11 @@ def is_distant(path: bytes) -> bool:
     return _asked(path) is not None
 
 
+def are_there() -> bool:
+    """Whether there is any such file system, so that some call could."""
+    return any(one.has_mounts for one in _asking)
+
+
 # -- questions. `path` is what to ask about; `link`: what it reads, when it is one of the links of /proc ---------------------
 
 

@@ -147,8 +147,15 @@ def parse_locks(data: bytes) -> list[LockLine]:
     return [_lock_line(found) for line in lines if (found := _LOCK.match(line))]
 
 
+_PLAIN = re.compile(rb"pos:\t(-?\d+)\nflags:\t0?([0-7]+)\nmnt_id:\t(\d+)\nino:\t(\d+)\n")
+
+
 def parse_fdinfo(data: bytes) -> FdInfo:
     """Parses one fdinfo file. A line that cannot be understood ends up in `extra`, never lost."""
+    if plain_one := _PLAIN.fullmatch(data):  # files, pipes and sockets have no more than that
+        pos, octal, mnt_id, ino = plain_one.groups()
+        flags = int(octal, 8)
+        return FdInfo(int(pos), flags & ~os.O_CLOEXEC, bool(flags & os.O_CLOEXEC), int(mnt_id), int(ino))
     plain: dict[str, bytes] = {}
     locks: list[LockLine] = []
     epoll: list[EpollTarget] = []

@@ -56,7 +56,10 @@ def allow_descriptors() -> None:
 
 def kcmp(pid1: int, pid2: int, kind: int, idx1: int = 0, idx2: int = 0) -> int:
     """0 equal, 1 less, 2 greater, 3 different without an order (kcmp(2))."""
-    return syscall("kcmp", pid1, pid2, kind, idx1, idx2)
+    found = int(lib.snap_kcmp(pid1, pid2, kind, idx1, idx2))
+    if found < 0:
+        raise OSError(-found, f"kcmp: {os.strerror(-found)}")
+    return found
 
 
 def pidfd_open(pid: int, flags: int = 0) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -105,3 +106,11 @@ def test_unix_diag_message():
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"flags:\t0\n", b"nonsense without colon\n"])
 def test_little_or_nothing(data):
     assert parse_fdinfo(data).locks == ()
+
+
+@given(st.integers(-1, 2**63 - 1), st.integers(0, 2**25), st.integers(0, 2**31), st.integers(0, 2**64 - 1))
+def test_the_short_way_for_plain_descriptors_says_the_same(pos, flags, mnt_id, ino):
+    text = f"pos:\t{pos}\nflags:\t0{flags:o}\nmnt_id:\t{mnt_id}\nino:\t{ino}\n".encode()
+    long = parse_fdinfo(text + b"other:\t1\n")
+    assert long.extra == {"other": "1"}
+    assert parse_fdinfo(text) == replace(long, extra={})

@@ -28,7 +28,7 @@ from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.fdinfo import EpollTarget
 from checkpoint.resources import locks
 from checkpoint.resources.files import kinds, lookers, multicast, outside
-from checkpoint.resources.files.kind import Seen, descriptors, see, started_ns
+from checkpoint.resources.files.kind import Seen, see, see_all, started_ns
 from images import files_pb2
 from snapshotter.base.errors import SnapshotterError, UnsupportedError, wrap_os_error
 
@@ -55,6 +55,7 @@ class FilesDump:
         self.by_inode: dict[tuple[int, int], list[int]] = {}
         """(dev, ino) -> descriptions of it."""
         self._buckets: dict[tuple[object, ...], list[int]] = {}
+        self._systems: dict[int, int] = {}
         self._unfinished: list[int] = []
         self._pidfds: dict[int, int] = {}
         self._borrowed: dict[tuple[int, int], int] = {}
@@ -241,12 +242,10 @@ class FilesDump:
     def _table(self, task: int) -> None:
         table = files_pb2.FdTable(format_version=1)
         numbers = self.tables.setdefault(task, {})
-        for fd in descriptors(task):
-            seen = see(task, fd)
+        for seen in see_all(task, self._systems):
             if seen is None:  # cannot be: the job is frozen
-                raise SnapshotterError(
-                    "a descriptor of a frozen task vanished", where=f"task {task}, descriptor {fd}"
-                )
+                raise SnapshotterError("a descriptor of a frozen task vanished", where=f"task {task}")
+            fd = seen.fd
             numbers[fd] = self.describe(seen)
             locks.account(self.ctx, seen.info.locks)
             entry = table.entries.add(fd=fd, description=numbers[fd], cloexec=seen.info.cloexec)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import distant
+from checkpoint.kernel.descriptors import shown
 from checkpoint.kernel.fdinfo import O_PATH, FdInfo, parse_fdinfo
 from checkpoint.resources import proof
 from images import common_pb2
@@ -39,6 +40,8 @@ class Seen:
     link: bytes
     stat: os.stat_result
     info: FdInfo
+    systems: dict[int, int] | None = None
+    """st_dev -> type of the file system, of what the frozen job has open: asked once for each."""
 
     @property
     def where(self) -> str:
@@ -74,6 +77,16 @@ def see(pid: int, fd: int) -> Seen | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return Seen(pid, fd, link, state, parse_fdinfo(data))
+
+
+def see_all(pid: int, systems: dict[int, int]) -> list[Seen | None]:
+    """All descriptors of a frozen task, read in one go; None: one was closed meanwhile, which cannot be."""
+    if distant.are_there():  # another process has to ask about some of them
+        return [see(pid, fd) for fd in descriptors(pid)]
+    return [
+        None if one is None else Seen(pid, one.fd, one.link, one.stat, parse_fdinfo(one.info), systems)
+        for one in shown(pid, descriptors(pid))
+    ]
 
 
 def _read(path: str) -> bytes:

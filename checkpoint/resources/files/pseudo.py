@@ -53,7 +53,11 @@ _TO_OPEN = capabilities.CAP_DAC_OVERRIDE | capabilities.CAP_DAC_READ_SEARCH | ca
 
 def system_of(seen: Seen) -> int:
     """The magic number of the file system that a descriptor is on, if it is one of the kernel's own; else 0."""
-    number = distant.filesystem_type(f"/proc/{seen.pid}/fd/{seen.fd}", seen.link)
+    number = None if seen.systems is None else seen.systems.get(seen.stat.st_dev)
+    if number is None:
+        number = distant.filesystem_type(f"/proc/{seen.pid}/fd/{seen.fd}", seen.link)
+        if seen.systems is not None:
+            seen.systems[seen.stat.st_dev] = number
     return number if number in _SYSTEMS else 0
 
 
