@@ -129,8 +129,8 @@ def long_chain(nr_points: int, size_mib: int) -> dict[str, float]:
 
 
 def criu(size_mib: int) -> dict[str, float]:
-    """The same pause and restore with Debian's criu; empty where it is not installed or does not work."""
-    program = shutil.which("criu")
+    """The same pause and restore with criu (SNAP_BENCH_CRIU, or on PATH); empty where there is none or it does not work."""
+    program = criu_program()
     if program is None:
         return {}
     with load(size_mib) as job, tempfile.TemporaryDirectory(prefix="snap-bench-", dir="/var/tmp") as images:
@@ -147,6 +147,11 @@ def criu(size_mib: int) -> dict[str, float]:
         done = subprocess.run([program, "restore", "-d", *common], check=False)
         restored = time.perf_counter() - started
         return {"criu_pause_first_ms": pause, "criu_restore_s": restored} if done.returncode == 0 else {}
+
+
+def criu_program() -> str | None:
+    """Where criu is: the path in SNAP_BENCH_CRIU, or what PATH has."""
+    return os.environ.get("SNAP_BENCH_CRIU") or shutil.which("criu")
 
 
 def _pause_ms(job: Load, action: object) -> float:
