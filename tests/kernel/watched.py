@@ -147,4 +147,5 @@ def import_what_a_child_needs(folder, work):
     for name in (folder / "loaded").read_text().split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    assert threading.active_count() == 1, "a process with threads cannot be forked safely"
+    left = [one.name for one in threading.enumerate() if one is not threading.main_thread()]
+    assert not left, f"a process with threads cannot be forked safely: {left}"

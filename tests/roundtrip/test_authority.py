@@ -83,7 +83,11 @@ class Held:
             maps = pathlib.Path(f"/proc/{self.pid}/maps").read_text()
             return f" {self.path}\n" in maps
         if self.what.startswith("flight-"):
-            return os.path.samefile(f"/proc/self/fd/{self.received()}", self.path)
+            received = self.received()
+            try:
+                return os.path.samefile(f"/proc/self/fd/{received}", self.path)
+            finally:
+                os.close(received)
         if kind == "inotify":
             return (
                 f"ino:{self.path.stat().st_ino:x} " in pathlib.Path(f"/proc/{self.pid}/fdinfo/3").read_text()
@@ -97,7 +101,7 @@ class Held:
         return os.path.samefile(f"/proc/{self.pid}/fd/3", self.path)
 
     def received(self) -> int:
-        """What is in the socket's queue."""
+        """A descriptor of what is in the socket's queue; the caller closes it."""
         pidfd = os.pidfd_open(self.pid)
         with socket.socket(fileno=ksys.pidfd_getfd(pidfd, 5)) as end:
             os.close(pidfd)
