@@ -83,7 +83,8 @@ def test_the_table_of_statuses_is_that_of_the_errors():
     for kind in kinds:
         kinds += kind.__subclasses__() if kind is not ReaderGoneError else []
     known = {kind.exit_status for kind in kinds if kind.__module__.startswith("snapshotter.")}
-    assert listed == known | {0}
+    killed_by_the_watchdog = 137
+    assert listed == known | {0, killed_by_the_watchdog}
 
 
 def test_the_keeper_is_explained_where_users_look():
