@@ -153,12 +153,13 @@ def _numbers(ctx: RestoreContext, planned: RestorePlan) -> set[int]:
 
 
 def _release(ctx: RestoreContext) -> None:
-    """Close what the checks opened and keep open: files, directories, pipes of others."""
-    files.close_all(ctx)
-    memory.release(ctx)
-    directories.release(ctx)
-    nameless.release(ctx)
-    ctx.acting.close()
+    """Close what the checks opened and keep open: files, directories, pipes of others. End the threads with others' rights: whatever
+    fails, since a process with threads cannot be forked safely.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(ctx.acting.close)
+        for release in (nameless.release, directories.release, memory.release, files.close_all):
+            stack.callback(release, ctx)
 
 
 def _build(ctx: RestoreContext, planned: RestorePlan, finisher: Finisher, phases: dict[str, int]) -> None:

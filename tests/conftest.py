@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import threading
 import time
 
 import pytest
@@ -91,7 +92,7 @@ def describe(pid: int) -> str:
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind(request):
-    """Fails the test that leaves a process, a mount or a file of ours."""
+    """Fails the test that leaves a process, a mount, a file or a thread of ours."""
     processes, mounts, files = our_children(), our_mounts(), our_files()
     yield
     end = time.monotonic() + 3
@@ -111,6 +112,8 @@ def _leaves_nothing_behind(request):
         problems.append("mounts " + ", ".join(sorted(mounted)))
     if alone and (made := our_files() - files):
         problems.append("files " + ", ".join(sorted(made)))
+    if threads := [one.name for one in threading.enumerate() if one.name == "snap-acting"]:
+        problems.append(f"{len(threads)} threads that act with the rights of others")
     if problems:
         pytest.fail("the test left behind: " + "; ".join(problems), pytrace=False)
 

@@ -17,7 +17,7 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from checkpoint.kernel import proc
 from checkpoint.kernel.sys import syscall
@@ -89,11 +89,20 @@ class _Worker:
 
 
 class Acting:
-    """Runs work with the rights of tasks of a job. One thread for each different rights, made when it is first needed."""
+    """Runs work with the rights of tasks of a job. One thread for each different rights, made when it is first needed.
+
+    The threads stay until `close`, or until the end of a `with`.
+    """
 
     def __init__(self) -> None:
         self.own = own()
         self._workers: dict[Rights, _Worker] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def is_all_powerful(self, rights: Rights) -> bool:
         """Whether they are at least snap's own: then nothing can be open to snap and closed to them."""

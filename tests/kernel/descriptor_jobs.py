@@ -118,8 +118,9 @@ class Restored:
         )
         image = files_pb2.Files.FromString(ctx.images["files"].SerializeToString())
         self.opening = Opening(fake, image)
-        self.opening.check()
-        self.opening.open_all()
+        with fake.acting:
+            self.opening.check()
+            self.opening.open_all()
         self.table = {e.fd: e for e in ctx.images[f"fdtable/{pid}"].entries}
 
     def __getitem__(self, fd: int) -> int:

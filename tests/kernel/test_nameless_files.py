@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -68,16 +69,26 @@ def test_what_of_proc_is_refused(sleeper):
     assert "single thread" in findings(of_a_thread)
 
 
-def test_memory_of_a_job_of_several_users_is_refused():
-    with (
-        child(lambda: os.open("/proc/self/maps", os.O_RDONLY)) as mine,
-        child(lambda: os.setuid(65534)) as other,
-    ):
+def test_memory_in_a_job_of_several_users_is_for_who_may_open_it():
+    def of(pid: int, user: int) -> Callable[[], None]:
+        def prepare() -> None:
+            os.open(f"/proc/{pid}/maps", os.O_RDONLY)
+            os.setuid(user)
+
+        return prepare
+
+    def look(*pids: int) -> list[Finding]:
         report: list[Finding] = []
-        files.look_job([mine], report)
-        assert report == []
-        files.look_job([mine, other], report)
-        assert "several users" in str(report[0])
+        files.look_job(pids, report)
+        return report
+
+    with child(lambda: None) as roots, child(lambda: os.setuid(65534)) as nobodys:
+        with child(of(nobodys, 0)) as pid:
+            assert look(roots, nobodys, pid) == []
+        with child(of(roots, 65534)) as pid:
+            (found,) = look(roots, nobodys, pid)
+            assert "may not look into by its own rights" in str(found)
+            assert found.pid == pid
 
 
 def test_a_deleted_directory_whose_name_is_taken(tmp_path):

@@ -17,13 +17,17 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 
 import pytest
 
+from checkpoint.kernel import rights
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.fdinfo import parse_fdinfo
 from checkpoint.kernel.sys import syscall
+from checkpoint.model.holders import Rights
+from checkpoint.resources import files as job_files
 from snapshotter.base.errors import RestoreConflictError
 from tests import memory_store
 from tests.jobs import reap_all, state, wait_until
@@ -386,6 +390,37 @@ def test_a_temporary_file_of_his_own_does_come_back(hold):
     memory_store.rollback(held.point)
     assert held.has_it()
     assert held.path.stat().st_uid == NOBODY
+
+
+@pytest.mark.parametrize("failing", ["files.open_all", "files.close_all", "files.check"])
+def test_no_thread_with_others_rights_outlives_the_rollback(hold, monkeypatch, failing):
+    """On every way out. They would keep snap from forking, too."""
+
+    def fail(_ctx):
+        raise RestoreConflictError("fails on purpose")
+
+    def acting():
+        return [thread for thread in threading.enumerate() if thread.name == "snap-acting"]
+
+    held = hold("rw")
+    seen = []
+    monkeypatch.setattr(
+        rights.Acting, "close", lambda own, close=rights.Acting.close: (seen.extend(acting()), close(own))
+    )
+    name = failing.removeprefix("files.")
+    original = getattr(job_files, name)
+
+    def called(ctx):
+        if name != "open_all":
+            original(ctx)
+        ctx.acting.start(Rights(NOBODY, NOBODY))
+        fail(ctx)
+
+    monkeypatch.setattr(job_files, name, called)
+    with contextlib.suppress(RestoreConflictError):
+        memory_store.rollback(held.point)
+    assert seen, "there was one"
+    assert acting() == []
 
 
 # -- what else root does for a job --------------------------------------------------------------------------------
