@@ -31,12 +31,14 @@ NEW_JOB = {"restore.unguarded", "restore.detached"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported(tmp_path_factory):
-    def work(job, loaded):
-        take_whole(job)
-        with reaping():
-            assert reap(snap_child(job, "rollback", "latest", loaded=loaded)) == 0, said(job).read_text()
+    import_what_a_child_needs(tmp_path_factory.mktemp("imported"), take_and_bring_back)
 
-    import_what_a_child_needs(tmp_path_factory.mktemp("imported"), work)
+
+def take_and_bring_back(job, loaded):
+    """What needs all modules that the commands of these tests need; see import_what_a_child_needs."""
+    take_whole(job)
+    with reaping():
+        assert reap(snap_child(job, "rollback", "latest", loaded=loaded)) == 0, said(job).read_text()
 
 
 def roll_back(watched, fault="", kill_after_s=None):
@@ -71,6 +73,11 @@ def outcome(watched, before, when):
     return "new"
 
 
+def expected(name):
+    """What `outcome` is after a kill at that fault point."""
+    return "old" if name in OLD_JOB else "new" if name in NEW_JOB else "none"
+
+
 def runs(watched):
     return all(
         state(pid) in {"S", "R", "D"}
@@ -92,7 +99,7 @@ def test_killed_at(name, start, job):
     before = start_times(watched)
     assert roll_back(watched, f"{name}:kill") == signal.SIGKILL, said(job).read_text()
     found = outcome(watched, before, f"killed at {name}")
-    assert found == ("old" if name in OLD_JOB else "new" if name in NEW_JOB else "none")
+    assert found == expected(name)
     bring_back(watched, f"after {name}")
     assert job.finish() == "PASS", job.said()
 
