@@ -9,8 +9,10 @@ from __future__ import annotations
 import pathlib
 import random
 import threading
+import time
 from collections.abc import Sequence
 
+from tests.account import account
 from tests.jobs import PROGRAMS, Job, compile_c, is_running, reaping
 from tests.soak.frame import Done, Run, command
 
@@ -46,11 +48,22 @@ def run(it: Run) -> None:
         _must(it, jobs[0].store, "prune")
         _must(it, jobs[0].store, "verify")
         for job in jobs:
-            verdict = job.finish()
-            assert verdict == "PASS", f"{job.directory.name}: {verdict}; {job.said()}"
+            assert (verdict := job.finish()) == "PASS", f"{job.directory.name}: {verdict}; {job.said()}"
+    except Exception:
+        print(_report(it, jobs))
+        raise
     finally:
         for job in jobs:
             job.destroy()
+
+
+def _report(it: Run, jobs: Sequence[Job]) -> str:
+    """What is needed to find out why: the last commands, and what each task of each job does now, and a second later."""
+    lines = ["the last commands, by the second in which each began:", *it.history]
+    for when in ("now", "a second later"):
+        lines += [f"{job.directory.name} {when}:\n{account(job.pid)}" for job in jobs]
+        time.sleep(1.0)
+    return "\n".join(lines)
 
 
 def _start(folder: pathlib.Path, name: str) -> Job:
@@ -59,8 +72,21 @@ def _start(folder: pathlib.Path, name: str) -> Job:
 
 
 def _must(it: Run, store: pathlib.Path, *line: str) -> Done:
-    done = command(it.folder, store, *line)
+    done = _noted(it, store, *line)
     assert done.status == 0, f"snap {' '.join(line)}: {done.said}"
+    return done
+
+
+def _noted(it: Run, store: pathlib.Path, *line: str) -> Done:
+    """A command that is kept in the history, with its beginning, its duration and its status."""
+    began = time.monotonic()
+    text = f"  {began:.2f} snap {' '.join(line)}"
+    try:
+        done = command(it.folder, store, *line)
+    except BaseException as error:
+        it.history.append(f"{text}: {error!r}")
+        raise
+    it.history.append(f"{text}: status {done.status} after {time.monotonic() - began:.2f} s")
     return done
 
 
@@ -75,7 +101,7 @@ def _client(
         while going_on():
             job = chance.choice(jobs)
             line = _line(job, chance)
-            done = command(it.folder, job.store, *line)
+            done = _noted(it, job.store, *line)
             with guard:
                 it.counts[f"{line[0]}: status {done.status}"] += 1
                 if line[0] == "take" and done.status == 0:

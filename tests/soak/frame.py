@@ -8,7 +8,7 @@ import pathlib
 import random
 import subprocess
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,6 +27,8 @@ class Run:
     more: More
     seed: int = field(default_factory=lambda: random.SystemRandom().randrange(1 << 30))
     counts: Counter[str] = field(default_factory=Counter)
+    history: deque[str] = field(default_factory=lambda: deque(maxlen=60))
+    """What was done last, for the report of a failure."""
 
     def chance(self) -> random.Random:
         """Random numbers that the seed gives again."""
