@@ -292,6 +292,8 @@ class Assembly:
         for _, process in self.living():
             for thread in process.threads:
                 ptrace.set_sigmask(thread.tid, thread.sigmask)
+                if not self._is_stopped(process):
+                    registers.begin_remaining(thread)
         waiting = [one for stub, process in self.living() for one in self._cut_short(stub, process)]
         tids = [thread.tid for _, process in reversed(list(self.living())) for thread in process.threads]
         with signals_wait():

@@ -57,6 +57,8 @@ class FrozenTask:
     """The signal of that group-stop."""
     rest: Rest | None = None
     """What is left of its system call, which the freeze has cut short."""
+    wait_left_ms: int = 0
+    """Until the timeout of its system call, which is restarted; 0: it has none that would begin anew."""
 
     def infect(self) -> RemoteTask:
         """The task as something that can run syscalls. Cured by the thaw."""

@@ -25,7 +25,7 @@ from checkpoint import watchdog
 from checkpoint.context import FrozenProcess, FrozenTask, ProcessState
 from checkpoint.finisher import Finisher, signal_all
 from checkpoint.hurry import hurried
-from checkpoint.kernel import cut_short, interrupted, proc, ptrace, threads
+from checkpoint.kernel import cut_short, interrupted, proc, ptrace, threads, timeouts
 from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.tasks import task_ids, tree_of, without_workers
@@ -194,7 +194,10 @@ class FrozenTree:
     def _task(self, facts: ThreadFacts, places: list[tuple[int, int]], mem: ProcMem) -> FrozenTask:
         stop_signal = self.seized.tasks[facts.tid].stop_signal
         regs = facts.regs
+        wait_left_ms = 0
         if not stop_signal and interrupted.restart_instead(regs):
+            if timeout := timeouts.timeout_of(regs, facts.tid, mem):
+                wait_left_ms = timeouts.keep(regs, timeout, time.monotonic_ns() // 1_000_000)
             ptrace.setregs(facts.tid, regs)
         task = FrozenTask(
             tid=facts.tid,
@@ -206,6 +209,7 @@ class FrozenTree:
             places=places,
             group_stopped=bool(stop_signal),
             stop_signal=stop_signal,
+            wait_left_ms=wait_left_ms,
         )
         if cut_short.may_be_cut(regs) and not stop_signal and not _ends_calls(facts):
             task.rest = cut_short.rest_of(regs, facts.tid, mem)

@@ -73,7 +73,7 @@ class Rest:
 
 def may_be_cut(regs: Regs) -> bool:
     """Whether the registers of a stopped task show a count that may be a short one. Reads nothing."""
-    return regs.in_syscall and int(regs.orig_rax) in _CALLS and 0 < int(regs.rax) < 2**63
+    return regs.in_syscall and regs.call in _CALLS and 0 < int(regs.rax) < 2**63
 
 
 def rest_of(regs: Regs, tid: int, mem: ProcMem) -> Rest | None:
@@ -87,7 +87,7 @@ def rest_of(regs: Regs, tid: int, mem: ProcMem) -> Rest | None:
 
 
 def _rest(regs: Regs, tid: int, mem: ProcMem) -> Rest | None:
-    cut, done = int(regs.orig_rax), int(regs.rax)
+    cut, done = regs.call, int(regs.rax)
     fd, second, third, fourth = (int(regs.rdi), int(regs.rsi), int(regs.rdx), int(regs.r10))
     fd &= 0xFFFFFFFF
     if cut == _GETRANDOM:

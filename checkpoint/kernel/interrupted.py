@@ -52,9 +52,9 @@ def restart_instead(regs: Regs) -> bool:
     """Make the kernel restart a call that it would end with EINTR for our stop alone; True: `regs` were changed.
 
     A signal with a handler that is pending still ends the call with EINTR, as it would have without us. A timeout starts
-    anew: what was left of it is not to be known.
+    anew, unless its deadline is kept (timeouts.py).
     """
-    if not regs.in_syscall or int(regs.orig_rax) not in _ENDED_BY_STOPS or regs.rax != 2**64 - errno.EINTR:
+    if not regs.in_syscall or regs.call not in _ENDED_BY_STOPS or regs.rax != 2**64 - errno.EINTR:
         return False
     regs.rax = 2**64 - _ERESTARTNOHAND
     return True
@@ -66,12 +66,14 @@ def resumable(regs: Regs, mem: ProcMem) -> Regs:
     result.orig_rax = NOT_IN_SYSCALL
     if not regs.wants_restart:
         return result
-    call = int(regs.orig_rax)
+    call = regs.call
     if regs.rax == 2**64 - ERESTART_RESTARTBLOCK or call == NR_RESTART_SYSCALL:
         if call == NR_RESTART_SYSCALL:
             call = restarted_call(regs, code_before(mem, regs.rip))
         use_remainder(result, call)
-    result.rax = call
+        result.rax = call
+    else:
+        result.rax = regs.orig_rax  # a deadline in the upper half stays
     result.rip -= len(_SYSCALL)
     return result
 

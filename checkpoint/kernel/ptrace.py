@@ -78,6 +78,11 @@ class Regs(user_regs_struct):  # type: ignore[misc]  # python-ptrace has no type
         return int(self.orig_rax) < 2**63
 
     @property
+    def call(self) -> int:
+        """The number of the system call. The kernel uses the lower half only; the upper one may have a deadline (timeouts.py)."""
+        return int(self.orig_rax) & 0xFFFFFFFF
+
+    @property
     def wants_restart(self) -> bool:
         """The interrupted call shows one of the kernel's restart codes: it is issued again, not failed."""
         return self.in_syscall and 2**64 - int(self.rax) in RESTART_ERRNOS

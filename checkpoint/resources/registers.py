@@ -11,6 +11,8 @@ Relative timeouts (-516). What the kernel tells:
   taken, so the call is issued again with that as its request. Exact.
 - without one, and for poll and futex: the deadline is inside the kernel and nothing shows it. The call is issued
   again with its whole timeout: it may end late, by at most the time it had waited, and never early.
+- epoll_wait, sigtimedwait, receives with SO_RCVTIMEO and so on begin anew even in the live job. Snap keeps their deadlines
+  (kernel/timeouts.py); the image has what was left, and the restored call gets that as its deadline.
 A call that was interrupted before shows number 219 (restart_syscall); its own number is found in the code before
 `syscall` (mov $nr,%eax), else by the shape of its arguments, which the kernel leaves in place.
 
@@ -21,9 +23,10 @@ make the kernel forget that, so the dump itself moves rip there, as any preempti
 from __future__ import annotations
 
 import struct
+import time
 from typing import TYPE_CHECKING
 
-from checkpoint.kernel import interrupted, ptrace
+from checkpoint.kernel import interrupted, ptrace, timeouts
 from checkpoint.kernel.ptrace import Regs
 from checkpoint.resources import signals
 from images import task_pb2
@@ -73,6 +76,18 @@ def dump(task: FrozenTask, thread: task_pb2.Thread) -> None:
     thread.regs = bytes(task.regs)
     thread.xstate = bytes(task.facts.xstate)
     thread.in_syscall = signed(task.regs.orig_rax) >= 0
+    if task.wait_left_ms:
+        # The image has what is left; the registers' deadline means nothing at a restore.
+        thread.regs = bytes(_without_deadline(task.regs))
+        thread.has_restart_remaining = True
+        seconds, milliseconds = divmod(task.wait_left_ms, 1000)
+        thread.restart_remaining.sec, thread.restart_remaining.nsec = seconds, milliseconds * 1_000_000
+
+
+def _without_deadline(regs: Regs) -> Regs:
+    result = regs.copy()
+    result.orig_rax = regs.call
+    return result
 
 
 def xfeatures(xstate: bytes) -> int:
@@ -95,9 +110,9 @@ def restore_user_pointers(batch: Batch, thread: task_pb2.Thread) -> None:
 def final_regs(process: task_pb2.Process, thread: task_pb2.Thread, mem: ProcMem) -> Regs:
     """The registers that the restored thread starts with."""
     regs = Regs.from_bytes(thread.regs)
-    call, result = signed(regs.orig_rax), -signed(regs.rax)
+    call, result, inside = regs.call, -signed(regs.rax), regs.in_syscall
     regs.orig_rax = _MASK  # not in a system call: the kernel must not restart anything itself
-    if call < 0 or result not in _RESTARTS:
+    if not inside or result not in _RESTARTS:
         return regs
     action = signals.interrupting_handler(process, thread)
     restarts = result == ERESTARTNOINTR or (
@@ -113,6 +128,18 @@ def final_regs(process: task_pb2.Process, thread: task_pb2.Thread, mem: ProcMem)
     regs.rax = call
     regs.rip -= len(_SYSCALL)
     return regs
+
+
+def begin_remaining(thread: task_pb2.Thread) -> None:
+    """Give a restored thread, about to be let go, the deadline of the call that it makes again (kernel/timeouts.py)."""
+    if not thread.has_restart_remaining:
+        return
+    regs, was = ptrace.getregs(thread.tid), Regs.from_bytes(thread.regs)
+    if regs.rax != was.call or regs.rip != was.rip - len(_SYSCALL):
+        return  # a signal has ended it
+    left_ms = thread.restart_remaining.sec * 1000 + thread.restart_remaining.nsec // 1_000_000
+    regs.rax = timeouts.marked(was.call, left_ms, time.monotonic_ns() // 1_000_000)
+    ptrace.setregs(thread.tid, regs)
 
 
 def fit_xstate(xstate: bytes, size_bytes: int, where: str) -> bytes:
