@@ -35,6 +35,7 @@ from checkpoint.precopy import Precopied, Round, Watch, due, plausible_pages, wa
 from checkpoint.resources import files, keyrings, locks, memory, namespaces, policies, registers, task
 from checkpoint.resources.proof import record_ways
 from checkpoint.staging import Staging
+from checkpoint.tracking import keeper
 from checkpoint.tracking.soft_dirty import SoftDirtyTracker
 from checkpoint.uninterrupted import stops_wait
 from checkpoint.watchdog import Watchdog
@@ -98,6 +99,7 @@ def _dump(
     usable = parent if parent is not None and parent.tracker in {"", tracker.name} else None
     nonce = usable.nonce if usable is not None else ""
     ctx = DumpContext(root_pid=pid, sink=sink, parent=parent, options=options)
+    keeper.end_others(pid, found.tasks[pid], tracker.name)
     with tracker.session(pid, found.tasks, nonce) as session:
         take = _Take(ctx, session, found, tracker.name)
         return take.run(commit, started)

@@ -18,6 +18,8 @@ import contextlib
 import fcntl
 import json
 import os
+import select
+import signal
 import socket
 import stat
 import subprocess
@@ -193,6 +195,36 @@ def invalidate(root_pid: int, root_start: int, tracker: str) -> None:
     if kept is not None:
         kept.nonce = ""
         kept.close()
+
+
+def end_others(root_pid: int, root_start: int, tracker: str) -> None:
+    """End the keeper of any tracker but this one, and with it what that tracker left on the job.
+
+    Nothing happens while another take of the job is under way. A keeper that does not end in time holds on to its tracking, which
+    costs the job nothing but what tracking costs.
+    """
+    if not state_path(root_pid).exists():
+        return
+    lock = JobLock(root_pid)
+    if not lock.acquire():
+        return
+    try:
+        for name in ("write_protect", "soft_dirty"):
+            kept = find(root_pid, root_start, name) if name != tracker else None
+            if kept is None:
+                continue
+            try:
+                # Our copies of its userfaultfds are closed first: the last one that is closed ends the registration.
+                pidfd, kept.keeper_pidfd = kept.keeper_pidfd, -1
+                kept.close()
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                if select.select([pidfd], [], [], _HAND_OVER_S)[0]:
+                    state_path(root_pid).unlink(missing_ok=True)
+            finally:
+                os.close(pidfd)
+    finally:
+        lock.release()
 
 
 def new(tracker: str) -> Kept:

@@ -23,7 +23,7 @@ a range that is no longer exactly a VMA would split one, and mremap(2) refuses r
 maps later beside or inside a registered VMA does not merge with it: mremap(2) of both as one is EFAULT, which it is not without
 tracking. Tried on 6.18: registering the newcomer, or unregistering both, merges them only as long as no page of the newcomer was
 touched (after that their anon_vma differ, and nothing merges them any more). That instant is before any take could come, so there is
-no cure from outside; DumpOptions.track=False (or the tracker compare) leaves nothing behind.
+no cure from outside; the tracker compare leaves nothing behind. tests/kernel/test_mremap.py shows what a job sees, and what not.
 
 Not seen are writes into a page that was looked up before the scan and is written later (O_DIRECT in flight). After each scan of a
 job that runs, checkpoint/transfers.py waits for them; none is in flight when every task is stopped. checkpoint/tracking.md lists every
@@ -38,6 +38,7 @@ import mmap
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -105,6 +106,9 @@ class WriteProtectSession(Session):
             return None
         if kept.nonce:
             kept.nonce = ""
+        if len(vmas) > max_mappings():
+            self._refuse(pid)
+            return None
         try:
             if pid not in kept.uffds:
                 if frozen is None and pid in self._sharers:
@@ -119,14 +123,18 @@ class WriteProtectSession(Session):
             raise
         except (OSError, SnapshotterError):
             # Not allowed in this process (no descriptor free, somebody else's ...): it is read in full at every take.
-            self._refused.add(pid)
-            self._valid.discard(pid)
-            self._drop(pid)
+            self._refuse(pid)
             return None
         if pid in self._valid:
             return runs
         self._valid.add(pid)
         return None
+
+    def _refuse(self, pid: int) -> None:
+        """Track it no more in this take: it is read as a whole."""
+        self._refused.add(pid)
+        self._valid.discard(pid)
+        self._drop(pid)
 
     def _drop(self, pid: int) -> None:
         """End the tracking of a process: the kernel clears every mark of this userfaultfd."""
@@ -237,6 +245,15 @@ class WriteProtectSession(Session):
             self._kept.close()
             self._kept = None
         self._lock.release()
+
+
+def max_mappings() -> int:
+    """Private mappings of a process that may still be tracked: three quarters of vm.max_map_count.
+
+    New mappings do not merge with registered ones, so that a heap that grows between takes costs one more for each of them. A job
+    must not reach the kernel's limit by that.
+    """
+    return int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii")) * 3 // 4
 
 
 def private_ranges(pid: int) -> list[tuple[int, int]]:

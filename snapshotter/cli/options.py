@@ -44,9 +44,10 @@ class App:
     flag_store: str | None
     flag_owner: str | None = None
 
-    def session(self, *, max_frozen_s: float | None = None) -> Session:
-        """A new session; use it in a `with`. `max_frozen_s`: what the command line says of it."""
+    def session(self, *, max_frozen_s: float | None = None, tracker: str = "auto") -> Session:
+        """A new session; use it in a `with`. The arguments: what the command line says of them."""
         session = open_session(self.flag_store, self.flag_owner)
+        session.config = dataclasses.replace(session.config, tracker=tracker)
         if max_frozen_s is not None:
             session.config = dataclasses.replace(session.config, max_frozen_s=max_frozen_s)
         return session

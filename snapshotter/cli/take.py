@@ -28,6 +28,12 @@ from snapshotter.cli.output import point_json, short
 )
 @click.option("--stop", is_flag=True, help="Leave the job stopped (SIGSTOP).")
 @click.option("--kill", is_flag=True, help="Kill the job once the point is safe on disk.")
+@click.option(
+    "--tracker",
+    type=click.Choice(["auto", "write_protect", "soft_dirty", "compare"]),
+    default="auto",
+    help="How written pages are found (default: the best that works here). See above.",
+)
 @max_frozen
 @common
 def command(
@@ -37,6 +43,7 @@ def command(
     pidfile: Path | None,
     keep_last: int | None,
     other_program: bool,
+    tracker: str,
     max_frozen_s: float | None,
     stop: bool,
     kill: bool,
@@ -55,6 +62,11 @@ def command(
     A small process called keeper stays beside the job until the job ends. It holds what the kernel knows of
     the pages written since this point, so that the next take need not read everything. Ending it is
     harmless: the next take then reads all memory.
+
+    --tracker write_protect (what auto uses where it works) marks the job's mappings with userfaultfd. A mapping
+    that the job makes later does not merge with a marked one, so mremap(2) over both at once fails with EFAULT. Few
+    programs do that. For one that does, give --tracker compare at every take: it reads all memory each time, and leaves
+    no mark and no keeper on the job. It also ends what an earlier take has left.
     """
     from snapshotter.manager.ports import Skipped
     from snapshotter.manager.take import take, take_periodic
@@ -62,7 +74,7 @@ def command(
     if stop and kill:
         raise UsageError("--stop and --kill exclude each other", hint="a killed job cannot be left stopped")
     after = "stop" if stop else "kill" if kill else "run"
-    with app.session(max_frozen_s=max_frozen_s) as session:
+    with app.session(max_frozen_s=max_frozen_s, tracker=tracker) as session:
         if pidfile is not None:
             if pid is not None:
                 raise UsageError("PID and --pidfile exclude each other")

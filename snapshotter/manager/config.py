@@ -32,6 +32,8 @@ class Config:
     """How long rollback, forget and prune wait for a take that is under way."""
     max_frozen_s: float = 5.0
     """How long a job may stand still before it is let go and the command fails; 0: as long as it takes."""
+    tracker: str = "auto"
+    """How takes find written pages; from the command line only."""
 
 
 def user_config_path(env: Mapping[str, str]) -> Path:

@@ -114,7 +114,12 @@ def _names(features: tuple[Mapping[str, object], ...]) -> dict[str, bool]:
 def _tracker(features: tuple[Mapping[str, object], ...]) -> Note:
     names = _names(features)
     if names.get("wp_async") and names.get("pagemap_scan"):
-        return Note("tracker", "ok", "write_protect")
+        return Note(
+            "tracker",
+            "ok",
+            "write_protect: mremap(2) of a range that a job mapped partly before and partly after a take fails with EFAULT",
+            "take such a job with --tracker compare",
+        )
     if names.get("soft_dirty"):
         return Note("tracker", "ok", "soft_dirty")
     return Note(

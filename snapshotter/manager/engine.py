@@ -24,10 +24,12 @@ class RealEngine:
 
     Args:
         max_frozen_s: how long a job may stand still before it is let go.
+        tracker: how takes find written pages: auto, or the name of a tracker.
     """
 
-    def __init__(self, max_frozen_s: float = 5.0) -> None:
+    def __init__(self, max_frozen_s: float = 5.0, tracker: str = "auto") -> None:
         self.max_frozen_s = max_frozen_s
+        self.tracker = tracker
 
     def load(self) -> None:
         """Import what `dump` needs: 50 ms, which are Python's start and not the take's."""
@@ -119,6 +121,7 @@ class RealEngine:
             after=cast("Literal['run', 'stop', 'kill']", after),
             producer=f"snap {__version__}",
             max_frozen_s=self.max_frozen_s,
+            tracker=cast("Literal['auto', 'write_protect', 'soft_dirty', 'compare']", self.tracker),
         )
         told: list[str] = []
 

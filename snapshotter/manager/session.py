@@ -36,7 +36,7 @@ def _open_real_store(
 def _open_real_engine(config: Config) -> EngineLike:
     from snapshotter.manager.engine import RealEngine
 
-    return RealEngine(max_frozen_s=config.max_frozen_s)
+    return RealEngine(max_frozen_s=config.max_frozen_s, tracker=config.tracker)
 
 
 class Session:
