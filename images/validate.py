@@ -37,6 +37,7 @@ UTIL_CLAMP_MOST = 1024  # SCHED_CAPACITY_SCALE
 MM_LOCKS = 2
 """Version of an Mm with locks that only mappings hold."""
 FILES_LEASES = 2
+FILES_PEERS = 3
 """Version of Files with leases among the locks."""
 _LOCKS = frozenset({"FLOCK", "OFDLCK", "LEASE"})
 _TABLE = re.compile(r"fdtable/[1-9][0-9]{0,9}")
@@ -263,6 +264,8 @@ def files_version(files: Message) -> int:
     """The oldest version of Files that can say what is in this one."""
     if not isinstance(files, files_pb2.Files):
         return 1
+    if any(one.HasField("unix") and one.unix.HasField("peer") for one in files.descriptions):
+        return FILES_PEERS
     locks = (lock for description in files.descriptions for lock in description.locks)
     return FILES_LEASES if any(lock.kind == "LEASE" for lock in locks) else 1
 
@@ -281,7 +284,7 @@ def _uring(ring: files_pb2.Uring) -> None:
 
 
 def _files(files: files_pb2.Files) -> None:
-    _require(files.format_version >= files_version(files), "leases, which its version has not")
+    _require(files.format_version >= files_version(files), "leases or peers, which its version has not")
     ids = [description.id for description in files.descriptions]
     _require(len(set(ids)) == len(ids), "a file description is listed twice")
     pipes = {pipe.id for pipe in files.pipes}

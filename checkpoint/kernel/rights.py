@@ -28,8 +28,18 @@ _HEADER = struct.pack("<Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, the 
 _SETS = struct.Struct("<IIIIII")
 _CAP_DAC_OVERRIDE = 1 << 1
 _AT_EACCESS, _AT_EMPTY_PATH = 0x200, 0x1000
+_KEEP = 0xFFFFFFFF
 _Result = TypeVar("_Result")
 _Work = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who one appears to be to others: effective user, group, and groups. All capabilities stay."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
 
 
 def own() -> Rights:
@@ -56,7 +66,7 @@ def may_access(fd: int, mode: int) -> bool:
 class _Worker:
     """One thread that acts with given rights until it is told to end."""
 
-    rights: Rights
+    rights: Rights | Identity
     jobs: queue.SimpleQueue[_Work | None] = field(default_factory=queue.SimpleQueue)
     answers: queue.SimpleQueue[tuple[object, BaseException | None]] = field(default_factory=queue.SimpleQueue)
     thread: threading.Thread | None = None
@@ -71,7 +81,10 @@ class _Worker:
 
     def _run(self) -> None:
         try:
-            take_on(self.rights)
+            if isinstance(self.rights, Identity):
+                appear_as(self.rights)
+            else:
+                take_on(self.rights)
         except BaseException as error:  # handed to the caller's thread
             self.answers.put((None, error))
             return
@@ -96,7 +109,7 @@ class Acting:
 
     def __init__(self) -> None:
         self.own = own()
-        self._workers: dict[Rights, _Worker] = {}
+        self._workers: dict[Rights | Identity, _Worker] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +127,7 @@ class Acting:
             self.own.groups,
         )
 
-    def start(self, rights: Rights) -> None:
+    def start(self, rights: Rights | Identity) -> None:
         """Make the thread for these rights, if there is none yet.
 
         Raises:
@@ -125,7 +138,7 @@ class Acting:
             worker.start()
             self._workers[rights] = worker
 
-    def run(self, rights: Rights, work: Callable[[], _Result]) -> _Result:
+    def run(self, rights: Rights | Identity, work: Callable[[], _Result]) -> _Result:
         """Do something with these rights. Its umask is 0, its working directory its own.
 
         Raises:
@@ -169,3 +182,24 @@ def take_on(rights: Rights) -> None:
     has = tuple(sorted(os.getgroups()))
     if now != (rights.uid, rights.gid) or not set(has) <= {*rights.groups, rights.gid}:
         raise PermissionError(errno.EPERM, f"cannot act as {rights}")
+
+
+def appear_as(identity: Identity) -> None:
+    """Give the calling thread this effective user, group and groups, for good. Its real and saved user stay, and its capabilities.
+
+    Raises:
+        PermissionError: it may not have them.
+    """
+    status = proc.read_status(os.getpid())
+    groups = struct.pack(f"<{len(identity.groups)}I", *identity.groups)
+    if tuple(sorted(status.groups)) != identity.groups:
+        syscall("setgroups", len(identity.groups), groups or None)
+    syscall("setresgid", _KEEP, identity.gid, _KEEP)
+    syscall("setresuid", _KEEP, identity.uid, _KEEP)
+    syscall("capset", *capability_sets(status))
+
+
+def capability_sets(status: proc.Status) -> tuple[bytes, bytes]:
+    """The arguments of capset(2) that keep all that is permitted, and make it effective."""
+    words = (status.cap_permitted, status.cap_permitted, status.cap_inheritable)
+    return _HEADER, _SETS.pack(*(one & 0xFFFFFFFF for one in words), *(one >> 32 for one in words))

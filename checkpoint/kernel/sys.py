@@ -6,6 +6,7 @@ Those that concern another task take its tid; nothing here stops or changes a ta
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import struct
@@ -39,6 +40,26 @@ def syscall(name: str, *args: int | bytes | ctypes.Array[ctypes.c_char] | None) 
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
     return result
+
+
+def socket_option(fd: int, level: int, name: int) -> bytes:
+    """A socket's option of any length (Python's getsockopt stops at 1024 bytes); b"" where it has none (ENODATA)."""
+    size = 256
+    while True:
+        value, length = (
+            ctypes.create_string_buffer(size),
+            ctypes.create_string_buffer(struct.pack("=I", size), 4),
+        )
+        try:
+            syscall("getsockopt", fd, level, name, value, length)
+        except OSError as error:
+            if error.errno == errno.ENODATA:
+                return b""
+            if error.errno != errno.ERANGE:
+                raise
+            size = struct.unpack("=I", length.raw)[0]
+            continue
+        return value.raw[: struct.unpack("=I", length.raw)[0]]
 
 
 _DESCRIPTORS = 1 << 20

@@ -104,6 +104,7 @@ class Restored:
             tables=lambda: (),
             warn=self.warnings.append,
             processes={},
+            stubs={},
             names=("files",),
             holders=Holders(
                 frozenset(

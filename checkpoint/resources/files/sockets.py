@@ -33,9 +33,11 @@ _FORCED = {socket.SO_SNDBUF: SO_SNDBUFFORCE, socket.SO_RCVBUF: SO_RCVBUFFORCE}
 _SO_BINDTODEVICE = 25
 SO_ATTACH_FILTER, _SO_LOCK_FILTER = 26, 44
 _INSTRUCTION_BYTES = 8
-LATE = frozenset({SO_PEEK_OFF, SO_ATTACH_FILTER, _SO_LOCK_FILTER})
-"""Options that are set once the queue is full, in the order of their numbers."""
 _SO_TIMESTAMPING, _SO_PASSPIDFD = 37, 76
+LATE = frozenset({SO_PEEK_OFF, SO_ATTACH_FILTER, _SO_LOCK_FILTER, socket.SO_PASSCRED, _SO_PASSPIDFD})
+"""Options that are set once the queue is full, in the order of their numbers. SO_PASSCRED: the kernel would put snap's own
+credentials on a message that was sent without.
+"""
 
 GENERIC_OPTIONS: tuple[tuple[int, int], ...] = tuple(
     (_SOL, name)

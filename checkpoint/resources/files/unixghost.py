@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors
+from checkpoint.kernel.fdinfo import O_PATH
 from checkpoint.resources import paths
 from checkpoint.resources.files import unixnode
 from images import files_pb2
@@ -68,6 +69,23 @@ def reach(opening: Opening, image: files_pb2.UnixSocket, work: Callable[[bytes],
         descriptors.with_root(opening.hidden[image.ino], functools.partial(work, image.address))
     else:
         work(image.address)
+
+
+@contextlib.contextmanager
+def held(opening: Opening, image: files_pb2.UnixSocket) -> Iterator[int]:
+    """The node of a bound socket (O_PATH), for a task that has to reach it from elsewhere; -1: its address leads to it."""
+    if image.ino in opening.nodes:
+        yield opening.nodes[image.ino]
+        return
+    if image.ino not in opening.hidden:
+        yield -1
+        return
+    flags = O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = descriptors.with_root(opening.hidden[image.ino], lambda: os.open(image.address, flags))
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _bind(sock: socket.socket, image: files_pb2.UnixSocket) -> None:

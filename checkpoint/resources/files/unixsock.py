@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import distant, sockdiag
 from checkpoint.resources import paths, proof
-from checkpoint.resources.files import kind, outside, sockets, unixghost, unixnode, urgent
+from checkpoint.resources.files import kind, outside, peers, sockets, unixghost, unixnode, urgent
 from images import common_pb2, files_pb2
 from snapshotter.base.errors import (
     Finding,
@@ -55,6 +55,7 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(_RIGHTS_MAX * 4) + socket.CMSG_SPACE(12) + 
 _MESSAGE_MAX_BYTES = 8 << 20
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _FILL_SNDBUF_BYTES = 1 << 30
+_CREDENTIALS = struct.Struct("=iII")
 _TMPFS_MAGIC = 0x01021994
 _ENTRIES_MAX = 4096
 """Of a directory that is searched for a node while the job stands still."""
@@ -90,6 +91,7 @@ class UnixKind(kind.Kind):
             self._bound(seen, info, image)
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
             image.orphan = info.type == socket.SOCK_DGRAM and not info.peer and _has_peer(sock)
+            peers.dump(sock, image)
             changed = sockets.changed_options(sock, sockets.GENERIC_OPTIONS)
             for level, name, value in (*changed, *sockets.dump_filter(sock, seen)):
                 image.options.add(level=level, name=name, value=value)
@@ -179,6 +181,7 @@ class UnixKind(kind.Kind):
                     where=paths.shown(image.address),
                     hint="end it",
                 )
+        peers.check(opening, image)
         if image.HasField("bound"):
             unixnode.check(opening, image)
 
@@ -200,7 +203,7 @@ class UnixKind(kind.Kind):
         if image.address:
             unixghost.bind(opening, sock, image)
         if image.state == sockdiag.STATE_LISTEN:
-            sock.listen(image.backlog)
+            peers.listen(opening, sock, image, image.backlog)
         with contextlib.suppress(PermissionError):
             os.fchown(sock.fileno(), image.uid, image.gid)
         return sock.detach()
@@ -466,8 +469,15 @@ def _send(
     if message.descriptions:
         rights = array.array("i", [opening.fds[number] for number in message.descriptions])
         ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, rights.tobytes()))
-    if len(message.credentials) == 12 and _alive(message.credentials):
-        ancillary.append((socket.SOL_SOCKET, socket.SCM_CREDENTIALS, message.credentials))
+    if len(message.credentials) == _CREDENTIALS.size:
+        pid, uid, gid = _CREDENTIALS.unpack(message.credentials)
+        if pid:  # else it was sent without
+            if not os.path.exists(f"/proc/{pid}"):
+                pid = (
+                    os.getpid()
+                )  # the kernel takes no other that is not there; user and group are what is asked for
+            credentials = _CREDENTIALS.pack(pid, uid, gid)
+            ancillary.append((socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials))
     try:
         sent = sender.sendmsg(
             [message.data],
@@ -481,18 +491,13 @@ def _send(
         raise SnapshotterError(f"only {sent} of {len(message.data)} bytes fit into a unix socket's queue")
 
 
-def _alive(credentials: bytes) -> bool:
-    pid = struct.unpack_from("=i", credentials)[0]
-    return os.path.exists(f"/proc/{pid}")
-
-
 def _connected(
     opening: Opening, image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket | None
 ) -> tuple[int, int]:
     """A connection: (the described end, the other end). Addresses are given through a listening socket."""
     addressed = image if image.address else peer if peer is not None and peer.address else None
     if addressed is None:
-        ends = socket.socketpair(socket.AF_UNIX, image.type)
+        ends = peers.pair(opening, image)
         return ends[0].detach(), ends[1].detach()
     if image.type == socket.SOCK_DGRAM:
         return _connected_datagrams(opening, image, peer)
@@ -503,13 +508,20 @@ def _connected(
         listener = opening.unix_listeners.get((addressed.address, addressed.node_ino))
         if listener is not None:
             served = stack.enter_context(sockets.borrowed_socket(opening.open(listener.id)))
-            unixghost.reach(opening, listener.unix, client.connect)
+            shown = client_side is not None and client_side.HasField("peer")
+            if client_side is not None and shown and client_side.peer != listener.unix.peer:
+                # Another task let it listen when this client connected.
+                peers.listen(opening, served, client_side, max(listener.unix.backlog, 1))
+                peers.connect(opening, client, listener.unix, addressed)
+                peers.listen(opening, served, listener.unix, listener.unix.backlog)
+            else:
+                peers.connect(opening, client, listener.unix, addressed)
         else:
             served = stack.enter_context(socket.socket(socket.AF_UNIX, image.type))
             # What stays of it in the file system is what the job's listener had left: a node that nobody serves.
             stack.enter_context(unixghost.bound(opening, served, addressed))
-            served.listen(1)
-            unixghost.reach(opening, addressed, client.connect)
+            peers.listen(opening, served, client_side or addressed, 1)
+            peers.connect(opening, client, addressed, addressed)
         ends_by_side = (served.accept()[0].detach(), os.dup(client.fileno()))
     return ends_by_side if addressed is image else (ends_by_side[1], ends_by_side[0])
 
@@ -517,7 +529,7 @@ def _connected(
 def _connected_datagrams(
     opening: Opening, image: files_pb2.UnixSocket, peer: files_pb2.UnixSocket | None
 ) -> tuple[int, int]:
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ends = peers.pair(opening, image)
     for end, side in zip(ends, (image, peer), strict=True):
         if side is not None and side.address:
             unixghost.bind(opening, end, side)
