@@ -82,7 +82,11 @@ def lock_store(directory: Path, *, exclusive: bool, wait_s: float = 10.0) -> Loc
     )
 
 
-def lock_job(directory: Path, job: str, *, wait_s: float = 0.0) -> Lock:
+ORPHANED_S = 1.0
+"""A snap that was killed may leave a child between its fork and its exec, which has the lock until then."""
+
+
+def lock_job(directory: Path, job: str, *, wait_s: float) -> Lock:
     """One take or rollback of a job at a time. The name is hashed: it may hold slashes or be long."""
     name = "job-" + hashlib.blake2b(job.encode(errors="surrogateescape"), digest_size=12).hexdigest()
     return Lock(

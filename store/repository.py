@@ -37,7 +37,7 @@ from store.files import (
     store_error,
     wrapped,
 )
-from store.locks import Lock, lock_job, lock_store, try_lock
+from store.locks import ORPHANED_S, Lock, lock_job, lock_store, try_lock
 from store.schema import SCHEMA_REVISION
 from store.types import FileRecord, Point, PruneReport, StoreStats, VerifyReport
 
@@ -261,7 +261,7 @@ class Store:
         """Held by what removes packs."""
         return lock_store(self._locks, exclusive=True, wait_s=wait_s)
 
-    def lock_job(self, job: str, wait_s: float = 0.0) -> Lock:
+    def lock_job(self, job: str, wait_s: float = ORPHANED_S) -> Lock:
         """A context manager; LockedError while another snap works on the job."""
         return lock_job(self._locks, job, wait_s=wait_s)
 

@@ -278,6 +278,16 @@ def test_prune_repacks_and_rewrites_maps_and_images(store):
     assert store.verify().ok
 
 
+def test_a_lock_that_a_dying_child_still_holds_is_waited_for(store):
+    """A snap killed between a fork and the exec leaves one: nobody is at work, so nobody need be told to wait."""
+    held = store.lock_job("job")
+    with subprocess.Popen(["sleep", "0.2"], pass_fds=[held._fd]):
+        held.release()
+        with pytest.raises(LockedError):
+            store.lock_job("job", wait_s=0)
+        store.lock_job("job").release()
+
+
 def test_locks(store):
     with store.lock_job("a/b"), pytest.raises(LockedError, match="a/b"):
         store.lock_job("a/b")
