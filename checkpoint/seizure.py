@@ -49,6 +49,8 @@ class Seized:
     pid: int
     stop_signal: int = 0
     """That of the group-stop which it was in; 0: it ran."""
+    stands: bool = False
+    """It has stopped for us. Before that it may stop for a signal that is on its way to it, and that must not be lost."""
 
 
 class Seizure:
@@ -148,6 +150,7 @@ class Seizure:
                 ptrace.cont(tid)
             except (OSError, SnapshotterError):
                 continue
+            task.stands = False
             # Interrupted again by hand: it has one exec or exit to make, and stops after it.
             self._vforked[tid] = parent
             waiting[tid] = None
@@ -162,26 +165,35 @@ class Seizure:
     def _poll(self, tid: int) -> bool:
         """Whether a seized task has stopped for good (or is gone); passes on signals that come in between."""
         try:
-            got, status = os.waitpid(tid, _WAIT_ALL | os.WNOHANG)
+            stop = _stop_of(tid)
+            if stop is None:
+                return False
+            if stop and stop >> 8 != _EVENT_STOP:
+                self._pass_on(tid, _signal_of(stop))
+                return False
+            os.waitpid(tid, _WAIT_ALL)
         except ChildProcessError:
+            stop = 0
+        if not stop:
             self.forget(tid)
             return True
-        if got == 0:
-            return False
-        if not os.WIFSTOPPED(status):
-            self.forget(tid)
-            return True
-        sig, event = os.WSTOPSIG(status), status >> 16
-        if event == _EVENT_STOP:
-            # SIGTRAP: our interrupt. Anything else is the stop signal of a group-stop.
-            self.tasks[tid].stop_signal = sig if sig in _STOP_SIGNALS else 0
-            return True
-        # A signal was being delivered (every trap cancels a pending interrupt): ask again first, then let the signal
-        # through; the task sets up its handler's frame and traps before it runs a single instruction of it.
+        # SIGTRAP: our interrupt. Anything else is the stop signal of a group-stop.
+        sig = stop & 0xFF
+        self.tasks[tid].stop_signal = sig if sig in _STOP_SIGNALS else 0
+        self.tasks[tid].stands = True
+        return True
+
+    def _pass_on(self, tid: int, sig: int) -> None:
+        """A signal was being delivered (every trap cancels a pending interrupt): ask again first, then let the signal
+        through; the task sets up its handler's frame and traps before it runs a single instruction of it.
+
+        Its stop has not been waited for: the kernel would forget the signal, which is lost if snap is killed then (wait_task_stopped,
+        kernel/exit.c).
+        """
+        faults.point("freeze.signal")
         with contextlib.suppress(TargetGoneError):
             ptrace.interrupt(tid)
-            ptrace.cont(tid, 0 if event or sig & 0x80 else sig)
-        return False
+            ptrace.cont(tid, sig)
 
     def forget(self, tid: int) -> None:
         """It is gone, or somebody else's."""
@@ -216,7 +228,9 @@ class Seizure:
     def detach(self, tid: int) -> bool:
         """Let one task go; False when it has not stopped yet, which is what the kernel asks for."""
         try:
-            ptrace.detach(tid)
+            ptrace.detach(tid, 0 if self.tasks[tid].stands else _signal_of(_stop_of(tid)))
+        except ChildProcessError:
+            return True
         except TargetGoneError:
             return _reap(tid, block=False)
         faults.point("thaw.detached")
@@ -243,6 +257,23 @@ def _seize(pid: int, tid: int) -> None:
         if not attending.dismiss(pid, tid):
             raise
         ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
+
+
+def _stop_of(tid: int) -> int | None:
+    """The signal and, above its 8 bits, the event that a seized task has stopped for, to be waited for by somebody else; 0: it has ended;
+    None: neither.
+
+    Raises ChildProcessError: it is gone.
+    """
+    seen = os.waitid(os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | _WAIT_ALL)
+    if seen is None:
+        return None
+    return seen.si_status if seen.si_code in {os.CLD_TRAPPED, os.CLD_STOPPED} else 0
+
+
+def _signal_of(stop: int | None) -> int:
+    """The signal that is being delivered to a task that has stopped so; 0: it has stopped for something else."""
+    return stop if stop and not stop >> 8 and not stop & 0x80 else 0
 
 
 def _does_not_stop(pid: int, tid: int) -> SnapshotterError:

@@ -22,6 +22,7 @@ POINTS: dict[str, str] = {
     "dump.precopied": "the pages were read while the job ran",
     "freeze.seized": "a task was seized, not yet interrupted",
     "freeze.interrupted": "a task was interrupted",
+    "freeze.signal": "a seized task has stopped for a signal of its own, which it has not got yet",
     "dump.frozen": "every task is stopped",
     "dump.infected": "a parasite is in a task",
     "dump.state": "the small state of one process was dumped",

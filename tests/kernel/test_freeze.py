@@ -113,6 +113,41 @@ def test_signal_that_arrives_meanwhile_is_delivered(job, compile_program):
     wait_until((job.directory / "out").exists, "SIGTERM arrived after the thaw")
 
 
+HEEDS = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: open(os.path.join(sys.argv[1], "out"), "w").close())
+open(os.path.join(sys.argv[1], "ready"), "w").close()
+while True:
+    signal.pause()
+"""
+
+
+def seized_on_the_way_of_a_signal(pid):
+    """SIGTERM has come after the seizure: the task has stopped for it, and not yet for the interrupt."""
+    seized = seizure.Seizure()
+    assert seized.seize(pid, pid)
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: state(pid) == "t", "stopped for SIGTERM")
+    return seized
+
+
+def test_a_signal_on_its_way_outlives_a_freeze_that_is_given_up(job):
+    job.start([sys.executable, "-c", HEEDS]).wait_ready()
+    assert seized_on_the_way_of_a_signal(job.pid).let_go(killed=False) is None
+    wait_until((job.directory / "out").exists, "SIGTERM arrived")
+
+
+def test_a_signal_on_its_way_outlives_a_snap_that_is_killed(job):
+    job.start([sys.executable, "-c", HEEDS]).wait_ready()
+    child = os.fork()
+    if child == 0:
+        faults.configure("freeze.signal:kill")
+        seized_on_the_way_of_a_signal(job.pid).stop([job.pid], time.monotonic() + 10)
+        os._exit(0)
+    assert os.WTERMSIG(reap(child)) == signal.SIGKILL
+    wait_until((job.directory / "out").exists, "SIGTERM arrived")
+
+
 CONNECTING = """
 import os, socket, struct, sys, threading
 listener = socket.socket()
