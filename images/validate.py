@@ -37,8 +37,9 @@ UTIL_CLAMP_MOST = 1024  # SCHED_CAPACITY_SCALE
 MM_LOCKS = 2
 """Version of an Mm with locks that only mappings hold."""
 FILES_LEASES = 2
-FILES_PEERS = 3
 """Version of Files with leases among the locks."""
+FILES_PEERS = 3
+"""With who made a unix socket."""
 _LOCKS = frozenset({"FLOCK", "OFDLCK", "LEASE"})
 _TABLE = re.compile(r"fdtable/[1-9][0-9]{0,9}")
 

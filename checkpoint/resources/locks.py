@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors, fdinfo
 from checkpoint.kernel.fdinfo import LockLine
+from checkpoint.resources import paths
 from images import files_pb2, mm_pb2
 from snapshotter.base.errors import RestoreConflictError
 
@@ -38,6 +39,7 @@ _READY_S = 0.006
 _KEPT = frozenset({"FLOCK", "OFDLCK"})
 _ON_FILES = frozenset({"FLOCK", "OFDLCK", "POSIX", "LEASE"})
 _MAP_PRIVATE = 2
+_CAP_LEASE = 1 << 28
 
 
 def account(ctx: DumpContext, locks: Iterable[LockLine]) -> None:
@@ -169,6 +171,10 @@ def check(ctx: RestoreContext, image: files_pb2.Files) -> None:
         for lock in description.locks
         if description.HasField("regular")
     ]
+    for _, lock, description in wanted:
+        if lock.kind == "LEASE":
+            with contextlib.suppress(FileNotFoundError):  # made again, for its owner; or a conflict by itself
+                check_lease(ctx, description, os.lstat(description.regular.identity.path).st_uid)
     by_id = {description.id: description for description in image.descriptions}
     for _, _, name in ctx.tables():
         for entry in ctx.image(name, files_pb2.FdTable).entries:
@@ -187,6 +193,21 @@ def check(ctx: RestoreContext, image: files_pb2.Files) -> None:
             "another process has locked it, and the job had it locked",
             where=", ".join(os.fsdecode(name) for name in names),
             hint=f"end {holders or 'that process (see /proc/locks)'}, then roll back",
+        )
+
+
+def check_lease(ctx: RestoreContext, description: files_pb2.Description, owner: int) -> None:
+    """Whether a task that gets a description may take a lease on it (fcntl(2)): as the file's owner, or by CAP_LEASE.
+
+    Raises:
+        RestoreConflictError: none may.
+    """
+    who = ctx.holders.of_description(description.id)
+    if not any(own.uid == owner or own.capabilities & _CAP_LEASE for task in who for own in task):
+        raise RestoreConflictError(
+            f"the job had a lease on it, and it belongs to user {owner} now: no task that has it may take one",
+            where=paths.shown(description.regular.identity.path),
+            hint="give the file its owner again (chown), or roll back to another point",
         )
 
 

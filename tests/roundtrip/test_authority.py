@@ -73,6 +73,8 @@ class Held:
     path: pathlib.Path
     pid: int
     point: memory_store.MemoryPoint
+    program: pathlib.Path
+    killed: bool = False
 
     @property
     def folder(self) -> pathlib.Path:
@@ -159,7 +161,7 @@ def hold(program):
         pids.append(child.pid)
         assert child.stdout is not None
         assert child.stdout.read(5) == b"ready"
-        held = Held(what, top, path, child.pid, None)
+        held = Held(what, top, path, child.pid, None, program)
         held.point = memory_store.take(child.pid)
         stack.callback(child.stdout.close)
         return held
@@ -194,25 +196,47 @@ def again(held: Held) -> None:
         held.path.rmdir()
     else:
         held.path.unlink()
+    make_anew(held)
+
+
+def make_anew(held: Held) -> None:
     if held.what == "node":
         held.path.write_text("root's")
-        return
-    make(held.what, held.path, pathlib.Path(f"/proc/{held.pid}/exe"), 0o666)
+    else:
+        make(held.what, held.path, held.program, 0o666)
+
+
+def kill(held: Held) -> None:
+    os.kill(held.pid, signal.SIGKILL)
+    wait_until(lambda: reap_all() or not state(held.pid), "the job gone")
+    held.killed = True
 
 
 def reused(held: Held) -> None:
-    """The same, until the inode number is the one that it was: ext4 gives it at once."""
+    """The job ends, and what is made anew, open to all, has the inode number that it was."""
     before = held.path.stat().st_ino
-    if held.what in {"exe", "private", "code", "shared"}:
-        pytest.skip("a mapped or running file keeps its inode")
+    kill(held)
     again(held)
-    if held.path.lstat().st_ino != before:
-        again(held)
+    for spare in range(200):  # the lowest free number of its group is next
+        if held.path.lstat().st_ino == before:
+            return
+        held.path.rename(held.top / f"spare{spare}")
+        make_anew(held)
+    kind = subprocess.run(["stat", "-f", "-c", "%T", held.top], capture_output=True, text=True, check=True)
+    assert "ext" not in kind.stdout, "ext4 gives the inode number again"
+    pytest.skip(f"{kind.stdout.strip()} does not give an inode number again")
+
+
+def reowned(held: Held) -> None:
+    """The job ends, and root takes the file for itself."""
+    kill(held)
+    os.chown(held.path, 0, 0)
+    held.path.chmod(0o700 if held.path.is_dir() else 0o600)
 
 
 def replaced(held: Held) -> None:
     held.path.rename(held.top / "old")
-    make(held.what, held.path, pathlib.Path(f"/proc/{held.pid}/exe"), 0o644)
+    make(held.what, held.path, held.program, 0o644)
     if held.what == "node":
         held.path.write_text("root's")
     if held.what in {"exe", "private", "code"}:
@@ -221,7 +245,7 @@ def replaced(held: Held) -> None:
 
 def link(held: Held) -> None:
     secret = held.top / "secret"
-    make(held.what, secret, pathlib.Path(f"/proc/{held.pid}/exe"), 0o600)
+    make(held.what, secret, held.program, 0o600)
     if held.path.is_dir():
         held.path.rmdir()
     else:
@@ -232,7 +256,7 @@ def link(held: Held) -> None:
 def directory(held: Held) -> None:
     held.folder.rename(held.top / "old")
     held.folder.mkdir(0o777)
-    make(held.what, held.path, pathlib.Path(f"/proc/{held.pid}/exe"), 0o644)
+    make(held.what, held.path, held.program, 0o644)
     if held.what in {"exe", "private", "code", "node"}:
         held.path.write_bytes(b"y" * 5000)
 
@@ -253,9 +277,11 @@ def deleted(held: Held) -> None:
         held.path.unlink()
 
 
-CHANGES = (owner, mode, reused, replaced, link, directory, directory_link, closed, deleted)
+CHANGES = (owner, mode, reowned, reused, replaced, link, directory, directory_link, closed, deleted)
 COMES_BACK = {
+    ("path", reowned), ("flight-path", reowned),
     ("path", owner), ("path", mode), ("flight-path", owner), ("flight-path", mode),  # a place only, which it may still reach
+    ("exe", reused),  # the same program, by its build id, which he may run
     ("device", reused),  # every node of that number is the same device
     ("fifo", reused), ("flight-fifo", reused),  # another one of the same owner and mode does as well
     ("node", deleted),  # its own, in a directory in which it may make it
@@ -275,12 +301,16 @@ def untouched(held: Held) -> list[tuple[str, int, int, int]]:
 
 
 def refused(held: Held) -> RestoreConflictError:
-    before, born = untouched(held), pathlib.Path(f"/proc/{held.pid}/stat").read_text().split()[21]
+    def born() -> str:
+        return "" if held.killed else pathlib.Path(f"/proc/{held.pid}/stat").read_text().split()[21]
+
+    before, was_born = untouched(held), born()
     with pytest.raises(RestoreConflictError) as error:
         memory_store.rollback(held.point)
     assert str(held.folder) in str(error.value), "names the path"
     assert error.value.hint, "says what to do"
-    assert pathlib.Path(f"/proc/{held.pid}/stat").read_text().split()[21] == born, "the job goes on"
+    assert born() == was_born, "the job goes on"
+    assert not held.killed or not state(held.pid), "nothing is made"
     assert untouched(held) == before
     return error.value
 
@@ -345,6 +375,36 @@ def test_what_was_handed_down_does_not_come_back_when_it_changed(hold, what, cha
     else:
         change(held)
     refused(held)
+
+
+def lease(held: Held) -> int:
+    pidfd = os.pidfd_open(held.pid)
+    fd = ksys.pidfd_getfd(pidfd, 3)
+    os.close(pidfd)
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETLEASE)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_lease_comes_back_to_the_owner_of_the_file(hold, killed):
+    held = hold("lease", own=True)
+    if killed:
+        kill(held)
+    memory_store.rollback(held.point)
+    assert lease(held) == fcntl.F_RDLCK
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_lease_of_a_file_that_belongs_to_somebody_else_now_does_not(hold, killed):
+    """He may read it still, but take no lease (fcntl(2): the owner, or CAP_LEASE)."""
+    held = hold("lease", own=True)
+    if killed:
+        kill(held)
+    os.chown(held.path, 1234, 1234)
+    held.path.chmod(0o666)
+    assert "lease" in str(refused(held))
 
 
 # -- what is made again -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import resource
 from typing import TYPE_CHECKING
 
 from checkpoint.kernel import descriptors as sys
+from checkpoint.resources import locks
 from checkpoint.resources.files import regular
 from checkpoint.resources.files.opening import Opening
 from checkpoint.resources.locks import flock_operation, flock_struct
@@ -133,7 +134,8 @@ def _lock_descriptions(ctx: RestoreContext, opening: Opening) -> None:
             how, lease = flock_operation(lock), fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK
             if found:
                 stub, fd = found.get(lock.pid) or next(iter(found.values()))
-                if lock.kind == "LEASE":
+                if lock.kind == "LEASE":  # the stub is root's still
+                    locks.check_lease(ctx, description, os.fstat(opening.fds[number]).st_uid)
                     _lock(stub, description, "fcntl", fd, fcntl.F_SETLEASE, lease)
                 else:
                     _lock(stub, description, "flock", fd, how)
@@ -141,6 +143,7 @@ def _lock_descriptions(ctx: RestoreContext, opening: Opening) -> None:
             # It is in a queue, or in a thread's own table.
             try:
                 if lock.kind == "LEASE":
+                    locks.check_lease(ctx, description, os.fstat(opening.fds[number]).st_uid)
                     fcntl.fcntl(opening.fds[number], fcntl.F_SETLEASE, lease)
                 else:
                     fcntl.flock(opening.fds[number], how)

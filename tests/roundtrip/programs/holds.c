@@ -69,6 +69,10 @@ static int hold(const char *what, const char *path)
         int fd = inotify_init1(0);
         return inotify_add_watch(fd, path, IN_MODIFY) < 0 ? -1 : fd;
     }
+    if (!strcmp(what, "lease")) {
+        int fd = open(path, O_RDONLY);
+        return fcntl(fd, F_SETLEASE, F_RDLCK) ? -1 : fd;
+    }
     if (!strcmp(what, "node"))
         return bound(path);
     if (!strcmp(what, "ghost"))
