@@ -85,6 +85,7 @@ def restore(
         try:
             finisher = stack.enter_context(Finisher(_numbers(ctx, planned)))
             stack.enter_context(Watchdog(options.max_frozen_s if found.old else 0, _numbers(ctx, planned)))
+            faults.point("restore.watched")
             with _timed(phases, "replace"):
                 replace(ctx, found, finisher)
         except BaseException:

@@ -31,6 +31,7 @@ from checkpoint.kernel.threads import read_files
 from checkpoint.model.vma import Mapping
 from checkpoint.seizure import Seizure
 from checkpoint.uninterrupted import stops_wait
+from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
 
 _PATIENCE_S = 0.25
@@ -147,6 +148,7 @@ def _pass_through(waiting: dict[int, _Seen], deadline: float) -> bool:
 
     def stopped(tid: int) -> None:
         if tid in seized:
+            faults.point("transfers.stopped")
             if not seized.tasks[tid].stop_signal:
                 regs = ptrace.getregs(tid)
                 if interrupted.restart_instead(regs):

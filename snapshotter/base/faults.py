@@ -19,6 +19,7 @@ POINTS: dict[str, str] = {
     # engine, dump
     "dump.looked": "the job was looked at, nothing was touched",
     "dump.armed": "the tracker is armed, the nonce not yet valid",
+    "transfers.stopped": "one task that might be in a transfer stands, the others run",
     "dump.precopied": "the pages were read while the job ran",
     "freeze.seized": "a task was seized, not yet interrupted",
     "freeze.interrupted": "a task was interrupted",
@@ -62,6 +63,7 @@ POINTS: dict[str, str] = {
     "stub.spawned": "the first stub exists and is seized, not yet executed",
     # engine, restore
     "restore.planned": "the plan is made, nothing was touched",
+    "restore.watched": "the finisher and the watchdog run, the old job was not touched",
     "restore.held": "the old job is frozen and about to be killed",
     "restore.killed": "the old job is gone, no stub yet",
     "restore.root_stub": "the root stub exists",

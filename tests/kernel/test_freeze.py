@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from checkpoint import dump, freeze, seizure
+from checkpoint import dump, freeze, seizure, transfers
 from checkpoint.check import check
 from checkpoint.finisher import Finisher
 from checkpoint.freeze import CannotStopError, FrozenTree, settled_tree, stopped_process
@@ -89,6 +89,18 @@ def test_killed_snap_leaves_the_job_running(busy, name):
         os._exit(0)
     assert os.WTERMSIG(reap(child)) == signal.SIGKILL
     wait_until(lambda: tracer(busy.pid) == 0 and state(busy.pid) in {"S", "R"}, "the job goes on")
+
+
+def test_snap_killed_while_it_waits_for_transfers_leaves_the_job_running(job):
+    ready = 'import os, sys; open(os.path.join(sys.argv[1], "ready"), "w").close()'
+    job.start([sys.executable, "-c", f"{ready}\nwhile True: pass"]).wait_ready()
+    child = os.fork()
+    if child == 0:
+        faults.configure("transfers.stopped:kill")
+        transfers.settle(job.pid, 10.0)  # who runs may be in anything
+        os._exit(0)
+    assert os.WTERMSIG(reap(child)) == signal.SIGKILL
+    wait_until(lambda: tracer(job.pid) == 0 and state(job.pid) == "R", "the job goes on")
 
 
 def test_error_inside_thaws(busy):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.requires("root", "rseq_configuration")
 
 NR_KILLS = int(os.environ.get("SNAP_TEST_ROLLBACK_KILLS", "20"))
 POINTS = [name for name in faults.POINTS if name.startswith(("restore.", "stub.", "finish."))]
-OLD_JOB = {"restore.planned", "restore.held"}
+OLD_JOB = {"restore.planned", "restore.watched", "restore.held"}
 NEW_JOB = {"restore.unguarded", "restore.detached"}
 
 

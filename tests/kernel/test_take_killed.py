@@ -32,6 +32,7 @@ OF_OTHER_COMMANDS = {
     "parked.": "jobs whose calls are cut short (test_attending.py)",
     "attend.": "jobs whose calls are cut short (test_attending.py)",
     "finish.": "snap take --kill (test_finisher.py)",
+    "transfers.": "jobs that are just in a transfer (test_freeze.py)",
     "freeze.signal": "jobs that get a signal just then (test_freeze.py)",
 }
 POINTS = [name for name in faults.POINTS if not name.startswith(tuple(OF_OTHER_COMMANDS))]
