@@ -23,7 +23,7 @@ from checkpoint.resources import memory
 from checkpoint.resources.memory import identity, shmem, vdso
 from checkpoint.restore_context import RestoreContext, RestoreOptions
 from images import codec, manifest_pb2, mm_pb2
-from snapshotter.base.errors import RestoreConflictError
+from snapshotter.base.errors import RestoreConflictError, UnsupportedError
 from snapshotter.base.pages import PAGE_SIZE
 
 pytestmark = pytest.mark.requires("root")
@@ -242,6 +242,37 @@ def test_a_space_that_is_brought_up_to_date_is_the_one_that_is_read_anew(ctx, tm
     assert {key: b.stat.st_mtime_ns for key, b in found.backings.items()} == {
         key: b.stat.st_mtime_ns for key, b in wanted.backings.items()
     }
+
+
+def test_a_mount_over_a_mapped_file_is_seen_when_a_space_is_brought_up_to_date(ctx, tmp_path):
+    """The lines of maps stay the same, and so does the file; only its path leads elsewhere."""
+    mapped, other = tmp_path / "file", tmp_path / "other"
+    for path in (mapped, other):
+        path.write_bytes(b"x" * 16384)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", CHANGER, str(mapped)], **pipes) as child:
+        assert child.stdout.readline() == "ready\n"
+        before = memory.address_space(ctx, child.pid, frozen=False).prepare()
+        lines = pathlib.Path(f"/proc/{child.pid}/maps").read_bytes()
+        subprocess.run(["mount", "--bind", other, mapped], check=True)
+        try:
+            assert pathlib.Path(f"/proc/{child.pid}/maps").read_bytes() == lines
+            found = _outcome(lambda: memory.address_space(ctx, child.pid, before=before, backings={}))
+            wanted = _outcome(lambda: memory.address_space(ctx, child.pid))
+        finally:
+            subprocess.run(["umount", mapped], check=True)
+        child.stdin.close()
+    assert found == wanted
+    assert found != _outcome(lambda: before)
+
+
+def _outcome(read):
+    """The files of a space, or why it cannot be read."""
+    try:
+        space = read()
+    except UnsupportedError as error:
+        return str(error)
+    return [file.SerializeToString() for file in space.files]
 
 
 def test_a_ring_of_io_uring_without_a_descriptor_is_refused_by_name(children):
