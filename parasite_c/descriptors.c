@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -39,19 +40,34 @@ static int64_t drain(int fd, char *out, size_t size)
     return result ? result : (int64_t)n;
 }
 
-static int see(int links, int infos, struct snap_descriptor *d, char *room, size_t size, size_t *used)
+// Whether a path is one of these, or below it.
+static int lies_below(const char *path, size_t length, const char *const *places)
 {
-    struct stat st;
+    for (; *places; places++) {
+        size_t n = strlen(*places);
+        if (length >= n && memcmp(path, *places, n) == 0 && (length == n || path[n] == '/'))
+            return 1;
+    }
+    return 0;
+}
+
+static int see(int links, int infos, struct snap_descriptor *d, char *room, size_t size, size_t *used,
+               const char *const *apart)
+{
+    struct stat st = {0};
     char name[16];
     int64_t got;
     int fd;
 
     snprintf(name, sizeof(name), "%d", d->fd);
     got = readlinkat(links, name, room + *used, size - *used);
-    if (got < 0 || fstatat(links, name, &st, 0) < 0)
+    if (got < 0)
         return errno;
     if (*used + (size_t)got == size)
         return ENOSPC;
+    d->unasked = (uint32_t)lies_below(room + *used, (size_t)got, apart);
+    if (!d->unasked && fstatat(links, name, &st, 0) < 0)
+        return errno;
     d->link_at = *used;
     d->link_length = (uint32_t)got;
     *used += (size_t)got;
@@ -79,8 +95,9 @@ static int see(int links, int infos, struct snap_descriptor *d, char *room, size
 }
 
 // Link, status and fdinfo of each descriptor; an error is noted with the one that it is of. Returns ENOSPC when `room` is too
-// small for all, or what kept the directories from being opened; else 0.
-int snap_see(int pid, struct snap_descriptor *found, size_t nr, char *room, size_t size)
+// small for all, or what kept the directories from being opened; else 0. The status of what lies below a path of `apart`, which ends with
+// NULL, is not asked for: its file server may keep a caller waiting for ever.
+int snap_see(int pid, struct snap_descriptor *found, size_t nr, char *room, size_t size, const char *const *apart)
 {
     char path[48];
     size_t used = 0;
@@ -92,7 +109,7 @@ int snap_see(int pid, struct snap_descriptor *found, size_t nr, char *room, size
     if (links < 0 || (infos = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0)
         error = errno;
     for (size_t i = 0; !error && i < nr; i++) {
-        found[i].error = see(links, infos, &found[i], room, size, &used);
+        found[i].error = see(links, infos, &found[i], room, size, &used, apart);
         if (found[i].error == ENOSPC)
             error = ENOSPC;
     }

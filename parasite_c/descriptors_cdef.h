@@ -17,7 +17,8 @@ struct snap_descriptor {
     uint64_t info_at;
     uint32_t link_length;
     uint32_t info_length;
+    uint32_t unasked;                   // its link lies below one of `apart`: nothing is known of dev to gid
 };
 
-int snap_see(int pid, struct snap_descriptor *found, size_t nr, char *room, size_t size);
+int snap_see(int pid, struct snap_descriptor *found, size_t nr, char *room, size_t size, const char *const *apart);
 int snap_kcmp(int one_pid, int two_pid, int type, uint64_t one, uint64_t two);

@@ -64,7 +64,8 @@ class Shown:
 
     fd: int
     link: bytes
-    stat: os.stat_result
+    stat: os.stat_result | None
+    """None: it was not to be asked for."""
     info: bytes
     """fdinfo."""
 
@@ -72,18 +73,25 @@ class Shown:
 _ROOM_EACH, _ROOM_LEAST = 256, 1 << 16
 
 
-def shown(pid: int, numbers: Sequence[int]) -> list[Shown | None]:
+def shown(pid: int, numbers: Sequence[int], apart: Sequence[bytes] = ()) -> list[Shown | None]:
     """Those descriptors of a task; None: it is closed.
+
+    Args:
+        pid: the task.
+        numbers: which ones.
+        apart: directories. No call is made about a file that lies below one of them.
 
     Raises:
         OSError: one of them, or all, cannot be looked at.
     """
     size = max(_ROOM_LEAST, _ROOM_EACH * len(numbers))
+    paths = [ffi.new("char[]", path) for path in apart]
+    ends_with_null = ffi.new("char *[]", [*paths, ffi.NULL])
     while True:
         table, room = ffi.new("struct snap_descriptor[]", len(numbers)), ffi.new("char[]", size)
         for at, number in enumerate(numbers):
             table[at].fd = number
-        error = lib.snap_see(pid, table, len(numbers), room, size)
+        error = lib.snap_see(pid, table, len(numbers), room, size, ends_with_null)
         if error != errno.ENOSPC:
             break
         size *= 4
@@ -99,6 +107,8 @@ def _shown(one: Any, room: Any) -> Shown | None:
         raise OSError(one.error, os.strerror(one.error), f"descriptor {one.fd}")
     link = room[one.link_at : one.link_at + one.link_length]
     info = room[one.info_at : one.info_at + one.info_length]
+    if one.unasked:
+        return Shown(one.fd, link, None, info)
     times = (one.atime_ns, one.mtime_ns, one.ctime_ns)
     seconds = [value // _NS_PER_S for value in times]
     # As os.stat() gives it: ten integers, the times as fractions, what else there is in the order of its own fields.

@@ -73,9 +73,9 @@ class Asking:
         return any(path == mount or path.startswith(mount + b"/") for mount in self._mounts)
 
     @property
-    def has_mounts(self) -> bool:
-        """Whether there is any such file system."""
-        return bool(self._mounts)
+    def mounts(self) -> tuple[bytes, ...]:
+        """Where such file systems are mounted."""
+        return self._mounts
 
     def start(self) -> None:
         """Have the process ready. Not while descriptors of the job's are open here: a child closes its copies before its exec, and we
@@ -204,9 +204,9 @@ def is_distant(path: bytes) -> bool:
     return _asked(path) is not None
 
 
-def are_there() -> bool:
-    """Whether there is any such file system, so that some call could."""
-    return any(one.has_mounts for one in _asking)
+def mounts() -> list[bytes]:
+    """Where the file systems are mounted whose servers a call could wait for."""
+    return [mount for one in _asking for mount in one.mounts]
 
 
 # -- questions. `path` is what to ask about; `link`: what it reads, when it is one of the links of /proc ---------------------
@@ -272,12 +272,12 @@ def path_of_handle(mount: bytes, handle_type: int, handle: bytes) -> bytes:
     return distant_process.path_of_handle(mount, handle_type, handle)
 
 
-def close(fd: int) -> None:
+def close(fd: int, link: bytes = b"") -> None:
     """Close a descriptor of the job's that was fetched. That of a distant file waits for its server, even for a mere duplicate
-    (FUSE_FLUSH): it is closed when the take is over, or, if the server stalls, by the kernel when snap has ended.
+    (FUSE_FLUSH): it is closed when the take is over, or, if the server stalls, by the kernel when snap has ended. `link`: what its link in /proc reads, where that is known.
     """
     for one in _asking:
-        if one.has_mounts and one.is_distant(os.readlink(b"/proc/self/fd/%d" % fd)):
+        if one.mounts and one.is_distant(link or os.readlink(b"/proc/self/fd/%d" % fd)):
             one.later.append(fd)
             return
     os.close(fd)

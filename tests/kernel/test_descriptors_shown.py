@@ -11,6 +11,7 @@ import tempfile
 import pytest
 
 from checkpoint.kernel import descriptors
+from checkpoint.kernel.fdinfo import parse_fdinfo
 from checkpoint.resources.files import kind
 
 pytestmark = pytest.mark.requires("root")
@@ -55,7 +56,38 @@ def test_many_descriptors_read_in_one_go_are_what_each_is_by_itself(tmp_path):
                     ):
                         assert getattr(seen.stat, name) == getattr(alone.stat, name), name
                 assert descriptors.shown(job.pid, [99999]) == [None]
+                folder = os.fsencode(os.path.dirname(file.name))
+                for apart, asked in (
+                    ([folder], False),
+                    ([b"/none", os.fsencode(file.name)], False),
+                    ([folder[:-1]], True),
+                ):
+                    (one,) = descriptors.shown(job.pid, [file.fileno()], apart)
+                    assert one is not None
+                    assert ((one.stat is not None), one.link) == (asked, found[file.fileno()].link)
+                    assert parse_fdinfo(one.info) == found[file.fileno()].info
             finally:
                 job.kill()
         for fd in (*pipe, *many):
             os.close(fd)
+
+
+def test_what_lies_on_a_distant_file_system_is_asked_for_by_another_process(tmp_path, monkeypatch):
+    far, near = tmp_path / "far", tmp_path / "farther"
+    for folder in (far, near):
+        folder.mkdir()
+        (folder / "file").write_bytes(b"some")
+    asked = []
+    own = os.stat_result(range(10))
+
+    def stat(path, link):
+        asked.append((path, link))
+        return own
+
+    monkeypatch.setattr(kind.distant, "mounts", lambda: [os.fsencode(far)])
+    monkeypatch.setattr(kind.distant, "stat", stat)
+    with open(far / "file") as one, open(near / "file") as other:
+        found = {seen.fd: seen for seen in kind.see_all(os.getpid(), {}) if seen is not None}
+        assert asked == [(f"/proc/{os.getpid()}/fd/{one.fileno()}", os.fsencode(far / "file"))]
+        assert found[one.fileno()].stat is own
+        assert found[other.fileno()].stat == os.fstat(other.fileno())

@@ -105,7 +105,7 @@ class FilesDump:
         try:
             yield fd
         finally:
-            distant.close(fd)
+            distant.close(fd, seen.link)
 
     def keep(self, fd: int) -> Seen:
         """Takes over a descriptor of snap's own (from a socket's queue); it is closed when the dump ends."""

@@ -81,12 +81,16 @@ def see(pid: int, fd: int) -> Seen | None:
 
 def see_all(pid: int, systems: dict[int, int]) -> list[Seen | None]:
     """All descriptors of a frozen task, read in one go; None: one was closed meanwhile, which cannot be."""
-    if distant.are_there():  # another process has to ask about some of them
-        return [see(pid, fd) for fd in descriptors(pid)]
-    return [
-        None if one is None else Seen(pid, one.fd, one.link, one.stat, parse_fdinfo(one.info), systems)
-        for one in shown(pid, descriptors(pid))
-    ]
+    found: list[Seen | None] = []
+    for one in shown(pid, descriptors(pid), distant.mounts()):
+        if one is None:
+            found.append(None)
+            continue
+        state = one.stat
+        if state is None:  # its file server may not answer: another process asks
+            state = distant.stat(f"/proc/{pid}/fd/{one.fd}", one.link)
+        found.append(Seen(pid, one.fd, one.link, state, parse_fdinfo(one.info), systems))
+    return found
 
 
 def _read(path: str) -> bytes:
