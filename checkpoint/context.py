@@ -185,6 +185,8 @@ class DumpContext:
     """By pid, parents before children. Empty until the freeze."""
     images: dict[str, Message] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    _told: set[str] = field(default_factory=set)
+    """The same warnings: a job with thousands of files may have one for each."""
     unconfined: list[str] = field(default_factory=list)
     """Those of them that a rollback tells again."""
     stats: DumpStats = field(default_factory=DumpStats)
@@ -202,7 +204,8 @@ class DumpContext:
 
     def warn(self, text: str) -> None:
         """Add a warning once."""
-        if text not in self.warnings:
+        if text not in self._told:
+            self._told.add(text)
             self.warnings.append(text)
 
     def warn_unconfined(self, text: str) -> None:

@@ -157,10 +157,10 @@ def _leftovers(maps: list[proc.MapsEntry], mem: ProcMem, places: list[tuple[int,
     """Areas of a snap that was killed in the one instant in which nobody was inside; never one that a thread is in."""
     found = []
     # Another process of the job may share this address space (CLONE_VM): what is in use is nobody's leftover
-    live = {space.area.start for space in _spaces.values()}
     for start in stranded.code_pages(maps, mem):
         area = Area(start, AREA_SIZE)
-        if start not in live and not any(area.start <= at < area.end for place in places for at in place):
+        in_use = any(space.area.start == start for space in _spaces.values())
+        if not in_use and not any(area.start <= at < area.end for place in places for at in place):
             found.append(area)
     return found
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from checkpoint.parasite import Buffer, Ref, Results, StubTask
     from checkpoint.restore_context import RestoreContext
 
-_ASKED = "task.asked"
+_ASKED, _STOPPED = "task.asked", "task.stopped"
 _PERSONALITY_QUERY = 0xFFFFFFFF
 _STATES = {
     "running": task_pb2.Process.RUNNING,
@@ -195,11 +195,7 @@ def _warn_of_parent(ctx: DumpContext, message: task_pb2.Process) -> None:
 
 def _unreported_stops(ctx: DumpContext, process: FrozenProcess) -> list[int]:
     """Stopped children whose stop the process could still wait for; asked in its place, taking nothing (WNOWAIT)."""
-    stopped = [
-        pid
-        for pid, child in ctx.processes.items()
-        if child.stat.ppid == process.pid and _STATES[child.state] == task_pb2.Process.STOPPED
-    ]
+    stopped = _stopped_children(ctx).get(process.pid)
     if not stopped or process.leader is None:
         return []
     remote = process.leader.infect()
@@ -211,6 +207,17 @@ def _unreported_stops(ctx: DumpContext, process: FrozenProcess) -> list[int]:
         asked.append((pid, info))
     results = remote.run(batch)
     return [pid for pid, info in asked if int.from_bytes(results.bytes(info)[_SI_PID], "little") == pid]
+
+
+def _stopped_children(ctx: DumpContext) -> dict[int, list[int]]:
+    """Parent -> its stopped children, looked for once for the whole job."""
+    found: dict[int, list[int]] | None = ctx.resources.get(_STOPPED)
+    if found is None:
+        found = ctx.resources[_STOPPED] = {}
+        for pid, child in ctx.processes.items():
+            if child.state == "stopped":
+                found.setdefault(child.stat.ppid, []).append(pid)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

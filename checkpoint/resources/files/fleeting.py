@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from checkpoint.kernel import proc
 from checkpoint.resources import paths, proof
@@ -18,6 +19,9 @@ from checkpoint.resources.files import kind
 from checkpoint.resources.files.kind import Seen
 from checkpoint.resources.memory import named
 from snapshotter.base.errors import SnapshotterError
+
+if TYPE_CHECKING:
+    from checkpoint.context import DumpContext
 
 _LAST_STREAM = 2
 _NAME = re.compile(
@@ -70,6 +74,12 @@ def warning(seen: Seen, path: bytes, birth_ns: int, began_ns: int) -> str:
         f"task {seen.pid}, descriptor {seen.fd}: {paths.shown(path)} is a temporary file whose content is not part of the point: "
         "once it is removed or renamed, the point cannot be brought back"
     )
+
+
+def warn(ctx: DumpContext, seen: Seen, path: bytes, birth_ns: int, began_ns: int) -> None:
+    """Add that warning, if there is one, to those of a point."""
+    if text := warning(seen, path, birth_ns, began_ns):
+        ctx.warn(text)
 
 
 def of_job(pids: Collection[int], root_pid: int) -> list[str]:

@@ -96,10 +96,10 @@ class RegularKind(kind.Kind):
             regular.shmem = shmem.registered(job.ctx, seen.stat.st_dev, seen.stat.st_ino)
             if not regular.shmem and not regular.HasField("proc"):
                 regular.kept = _kept(job, seen, identity.path)
-                if not regular.kept and (
-                    text := fleeting.warning(seen, identity.path, identity.birth_ns, job.began_ns)
-                ):
-                    job.ctx.warn(text)
+                if not regular.kept:
+                    path, birth_ns, began_ns = identity.path, identity.birth_ns, job.began_ns
+                    # A warning can wait for the thaw.
+                    job.ctx.later.append(lambda: fleeting.warn(job.ctx, seen, path, birth_ns, began_ns))
 
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         regular = description.regular
