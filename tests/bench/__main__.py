@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import statistics
 import sys
 
@@ -52,6 +53,10 @@ GOALS: tuple[tuple[str, str, str, float | None], ...] = (
 )
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def main() -> int:
     """0 if every goal that was measured is reached, else 1."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
@@ -88,6 +93,9 @@ def main() -> int:
     ]
     missed = [row for row in rows if row["goal"] is not None and row["median"] > row["goal"]]
     if options.json:
+        for row in rows:  # JSON has no infinity: null is a run that failed
+            row["median"] = _finite(row["median"])
+            row["runs"] = [_finite(value) for value in row["runs"]]
         print(json.dumps({"size_mib": size_mib, "nr_points": nr_points, "rows": rows}, indent=2))
     else:
         print(f"{size_mib} MiB, medians of {options.runs}")
