@@ -127,6 +127,17 @@ def test_eventfd_timerfd_signalfd(again):
     assert r.info(7).sigmask == 1 << (signal.SIGUSR2 - 1)
 
 
+def test_a_timer_that_fires_all_the_time_is_not_disarmed(again):
+    def prepare():
+        timer = sys.timerfd_create(time.CLOCK_MONOTONIC, 0)
+        sys.timerfd_settime(timer, 0, 1, 1_000)
+        select.select([timer], [], [])
+
+    r = again(prepare)
+    assert struct.unpack("=Q", os.read(r[3], 8))[0] >= 1
+    assert select.select([r[3]], [], [], 5)[0], "it fires again"
+
+
 def test_a_periodic_timer_that_fired_unread_fires_again(again):
     def prepare():
         for flags, clock in ((0, time.CLOCK_MONOTONIC), (3, time.CLOCK_REALTIME), (1, time.CLOCK_BOOTTIME)):

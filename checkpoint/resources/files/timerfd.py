@@ -10,6 +10,7 @@ A disarmed timer keeps its interval. The flags of timerfd_settime(2) come back a
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -30,6 +31,9 @@ _WALL_CLOCKS = frozenset({0, 8})
 """CLOCK_REALTIME, CLOCK_REALTIME_ALARM."""
 _PLAIN_CLOCKS = {9: time.CLOCK_BOOTTIME}
 """CLOCK_BOOTTIME_ALARM is read as the clock that it is without waking the machine."""
+
+_TRIES = 3
+"""A timer may expire once more between two calls, and shows no remaining time until it is counted."""
 
 
 class TimerfdKind(kind.Kind):
@@ -85,11 +89,17 @@ class TimerfdKind(kind.Kind):
 
 def _counted(job: FilesDump, seen: Seen) -> TimerState:
     """The state of a periodic timer that has expired, all of its expirations counted."""
+    state: TimerState | None = None
     with job.borrow(seen) as fd:
-        descriptors.timerfd_gettime(fd)
-        state = parse_fdinfo(Path(f"/proc/self/fdinfo/{fd}").read_bytes()).timer
+        for _ in range(_TRIES):
+            descriptors.timerfd_gettime(fd)
+            state = parse_fdinfo(Path(f"/proc/self/fdinfo/{fd}").read_bytes()).timer
+            assert state is not None
+            if state.value_ns:
+                return state
     assert state is not None
-    return state
+    # It expires between any two calls. Without a value it would come back disarmed.
+    return dataclasses.replace(state, value_ns=state.interval_ns)
 
 
 KIND = TimerfdKind()
