@@ -56,7 +56,7 @@
 #define SYSCALL_LENGTH 2
 #define EPERM_RESULT (-1L)
 #define SEIZE_PAUSE_NS 50000
-#define GUARD_TRIES 20000
+#define GUARD_TRIES 200000 /* 20 s: a busy machine lets a killed process wait, too */
 #define NOT_IN_SYSCALL (~0UL)
 #define SHARED_ANONYMOUS 0x21
 #define READ_WRITE 3

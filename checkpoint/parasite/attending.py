@@ -20,7 +20,7 @@ from parasite_c._native import ffi
 from checkpoint.kernel import proc
 from checkpoint.parasite.frames import Place
 from checkpoint.parasite.gadgets import MAX_SIGRETURN
-from checkpoint.parasite.parked import Context, Parked, park
+from checkpoint.parasite.parked import PATIENCE_MS, Context, Parked, park
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BINARY = Path(__file__).resolve().parents[2] / "parasite_c" / "attendant.bin"
 _GIVE_BACK_S = 2.0
+_START_S = PATIENCE_MS / 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def start(waiting: Collection[Waiting]) -> None:
             try:
                 subprocess.run(
                     [str(BINARY)], input=one.message, stdout=mem, stderr=subprocess.DEVNULL, cwd="/", env={},
-                    start_new_session=True, timeout=_GIVE_BACK_S, check=False,
+                    start_new_session=True, timeout=_START_S, check=False,
                 )  # fmt: skip
             finally:
                 os.close(mem)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from checkpoint.kernel.mem import ProcMem
     from checkpoint.kernel.ptrace import Regs
 
-PATIENCE_MS = 2000
+PATIENCE_MS = 10_000
+"""A machine with fifty runnable tasks for each CPU needs more than two seconds to start the process that comes."""
 
 
 class Context(Protocol):

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from checkpoint.freeze import FrozenTree
-from checkpoint.parasite import attending
+from checkpoint.parasite import attending, parked
 from snapshotter.base import faults
 from tests.jobs import reap, state, wait_until
 
@@ -115,6 +115,18 @@ def test_the_guard_takes_over(writer):
     assert set(writer.said()) == {str(SIZE)}
 
 
+def test_an_attendant_that_comes_late(writer, tmp_path, monkeypatch):
+    """On a machine under load it may take seconds to start."""
+    late = tmp_path / attending.BINARY.name
+    late.write_text(f"#!/bin/sh\nsleep 3\nexec {attending.BINARY}\n")
+    late.chmod(0o700)
+    monkeypatch.setattr(attending, "BINARY", late)
+    freeze(writer.pid)
+    writer.attended()
+    writer.expect(1_500_000)
+    assert set(writer.said()) == {str(SIZE)}
+
+
 def test_a_handler_ends_the_write(writer):
     """As without snap: the handler runs, the write returns what it has done."""
     freeze(writer.pid)
@@ -159,8 +171,9 @@ def test_killed_while_attended(writer):
     "name",
     ["thaw.begin", "parked.frames", "parked.redirected", "parked.blocked", "attend.parked", "attend.started"],
 )
-def test_snap_killed(writer, name, again):
+def test_snap_killed(writer, name, again, monkeypatch):
     """The write may return less: as much as it has done."""
+    monkeypatch.setattr(parked, "PATIENCE_MS", 1000)
     child = os.fork()
     if child == 0:
         faults.configure(f"{name}:kill")
