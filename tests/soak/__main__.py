@@ -14,13 +14,14 @@ import time
 import traceback
 
 from tests.jobs import be_subreaper
-from tests.soak import chaos, kills, stress
+from tests.soak import chaos, differential, kills, stress
 from tests.soak.frame import Piece, Run, minutes
 
 PIECES = (
     Piece("stress", stress.run),
     Piece("kills", kills.run),
     Piece("chaos", chaos.run),
+    Piece("differential", differential.run),
 )
 """A new one: a function that takes a Run, in a module of its own, and a line here."""
 

@@ -11,7 +11,7 @@ from tests.soak.frame import Run, rounds
 
 pytestmark = pytest.mark.requires("root", "wp_async", "rseq_configuration")
 
-ROUNDS = {"stress": 22, "kills": 25, "chaos": 20}
+ROUNDS = {"stress": 22, "kills": 25, "chaos": 20, "differential": 2}
 
 
 @pytest.mark.parametrize("piece", PIECES, ids=lambda piece: piece.name)
