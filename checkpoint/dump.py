@@ -31,7 +31,7 @@ from checkpoint.kernel import distant, proc
 from checkpoint.kernel.mem import ProcMem
 from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
-from checkpoint.precopy import Precopied, Round, Watch, due, plausible_pages, watching_s
+from checkpoint.precopy import Precopied, Round, Watch, due, plausible_pages
 from checkpoint.resources import files, keyrings, locks, memory, namespaces, policies, registers, task
 from checkpoint.resources.proof import record_ways
 from checkpoint.staging import Staging
@@ -47,7 +47,8 @@ from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
 _NS_PER_S = 1_000_000_000
 _MIN_STAGED_BYTES = 4 << 20
 _MAPPINGS_FRESH_NS = 50_000_000
-_MOSTLY = 7 / 8
+_LESS = 7 / 8
+"""A further round of pre-copy is made when this one had at most so much of the last one to read."""
 _AHEAD_FROM, _AHEAD_PART = 32768, 32
 """Of so many pages to read, this part is read without watching, so that the sink has work while others are watched."""
 _SETTLE_S = 2.0
@@ -118,7 +119,6 @@ class _Take:
         self.spaces: dict[int, tuple[int, memory.AddressSpace]] = {}
         """pid -> when (monotonic ns) and what its mappings were."""
         self.backings: memory.Backings = {}
-        self.expected_bytes = _MIN_STAGED_BYTES
         self.dump_uptime_ns = 0
         self.frozen_readers: dict[int, memory.MmReader] = {}
         self.witness: oracle.Witness | None = None
@@ -128,6 +128,7 @@ class _Take:
         """pid -> its pages, and those of them that were read in the frozen window."""
         if ctx.options.verify_pages or oracle.is_wanted():
             ctx.sink = self.witness = oracle.Witness(ctx.sink)
+        self.staging = Staging(ctx.sink, self.stage_limit())
         self.manifest = manifest_pb2.Manifest()
         self.ready = contextlib.ExitStack()
         """What is kept ready from pre-copy until the frozen window has been answered for."""
@@ -138,7 +139,7 @@ class _Take:
             return self._run(commit, started)
 
     def _run(self, commit: Commit | None, started: int) -> DumpResult:
-        ctx, sink = self.ctx, self.ctx.sink
+        ctx, sink, staging = self.ctx, self.ctx.sink, self.staging
         self._mark("look")
         self.prepare_manifest()
         self.ready_bystanders()
@@ -149,7 +150,8 @@ class _Take:
             self.precopy()
         else:
             locks.prepare(ctx)
-        staging = Staging(ctx.sink, self.expected_bytes, self.stage_limit())
+            staging.prepare(_MIN_STAGED_BYTES)
+        staging.freezing()
         self._mark("precopy")
         after = ctx.options.after
         sink.pause()
@@ -187,8 +189,13 @@ class _Take:
     # -- while it runs -----------------------------------------------------------------------------------------
 
     def precopy(self) -> None:
-        """Read what would be read in the frozen window, while the job runs; again while that is too much."""
+        """Read what would be read in the frozen window, while the job runs; again while that is too much.
+
+        The first round stores what the job leaves alone. What it rewrites is copied into memory by the others, each of which has
+        less to copy than the one before, unless the job writes faster than that.
+        """
         ctx = self.ctx
+        nr_before = 0
         for number in range(ctx.options.max_rounds):
             found: list[Round] = []
             for pid, start in self.found.tasks.items():
@@ -196,25 +203,27 @@ class _Take:
                     found += self.begin_round(pid, start)
             found = self.settled(found)
             nr_pages = sum(pageplan.count(one.due) for one in found)
-            if nr_pages > _AHEAD_FROM:
-                ctx.sink.expect(nr_pages)
-                found = [self.read_ahead(one) for one in found]
-            watch_s = watching_s(nr_pages, sum(pageplan.count(one.present) for one in found))
-            nr_hot = sum(self.end_round(one, hot) for one, hot in self.watch(found, Watch(nr_pages, watch_s)))
             if number == 0:
+                nr_hot = self.store_cold(found, nr_pages)
                 self.prepare_freeze()
-            ctx.sink.drain(hurry=False, leave=_TAIL_PAGES)
-            if number == 0:
+                ctx.sink.drain(hurry=False, leave=_TAIL_PAGES)
                 self.ready.enter_context(locks.kept_ready())
+                nr_expected = nr_hot + nr_pages // 32
+            else:
+                for one in found:
+                    self.stage_round(one)
+                nr_expected = nr_pages
             ctx.stats.rounds = number + 1
-            expected = (nr_hot + nr_pages // 4) * PAGE_SIZE
-            self.expected_bytes = max(_MIN_STAGED_BYTES, min(expected, 256 << 20))
-            if nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes and number > 0:
+            few = nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes // 8
+            last = few or (number > 1 and nr_pages > nr_before * _LESS)
+            if number > 0 and not few:
+                nr_expected //= 2  # the memory of pieces that are replaced as a whole is used again
+            self.staging.prepare(max(_MIN_STAGED_BYTES, nr_expected * PAGE_SIZE))
+            if last:
                 break
-            if number == 0 and nr_pages * PAGE_SIZE <= ctx.options.frozen_budget_bytes // 8:
-                break
-            if nr_hot > nr_pages * _MOSTLY:
-                break  # another round would find the same pages rewritten
+            nr_before = nr_pages
+            if number > 0:
+                ctx.sink.drain(hurry=False)  # so that the next round is short
         ctx.sink.drain(hurry=False, leave=_TAIL_PAGES // 4)
         for pid in self.precopied:
             # Read once more just before the freeze, so that smaps need not be read in it.
@@ -302,13 +311,24 @@ class _Take:
         self.ctx.stats.pages_dirty += pageplan.count(pages)
         return [reader]
 
-    def watch(self, found: list[Round], watch: Watch) -> list[tuple[Round, Runs]]:
-        """Wait until the job has shown which pages it rewrites all the time. Returns these for each process that is still there."""
+    def store_cold(self, found: list[Round], nr_pages: int) -> int:
+        """Have those pages stored that the job does not rewrite meanwhile. Returns how many are left to the next round."""
+        if nr_pages > _AHEAD_FROM:
+            self.ctx.sink.expect(nr_pages)
+            found = [self.read_ahead(one) for one in found]
+        watch = Watch(nr_pages)
+        hot = self.watch(found, watch)
+        if watch.stores_in_vain:
+            hot = {one.pid: pageplan.union(hot[one.pid], one.due) for one in found if one.pid in hot}
+        return sum(self.end_round(one, hot[one.pid]) for one in found if one.pid in hot)
+
+    def watch(self, found: list[Round], watch: Watch) -> dict[int, Runs]:
+        """Wait until the job has shown which pages it rewrites. Returns these for each process that is still there."""
         hot = {one.pid: pageplan.EMPTY for one in found}
         while (pause_s := watch.next_s) > 0:
             since = time.monotonic()
             time.sleep(pause_s)
-            nr_fresh = nr_left = 0
+            nr_left = 0
             for one in found:
                 before = hot.pop(one.pid, None)
                 if before is None:
@@ -317,19 +337,12 @@ class _Take:
                     written = self.written(one.pid, one.space)
                     now = one.present if written is None else pageplan.normalise(written)
                     hot[one.pid] = pageplan.union(before, now)
-                    cold = pageplan.subtract(one.due, before)
-                    left = pageplan.count(pageplan.subtract(cold, now))
-                    nr_left += left
-                    nr_fresh += pageplan.count(cold) - left
-            watch.looked(time.monotonic() - since, nr_fresh, nr_left)
-        if watch.hopeless:
-            hot = {one.pid: pageplan.union(hot[one.pid], one.due) for one in found if one.pid in hot}
-        return [(one, hot[one.pid]) for one in found if one.pid in hot]
+                    nr_left += pageplan.count(pageplan.subtract(one.due, hot[one.pid]))
+            watch.looked(time.monotonic() - since, nr_left)
+        return hot
 
     def end_round(self, one: Round, hot: Runs) -> int:
-        """Read what was due, but for the pages that the job rewrites all the time: they would be read once more, and what was
-        stored of them would be of no use. Returns how many pages that is.
-        """
+        """Have read what was due, but for the pages that the job rewrites. Returns how many pages that is."""
         pid, known = one.pid, one.known
         readers = [*(known.readers if known is not None else ()), *one.ahead]
         try:
@@ -339,6 +352,18 @@ class _Take:
         covered = pageplan.subtract(one.present, hot)
         self.precopied[pid] = Precopied(one.start, known is None or known.complete, covered, readers)
         return pageplan.count(pageplan.intersect(hot, one.present))
+
+    def stage_round(self, one: Round) -> None:
+        """Copy what was due into memory, up to the limit; the rest goes to the sink."""
+        pid, known = one.pid, one.known
+        readers = list(known.readers) if known is not None else []
+        try:
+            if len(one.due):
+                readers.append(memory.reader(ProcMem(pid), may_go=True))
+                self.staging.put(memory.space_name(pid), pageplan.to_table(one.due), readers[-1])
+        except (TargetGoneError, FileNotFoundError, ProcessLookupError):
+            return
+        self.precopied[pid] = Precopied(one.start, known is None or known.complete, one.present, readers)
 
     def written(
         self, pid: int, space: memory.AddressSpace, frozen: FrozenProcess | None = None
@@ -489,7 +514,10 @@ class _Take:
             name, mem = memory.space_name(pid), self.ctx.processes[pid].mem
             assert mem is not None
             pages = pageplan.subtract(present, was_read)
-            wrong = oracle.compare(name, pages, mem, self.witness.seen(name), parent)
+            seen = self.witness.seen(name)
+            for runs, piece in self.staging.latest(name):
+                seen.update(oracle.read_digests(runs, piece))
+            wrong = oracle.compare(name, pages, mem, seen, parent)
             self.ctx.stats.pages_verified += pageplan.count(pages)
             if wrong:
                 self.wrong[pid] = oracle.error(pid, wrong, spaces[pid].mappings)
@@ -547,13 +575,13 @@ class _Take:
     def finish(self, staging: Staging, started: int, tree: FrozenTree) -> DumpResult:
         """Hand over what was copied, serialise, sum up."""
         ctx, manifest = self.ctx, self.manifest
-        ctx.stats.pages_frozen = staging.nr_pages
-        ctx.stats.pages_dirty += staging.nr_pages
+        ctx.stats.pages_frozen = staging.nr_put_frozen
         for answer in ctx.later:
             answer()
         self.look_at_namespaces()
         self.ready.close()
         staging.flush()
+        ctx.stats.pages_dirty += staging.nr_handed
         self._mark("flush")
         tasks: dict[int, int] = {}
         for pid in ctx.processes:

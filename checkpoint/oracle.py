@@ -167,6 +167,14 @@ def _unlike_parent(space: str, living: dict[int, bytes], parent: PageSource | No
     return [page for page, digest in living.items() if stored.get(page, _ZERO) != digest]
 
 
+def read_digests(runs: PageRuns, reader: PageReader) -> Iterator[tuple[int, bytes]]:
+    """Page -> digest of what a reader gives."""
+    for piece in cut(as_table(runs), _PIECE_PAGES):
+        buffer = memoryview(bytearray(int(piece[:, 1].sum()) * PAGE_SIZE))
+        reader.read_into(piece, buffer)
+        yield from _digests(piece, buffer)
+
+
 def _digests(runs: PageRuns, buffer: memoryview) -> Iterator[tuple[int, bytes]]:
     at = 0
     for first, nr_pages in as_table(runs).tolist():

@@ -15,12 +15,6 @@ from checkpoint.model import pageplan
 from checkpoint.model.pageplan import Runs
 from checkpoint.resources import memory
 
-_WORTH_WATCHING = 512
-"""Pages: with fewer, reading some twice is cheaper than waiting."""
-_LEAST_WATCH_S, _MOST_WATCH_S = 0.02, 0.1
-_WATCH_S_PER_PAGE = 8e-6
-"""About what a page costs to read, compress and store."""
-
 
 @dataclass(slots=True)
 class Precopied:
@@ -61,69 +55,47 @@ class Round:
     """Who reads the part that was not watched, which is not in `due` any more."""
 
 
-def watching_s(nr_due: int, nr_present: int) -> float:
-    """How long to wait for what the job writes all the time: it has written it again after that. 0: it is not worth it.
-
-    A point in full is not kept waiting.
-    """
-    if nr_due <= _WORTH_WATCHING:
-        return 0
-    most = _LEAST_WATCH_S if nr_due >= nr_present else _MOST_WATCH_S
-    return min(max(nr_due * _WATCH_S_PER_PAGE, _LEAST_WATCH_S), most)
-
-
-def _rate(looks: Sequence[tuple[float, int]]) -> float:
-    """Pages a second."""
-    return sum(nr for _, nr in looks) / max(sum(seconds for seconds, _ in looks), 1e-3)
-
-
 class Watch:
-    """When to stop watching a job rewrite its pages, and begin to read.
+    """For how long to see what a job rewrites, and whether the rest of what is due will stay as it is.
 
-    A page that is rewritten after it was read has been stored for nothing. How many will be is foretold from how many
-    pages that had not been rewritten before came with the last looks, and from how long reading takes.
+    A page that is rewritten after it was stored has been stored for nothing. How many will be is foretold from how many
+    came to be rewritten while it was watched, and from how long storing takes.
     """
 
+    STEP_S = 0.02
+    _WORTH_WATCHING = 512
+    """Pages: with fewer, storing some twice is cheaper than waiting."""
+    _MANY, _LOOKS = 32768, 4
+    """With so many pages to store it is looked so often. Jobs write in bursts, and pages that are rewritten all the time
+    show at the first look: so all others count together."""
     _WASTE = 1 / 32
     """Of what is due, so much may be stored for nothing."""
-    _LONGEST_S = 2.0
     _S_PER_PAGE = 16e-6
-    """What a page of a job that keeps a core busy costs, on two cores."""
-    _LOOKS = 3
-    """Jobs write in bursts: so many looks count together."""
-    _MANY = 32768
-    """Pages. With fewer, one look without a write is enough."""
+    """What it takes to read, compress and store a page of a job that keeps a core busy, on two cores."""
 
-    def __init__(self, nr_due: int, first_s: float) -> None:
-        self._nr_due = nr_due
-        self._step_s = first_s
-        self._left_s = min(max(nr_due * self._S_PER_PAGE, first_s), self._LONGEST_S) if first_s else 0.0
-        self._doomed = False
+    def __init__(self, nr_due: int) -> None:
+        self.stores_in_vain = False
+        """Whether too much of what was not rewritten so far would be stored for nothing."""
+        self._nr_due = self._nr_left = nr_due
         self._looks: list[tuple[float, int]] = []
+        self._looks_left = 0
+        if nr_due > self._WORTH_WATCHING:
+            self._looks_left = self._LOOKS if nr_due >= self._MANY else 1
 
     @property
     def next_s(self) -> float:
-        """How long to watch until the next look; 0: begin to read."""
-        return min(self._step_s, self._left_s)
+        """How long to wait until the next look; 0: begin to read."""
+        return self.STEP_S if self._looks_left else 0.0
 
-    @property
-    def hopeless(self) -> bool:
-        """Whether too much of what is left to read would be stored for nothing: better read while the job stands still."""
-        return self._doomed
-
-    def looked(self, elapsed_s: float, nr_fresh: int, nr_left: int) -> None:
-        """A look: `nr_fresh` of the due pages were rewritten for the first time, `nr_left` not at all so far."""
-        self._left_s -= elapsed_s
-        self._looks.append((elapsed_s, nr_fresh))
-        last = self._looks[-self._LOOKS :]
-        # Half of the average: a pause between two bursts is no end, and a hot set that is complete fades in time.
-        a_second = max(_rate(last), _rate(self._looks) / 2)
+    def looked(self, elapsed_s: float, nr_left: int) -> None:
+        """A look: `nr_left` of the due pages were not rewritten so far."""
+        self._looks_left -= 1
+        self._looks.append((elapsed_s, self._nr_left - nr_left))
+        self._nr_left = nr_left
+        counted = self._looks[1:] or self._looks
+        a_second = sum(fresh for _, fresh in counted) / max(sum(seconds for seconds, _ in counted), 1e-3)
         foretold = min(a_second * nr_left * self._S_PER_PAGE, nr_left)
-        tolerable = foretold <= self._nr_due * self._WASTE
-        self._doomed = foretold > nr_left / 4 and not tolerable
-        seen_enough = len(last) == self._LOOKS or self._nr_due < self._MANY
-        if (tolerable and seen_enough) or self._left_s < self._step_s / 2:
-            self._left_s = 0.0
+        self.stores_in_vain = foretold > self._nr_due * self._WASTE
 
 
 def due(plan: pageplan.PagePlan, written: Runs | None, known: Precopied) -> Runs:

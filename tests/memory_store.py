@@ -142,13 +142,13 @@ class MemoryPoint:
         )
 
 
-def take(pid: int, parent: MemoryPoint | None = None, *, after: str = "run") -> MemoryPoint:
+def take(pid: int, parent: MemoryPoint | None = None, *, after: str = "run", **more: int) -> MemoryPoint:
     """Dump a job into memory."""
     from checkpoint.context import DumpOptions
     from checkpoint.dump import dump
 
     point = MemoryPoint(parent)
-    options = DumpOptions(after=after, producer="tests")  # type: ignore[arg-type]
+    options = DumpOptions(after=after, producer="tests", **more)  # type: ignore[arg-type]
     dump(pid, point, parent.as_parent() if parent else None, options, point.commit)
     return point
 

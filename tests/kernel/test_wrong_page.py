@@ -12,6 +12,7 @@ import pathlib
 import signal
 import struct
 import sys
+from dataclasses import dataclass
 
 import pytest
 
@@ -97,25 +98,35 @@ def test_another_task_writes_into_the_memory(job, compile_program, tmp_path):
             reap(job.pid)
 
 
-@pytest.mark.parametrize("way", ["pre-copied", "inherited"])
+@dataclass
+class Judged:
+    """A Watch that waits for nothing: all is stored while the job runs, or all is staged."""
+
+    stores_in_vain: bool
+    next_s: float = 0.0
+
+
+@pytest.mark.parametrize("way", ["pre-copied", "staged", "inherited"])
 def test_the_oracle_names_what_a_tracker_hides(way, job, compile_program, monkeypatch):
     """A tracker that reports nothing: the take fails, says which page of which mapping, and the next one is whole."""
+    said_way = "pre-copied" if way == "staged" else way
     honest = WriteProtectSession.collect
 
     def lying(self, pid, vmas, *, frozen=None):
         runs = honest(self, pid, vmas, frozen=frozen)
-        return runs if runs is None or (way == "pre-copied" and frozen is None) else EMPTY
+        return runs if runs is None or (way != "inherited" and frozen is None) else EMPTY
 
     job.start([compile_program("mem_churn.c")]).wait_ready()
     try:
         first = take(job.pid)
         with monkeypatch.context() as patch:
             patch.setattr(WriteProtectSession, "collect", lying)
-            # Nobody watches what the job rewrites: that would be read in the frozen window.
-            patch.setattr(dump, "watching_s", lambda *_: 0)
-            said = rf"task \d+: \d+ pages? .* 0x[0-9a-f]+ in mapping .*{way}"
+            patch.setattr(dump, "Watch", lambda _nr_due: Judged(stores_in_vain=way == "staged"))
+            # Another round is made, and staged, as long as there is anything.
+            options = {"frozen_budget_bytes": 0} if way == "staged" else {}
+            said = rf"task \d+: \d+ pages? .* 0x[0-9a-f]+ in mapping .*{said_way}"
             with pytest.raises(oracle.WrongPageError, match=said):
-                take(job.pid, first)
+                take(job.pid, first, **options)
         assert state(job.pid) in {"R", "S"}
         take(job.pid, first)
     finally:
@@ -159,6 +170,26 @@ def test_requests_of_closed_rings(job, compile_program, varied_file):
     finally:
         signal_tree(job.pid, signal.SIGKILL)
         reap(job.pid)
+
+
+def test_what_is_rewritten_is_staged_and_handed_on_once(job):
+    """A job that rewrites 48 MiB all the time: under the oracle, and no page is given to the sink twice."""
+    writer = (
+        "import mmap\n"
+        "memory, n = mmap.mmap(-1, 48 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0\n"
+        "while True:\n"
+        "    n += 1\n"
+        "    memory[:] = bytes([n % 256]) * len(memory)\n"
+    )
+    job.start([sys.executable, "-S", "-c", writer])
+    wait_until(lambda: ticks(job.pid) > 50, "it writes")
+    for _ in range(3):
+        point = take(job.pid)
+        stats = point.result.stats
+        assert stats.rounds > 1
+        assert stats.pages_verified + stats.pages_frozen >= 48 << 20 >> 12
+        assert point.pages_put <= stats.pages_total * 1.1
+    job.destroy()
 
 
 def test_who_sleeps_where_no_page_is_held_is_not_stopped(job, monkeypatch):
