@@ -1,7 +1,7 @@
 /* The command `snap`: starts Python isolated, with an environment that cannot lead or break it.
  *
- * Whatever a user's environment and current directory hold (PYTHONPATH, PYTHONHOME, LD_PRELOAD, a folder called
- * `store`) must not run in a tool of root's. `python -I` ignores PYTHON* and the current directory, but a `#!` line
+ * Whatever a user's environment and current directory hold (PYTHONPATH, __PYVENV_LAUNCHER__, LD_PRELOAD, a folder called
+ * `store`) must not run in a tool of root's. So only the variables of a list are passed on. `python -I` ignores PYTHON* and the current directory, but a `#!` line
  * cannot say -I: pip writes it anew, without options. A shell script could, but shells have such variables of their
  * own (ENV, SHELLOPTS, exported functions). So it is this, without a libc that would obey LD_*:
  *
@@ -15,8 +15,10 @@
 
 #include "freestanding.h"
 
+#define SYS_OPEN 2
 #define SYS_ACCESS 21
 #define SYS_EXECVE 59
+#define SYS_FCNTL 72
 #define SYS_READLINK 89
 #define SYS_GETRLIMIT 97
 #define STDERR 2
@@ -24,6 +26,10 @@
 #define R_OK 4
 #define MAX_PATH 4096
 #define MAX_WORDS 65536
+#define MAX_VARIABLES 256
+#define O_PATH_CLOEXEC (010000000 | 02000000)
+#define F_DUPFD_CLOEXEC 1030
+#define LEAST_FILES 16		      /* free descriptors; with fewer, Python ends with a traceback */
 #define LEAST_MEMORY (64UL << 20) /* Python alone dies of less, with a traceback of its own */
 
 #ifndef PYTHON
@@ -32,11 +38,29 @@
 
 static char directory[MAX_PATH], beside[2 * MAX_PATH], script[2 * MAX_PATH];
 static char *words[MAX_WORDS];
+static char *passed[MAX_VARIABLES + 2]; /* PATH and the end */
+static char path_variable[] = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
 
-/* What the loader, the C library, Python or a library that snap loads would obey: beginnings of names. */
-static const char *const unwanted[] = {
-	"LD_",	    "PYTHON",	"GLIBC_TUNABLES=", "GCONV_PATH=", "LOCPATH=", "NLSPATH=", "MALLOC_",
-	"OPENSSL_", "OPENBLAS", "NPY_",		   "NUMPY_",	  "OMP_",     "GOTO_",	  "PROTOCOL_BUFFERS_",
+/* The variables that snap reads, and the libraries that it prints with. A name that ends in `_` is a beginning of names.
+ * Anything else is dropped: the loader, the C library, Python, OpenSSL, OpenBLAS and protobuf obey more variables than one
+ * can list. PATH is a fixed one. */
+static const char *const wanted[] = {
+	"SNAP_",
+	"HOME=",
+	"XDG_CONFIG_HOME=",
+	"XDG_DATA_HOME=",
+	"XDG_RUNTIME_DIR=",
+	"LANG=",
+	"LC_",
+	"TZ=", /* but see is_wanted */
+	"TERM=",
+	"COLUMNS=",
+	"LINES=",
+	"NO_COLOR=",
+	/* click's completion in shells */
+	"_SNAP_COMPLETE=",
+	"COMP_WORDS=",
+	"COMP_CWORD=",
 };
 
 static unsigned long length(const char *text)
@@ -73,21 +97,46 @@ static _Noreturn void fail(const char *why)
 
 static int is_wanted(const char *variable)
 {
-	for (unsigned int i = 0; i < sizeof(unwanted) / sizeof(*unwanted); i++)
-		if (begins(variable, unwanted[i]))
+	/* tzset(3): a time zone may be any file. Only a name below the system's own directory is passed on. */
+	if (begins(variable, "TZ=")) {
+		if (variable[3] == ':' || variable[3] == '/')
 			return 0;
-	return 1;
+		for (const char *at = variable; *at; at++)
+			if (begins(at, ".."))
+				return 0;
+	}
+	for (unsigned int i = 0; i < sizeof(wanted) / sizeof(*wanted); i++)
+		if (begins(variable, wanted[i]))
+			return 1;
+	return 0;
 }
 
-/* Drops unwanted variables, in place. */
-static void clean(char **environment)
+/* Fills `passed` with the wanted variables. */
+static void choose(char **environment)
 {
-	char **to = environment;
+	long at = 0;
 
-	for (; *environment; environment++)
-		if (is_wanted(*environment))
-			*to++ = *environment;
-	*to = 0;
+	passed[at++] = path_variable;
+	for (; *environment; environment++) {
+		if (!is_wanted(*environment))
+			continue;
+		if (at > MAX_VARIABLES)
+			fail("snap: too many variables in the environment\nhint: unset those that begin with SNAP_ or LC_\n");
+		passed[at++] = *environment;
+	}
+	passed[at] = 0;
+}
+
+/* Fails if this process may not open a few files more. Those opened here are closed by execve. */
+static void require_files(void)
+{
+	long first = call3(SYS_OPEN, (long)"/", O_PATH_CLOEXEC, 0), last = first;
+
+	for (int i = 1; i < LEAST_FILES && last >= 0; i++)
+		last = call3(SYS_FCNTL, first, F_DUPFD_CLOEXEC, 0);
+	if (last < 0)
+		fail("snap: too many open files: `ulimit -n` leaves less than Python needs to start\n"
+		     "hint: raise it: ulimit -n 1024\n");
 }
 
 static const char *find_python(void)
@@ -123,7 +172,8 @@ __attribute__((used)) _Noreturn void launcher_main(long *stack)
 		fail("snap: too many words on the command line\n");
 	if (call3(SYS_GETRLIMIT, RLIMIT_AS, (long)&memory, 0) == 0 && memory.rlim_cur < LEAST_MEMORY)
 		fail("snap: out of memory: `ulimit -v` allows less than Python needs to start\nhint: raise it\n");
-	clean(environment);
+	require_files();
+	choose(environment);
 	python = find_python();
 	words[at++] = (char *)python;
 	words[at++] = "-I";
@@ -136,7 +186,7 @@ __attribute__((used)) _Noreturn void launcher_main(long *stack)
 	}
 	for (long i = 1; i < argc; i++)
 		words[at++] = argv[i];
-	call3(SYS_EXECVE, (long)python, (long)words, (long)environment);
+	call3(SYS_EXECVE, (long)python, (long)words, (long)passed);
 	fail("snap: cannot start " PYTHON "\nhint: install snap again, with the Python that is to run it\n");
 }
 

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -88,6 +89,63 @@ def environments(folder, preload, ran):
     }
 
 
+@pytest.fixture
+def strangers_venv(tmp_path, trap):
+    """The path of an interpreter in a virtual environment whose packages run code when Python starts."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    home = tmp_path / "venv"
+    packages = home / "lib" / version / "site-packages"
+    packages.mkdir(parents=True)
+    (home / "bin").mkdir()
+    (home / "bin" / "python").touch()
+    (home / "pyvenv.cfg").write_text(
+        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {sys.version}\n"
+    )
+    (packages / "evil.pth").write_text(f"import sys; open({str(trap[1])!r}, 'a').write('venv')\n")
+    return home / "bin" / "python"
+
+
+def test_another_interpreters_packages_are_not_found(run, trap, strangers_venv):
+    """Python takes the packages beside the path in __PYVENV_LAUNCHER__, even with -I (Modules/getpath.py)."""
+    env = {"__PYVENV_LAUNCHER__": str(strangers_venv)}
+    subprocess.run([sys.executable, "-I", "-c", ""], env=env, capture_output=True, check=False)
+    assert trap[1].exists(), "an ordinary Python falls into it"
+    trap[1].unlink()
+    assert run(env, "list") == (0, f"no points in {trap[0].parent}/store\n", "")
+    assert not trap[1].exists()
+
+
+PRINT_ENVIRONMENT = "#!/bin/sh\nexec /usr/bin/env\n"
+
+
+def environment_behind(tmp_path, env):
+    """What the launcher passes on: it is copied beside a false Python that prints its environment."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    copied = tmp_path / "bin" / "snap"
+    shutil.copy(SNAP, copied)
+    python = tmp_path / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    python.write_text(PRINT_ENVIRONMENT)
+    python.chmod(0o755)
+    done = subprocess.run([copied], env=env, capture_output=True, text=True, check=True)
+    return dict(line.split("=", 1) for line in done.stdout.splitlines()) | {"_": "", "PWD": ""}
+
+
+def test_only_the_variables_that_snap_reads_are_passed_on(tmp_path):
+    kept = {
+        "SNAP_STORE": "/s", "HOME": "/h", "XDG_CONFIG_HOME": "/c", "XDG_DATA_HOME": "/d", "XDG_RUNTIME_DIR": "/r",
+        "LANG": "C", "LC_ALL": "C.UTF-8", "TZ": "Europe/Berlin", "TERM": "vt100", "COLUMNS": "90", "NO_COLOR": "1",
+        "_SNAP_COMPLETE": "bash_complete", "COMP_WORDS": "snap ta", "COMP_CWORD": "1",
+    }  # fmt: skip
+    dropped = dict.fromkeys(("__PYVENV_LAUNCHER__", "PYTHONHOME", "LOCPATH", "TMPDIR", "SNAP", "HOMEX", "ANYTHING", "TZDIR"), "/x")  # fmt: skip
+    expected = kept | {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "_": "", "PWD": ""}
+    assert environment_behind(tmp_path, kept | dropped | {"PATH": "/evil"}) == expected
+
+
+@pytest.mark.parametrize("zone", ["/etc/shadow", ":/etc/shadow", "../../../etc/shadow"])
+def test_a_time_zone_is_no_path(tmp_path, zone):
+    assert "TZ" not in environment_behind(tmp_path, {"TZ": zone})
+
+
 NAMES = list(environments("", "", ""))
 
 
@@ -142,6 +200,17 @@ def is_said_in_a_sentence(status, err):
 def test_little_memory_is_said_in_a_sentence(run, kib, words):
     status, _, err = run({}, *words, preexec_fn=within(kib))
     is_said_in_a_sentence(status, err)
+
+
+@pytest.mark.parametrize("number", [4, 8, 12, 16, 20, 24, 40])
+@pytest.mark.parametrize("words", [("list",), ("doctor",), ("verify",), ("prune",), ("take", "1")])
+def test_few_descriptors_are_said_in_a_sentence(run, number, words):
+    limit = (number, number)
+    status, _, err = run({}, *words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit))
+    assert "Traceback" not in err
+    assert "internal error" not in err
+    assert all(line.startswith(("snap: ", "hint: ", "  ")) for line in err.splitlines()), err
+    assert number > 18 or (status == 1 and "ulimit -n" in err)
 
 
 @pytest.mark.requires("root")
