@@ -44,7 +44,7 @@ COMMANDS = {
 
 _MODULES = {"list": "list_"}
 
-_HANDLE_PAGES = frozenset({"take", "show", "rollback", "verify", "check", "prune"})
+_HANDLE_PAGES = frozenset({"take", "show", "rollback", "verify", "check", "prune", "doctor"})
 _LEAST_ADDRESS_SPACE = 160 << 20
 """What numpy's libraries, threads and our buffers need; with less, OpenBLAS ends the process with a message of its own."""
 
