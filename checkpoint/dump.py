@@ -43,6 +43,7 @@ from images import codec, manifest_pb2, task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import Finding, SnapshotterError, TargetGoneError, UnsupportedError
 from snapshotter.base.pages import PAGE_SIZE, PageSink, Run
+from snapshotter.base.text import bounded
 
 _NS_PER_S = 1_000_000_000
 _MIN_STAGED_BYTES = 4 << 20
@@ -609,7 +610,7 @@ class _Take:
             root_pid=ctx.root_pid,
             images=images,
             stats=stats,
-            warnings=ctx.warnings,
+            warnings=bounded(ctx.warnings),
             boot_id=self.boot_id,
             dump_uptime_ns=self.dump_uptime_ns,
             taken_at_ns=manifest.taken_at_ns,

@@ -29,6 +29,7 @@ from images import task_pb2
 from snapshotter.base import faults
 from snapshotter.base.errors import RestoreConflictError, SnapshotterError, wrap_os_error
 from snapshotter.base.pages import PageSource
+from snapshotter.base.text import bounded
 
 __all__ = ["RestoreOptions", "RestoreResult", "plan", "restore"]
 
@@ -75,7 +76,7 @@ def restore(
     with _timed(phases, "plan"):
         ctx, found, planned = _prepare(images, names, source, options)
     result = RestoreResult(planned.root_pid, list(ctx.processes), plan=planned, phases_us=phases)
-    result.warnings = ctx.warnings
+    result.warnings = bounded(ctx.warnings)
     faults.point("restore.planned")
     if options.dry_run:
         _release(ctx)
@@ -101,6 +102,7 @@ def restore(
                 gc.enable()
     result.tasks = ctx.state.pop("tasks", {})
     result.pages_written = ctx.pages_written
+    result.warnings = bounded(ctx.warnings)
     result.duration_us = (time.monotonic_ns() - started) // 1000
     return result
 

@@ -8,6 +8,8 @@ for programs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def visible(text: str) -> str:
     r"""The text as one line of visible characters.
@@ -28,6 +30,18 @@ def whole(text: str) -> str:
     except UnicodeEncodeError:
         return "".join(_escaped(char) if "\ud800" <= char <= "\udfff" else char for char in text)
     return text
+
+
+MOST_WARNINGS = 50
+"""Of one point, check or rollback. A job with thousands of files would fill the store and the terminal."""
+
+
+def bounded(warnings: Sequence[str]) -> list[str]:
+    """The first of many warnings, and how many more there are."""
+    left_out = len(warnings) - MOST_WARNINGS
+    if left_out <= 0:
+        return list(warnings)
+    return [*warnings[:MOST_WARNINGS], f"{left_out} more warnings like these are left out"]
 
 
 def _escaped(char: str) -> str:

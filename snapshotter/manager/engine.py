@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UsageError
 from snapshotter.base.pages import PageSink
+from snapshotter.base.text import bounded
 from snapshotter.manager.ports import Checked, Dumped, Identity, ParentInfo, ReaderLike, Restored
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class RealEngine:
             nr_tasks=report.nr_tasks,
             findings=tuple(report.findings),
             pids=tuple(report.pids),
-            warnings=(*report.warnings, *files.look_fleeting(report.tasks, pid)),
+            warnings=tuple(bounded([*report.warnings, *files.look_fleeting(report.tasks, pid)])),
             unseen=report.unseen,
         )
 

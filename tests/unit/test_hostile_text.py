@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshotter.base.errors import Finding, SnapshotterError, UnsupportedError
-from snapshotter.base.text import visible, whole
+from snapshotter.base.text import bounded, visible, whole
 from snapshotter.cli import main, options, output
 from snapshotter.manager import listing
 from snapshotter.manager.config import Config
@@ -195,6 +195,14 @@ def test_visible(text):
     assert seen.isprintable()
     assert visible(seen) == seen
     assert whole(text).encode()
+
+
+def test_a_flood_of_warnings_is_cut_and_counted():
+    many = [f"file {number} changed" for number in range(8000)]
+    told = bounded(many)
+    assert told[:-1] == many[:50]
+    assert told[-1] == "7950 more warnings like these are left out"
+    assert bounded(many[:50]) == many[:50]
 
 
 def test_readable_names_stay_as_they_are():
