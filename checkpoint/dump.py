@@ -291,7 +291,7 @@ class _Take:
 
     def settled(self, found: list[Round]) -> list[Round]:
         """Those rounds whose pages nobody writes into unseen; the rest is left to the frozen window (see transfers.py)."""
-        if not found or not transfers.settle(self.ctx.root_pid, _SETTLE_S):
+        if not found or not transfers.settle(self.ctx.root_pid, _SETTLE_S, self.ctx.warn):
             return []
         return [one for one in found if not transfers.asynchronous(one.pid, one.space.mappings)]
 

@@ -32,12 +32,20 @@ from checkpoint.kernel.tasks import task_ids, tree_of, without_workers
 from checkpoint.kernel.threads import ThreadFacts
 from checkpoint.parasite import LostTaskError, attending, cure, frames, stranded
 from checkpoint.parasite.remote import MAGIC_SIZE, blob
-from checkpoint.seizure import CannotStopError, Seizure
+from checkpoint.seizure import CannotStopError, Seized, Seizure
 from checkpoint.uninterrupted import stops_wait
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError, UnsupportedError
 
-__all__ = ["CannotStopError", "FrozenTree", "TreeChangedError", "lead_out", "settled_tree", "stopped_process"]
+__all__ = [
+    "CannotStopError",
+    "FrozenTree",
+    "TreeChangedError",
+    "lead_out",
+    "let_go_whole",
+    "settled_tree",
+    "stopped_process",
+]
 
 _MAX_PASSES = 64
 _TRIES = 5
@@ -196,8 +204,7 @@ class FrozenTree:
         regs = facts.regs
         wait_left_ms = 0
         if not stop_signal and interrupted.restart_instead(regs):
-            if timeout := timeouts.timeout_of(regs, facts.tid, mem):
-                wait_left_ms = timeouts.keep(regs, timeout, time.monotonic_ns() // 1_000_000)
+            wait_left_ms = timeouts.keep_deadline(regs, facts.tid, mem)
             ptrace.setregs(facts.tid, regs)
         task = FrozenTask(
             tid=facts.tid,
@@ -317,8 +324,10 @@ def settled_tree(
 
     `unsettled` says whether the tree, as it stands, would be better in a moment; it is not asked in the last try.
     """
+    told: list[str] = []
     for number in range(1, _TRIES + 1):
         tree = FrozenTree(root_pid, timeout_s=min(timeout_s, _FIRST_TRY_S * number), max_tasks=max_tasks)
+        tree.cut_short = told  # one list: what an earlier try has cut short must be said, too
         with hurried(), watchdog.held():
             try:
                 tree.__enter__()
@@ -360,6 +369,34 @@ def lead_out(pids: Iterable[int]) -> None:
             if there:
                 with stopped_process(pid):
                     pass  # entering it has led them out
+
+
+def let_go_whole(pid: int, tasks: Iterable[Seized], timeout_s: float) -> list[str]:
+    """Let threads go whose calls our stop has cut short, as a thaw does: attendants have the rest of the calls done.
+
+    A place for a thread's frames can be chosen only where all threads of its process stand: the others are stopped, too.
+
+    Args:
+        pid: their process.
+        tasks: they, stopped by the calling thread, and let go in any case. No other thread of the process is seized.
+        timeout_s: how long the other threads may take to stop.
+
+    Returns:
+        calls for which there was no way to have the rest done, for the user.
+    """
+    told: list[str] = []
+    tree = _OneProcess(pid, timeout_s=timeout_s)
+    tree.seized.tasks.update((task.tid, task) for task in tasks)
+    with watchdog.held():
+        try:
+            tree.freeze()
+        except TargetGoneError:
+            pass
+        except SnapshotterError as error:
+            told.append(f"task {pid}: a call returns less than it was to transfer: {error}")
+        finally:
+            tree.thaw()
+    return told + tree.cut_short
 
 
 class _OneProcess(FrozenTree):

@@ -19,17 +19,19 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from checkpoint.context import FrozenProcess
+from checkpoint.freeze import let_go_whole
 from checkpoint.hurry import hurried
-from checkpoint.kernel import interrupted, proc, ptrace, syscalls
+from checkpoint.kernel import cut_short, interrupted, proc, ptrace, syscalls, timeouts
 from checkpoint.kernel.fdinfo import parse_fdinfo
+from checkpoint.kernel.mem import ProcMem
 from checkpoint.kernel.tasks import task_ids, tree_of, without_workers
 from checkpoint.kernel.threads import read_files
 from checkpoint.model.vma import Mapping
-from checkpoint.seizure import Seizure
+from checkpoint.seizure import Seized, Seizure
 from checkpoint.uninterrupted import stops_wait
 from snapshotter.base import faults
 from snapshotter.base.errors import SnapshotterError, TargetGoneError
@@ -73,12 +75,13 @@ class _Seen:
     """It waits for a device or a server, and stops by itself when that has answered."""
 
 
-def settle(root_pid: int, timeout_s: float) -> bool:
+def settle(root_pid: int, timeout_s: float, warn: Callable[[str], None]) -> bool:
     """Wait until no task of the job is in a system call that was under way when this was called.
 
     Args:
         root_pid: the root of the job, whose trackers are armed.
         timeout_s: how long at most.
+        warn: told of each call that a stop has ended with a short count for good.
 
     Returns:
         False: some task still may be. Nothing that was armed may be relied upon.
@@ -88,7 +91,7 @@ def settle(root_pid: int, timeout_s: float) -> bool:
         without_workers((pid, tid) for pid, tids in tree_of(root_pid).items() for tid in tids)
     )
     restless = [tid for tid, seen in waiting.items() if not seen.patient]
-    if not _pass_through({tid: waiting.pop(tid) for tid in restless}, deadline):
+    if not _pass_through({tid: waiting.pop(tid) for tid in restless}, deadline, warn):
         return False
     patience = min(time.monotonic() + _PATIENCE_S, deadline)
     pause = _LEAST_PAUSE_S
@@ -97,7 +100,7 @@ def settle(root_pid: int, timeout_s: float) -> bool:
         pause = min(pause * 2, _MOST_PAUSE_S)
         again = _doubtful([(seen.pid, tid) for tid, seen in waiting.items()])
         waiting = {tid: seen for tid, seen in waiting.items() if _is_same_call(seen, again.get(tid))}
-    return _pass_through(waiting, deadline)
+    return _pass_through(waiting, deadline, warn)
 
 
 def _is_same_call(before: _Seen, now: _Seen | None) -> bool:
@@ -136,8 +139,10 @@ def _nr_reads(io: bytes | None) -> bytes:
     return (io or b"").partition(b"syscr:")[2].partition(b"\n")[0]
 
 
-def _pass_through(waiting: dict[int, _Seen], deadline: float) -> bool:
+def _pass_through(waiting: dict[int, _Seen], deadline: float, warn: Callable[[str], None]) -> bool:
     """Stop each of these tasks once and let it go at once. False: not all of them stopped in time.
+
+    A stop ends calls as a freeze does, and is to be noticed by the job as little.
 
     Raises:
         SnapshotterError: one that was told to stop does not: it waits for something that does not come.
@@ -145,16 +150,25 @@ def _pass_through(waiting: dict[int, _Seen], deadline: float) -> bool:
     if not waiting:
         return True
     seized = Seizure()
+    cut: dict[int, list[Seized]] = {}
+
+    def let_go_cut(pid: int) -> None:
+        for text in let_go_whole(pid, cut.pop(pid), _PATIENCE_S):
+            warn(text)
 
     def stopped(tid: int) -> None:
-        if tid in seized:
-            faults.point("transfers.stopped")
-            if not seized.tasks[tid].stop_signal:
-                regs = ptrace.getregs(tid)
-                if interrupted.restart_instead(regs):
-                    ptrace.setregs(tid, regs)
+        if tid not in seized:
+            return
+        faults.point("transfers.stopped")
+        task = seized.tasks[tid]
+        if not task.stop_signal and _mend(task):
+            cut.setdefault(task.pid, []).append(task)
+        else:
             seized.detach(tid)
-            seized.forget(tid)
+        seized.forget(tid)
+        # Not before: who is seized here cannot be seized there.
+        if task.pid in cut and all(other.pid != task.pid for other in seized.tasks.values()):
+            let_go_cut(task.pid)
 
     with stops_wait(), hurried():
         try:
@@ -169,8 +183,26 @@ def _pass_through(waiting: dict[int, _Seen], deadline: float) -> bool:
                 raise
             return False
         finally:
-            seized.let_go(killed=False)
+            try:
+                seized.let_go(killed=False)
+            finally:
+                for pid in list(cut):
+                    let_go_cut(pid)
     return True
+
+
+def _mend(task: Seized) -> bool:
+    """Have the call that a stop has interrupted go on when the task is let go. True: it was cut short, which takes more than that."""
+    with contextlib.suppress(TargetGoneError):
+        regs = ptrace.getregs(task.tid)
+        if cut_short.may_be_cut(regs):
+            with ProcMem(task.pid) as mem:
+                return cut_short.rest_of(regs, task.tid, mem) is not None
+        if interrupted.restart_instead(regs):
+            with ProcMem(task.pid) as mem:
+                timeouts.keep_deadline(regs, task.tid, mem)
+            ptrace.setregs(task.tid, regs)
+    return False
 
 
 def asynchronous(pid: int, mappings: Iterable[Mapping]) -> bool:

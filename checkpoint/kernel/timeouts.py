@@ -19,6 +19,7 @@ import errno
 import os
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,12 @@ def timeout_of(regs: Regs, tid: int, mem: ProcMem) -> Timeout | None:
             return _at(mem, int(regs.r8), 1_000_000, 0)
         return _of_socket(call, regs, tid)
     return None
+
+
+def keep_deadline(regs: Regs, tid: int, mem: ProcMem) -> int:
+    """Have a call that will be restarted (interrupted.restart_instead) end when it would have ended; what keep() returns."""
+    timeout = timeout_of(regs, tid, mem)
+    return keep(regs, timeout, time.monotonic_ns() // 1_000_000) if timeout else 0
 
 
 def keep(regs: Regs, timeout: Timeout, now_ms: int) -> int:

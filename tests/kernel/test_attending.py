@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from checkpoint import transfers
 from checkpoint.freeze import FrozenTree
 from checkpoint.parasite import attending, parked
 from snapshotter.base import faults
@@ -183,3 +184,58 @@ def test_snap_killed(writer, name, again, monkeypatch):
     if again:
         freeze(writer.pid)
     writer.expect(2_500_000)
+
+
+MOVING = f"""
+import os, socket, sys
+how = sys.argv[1]
+if how == "pipe":
+    r, w = os.pipe()
+    receive = lambda: os.read(r, 4096)
+else:
+    a, b = socket.socketpair()
+    r, w = a.fileno(), b.fileno()
+    receive = (lambda: a.recv({SIZE}, socket.MSG_WAITALL)) if how == "waitall" else (lambda: os.read(r, 4096))
+data, log = bytes({SIZE}), os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+if os.fork() == 0:
+    while True:
+        if (done := os.write(w, data)) != {SIZE}:
+            os.write(log, b"write %d\\n" % done)
+total = 0
+while True:
+    got = receive()
+    if how == "waitall" and len(got) != {SIZE}:
+        os.write(log, b"recv %d\\n" % len(got))
+    total += len(got)
+    os.pwrite(1, b"%20d" % total, 0)
+"""
+
+
+@pytest.mark.parametrize("how", ["pipe", "unix", "waitall"])
+@pytest.mark.parametrize("stop", ["settle", "freeze", "both"])
+def test_both_sides_at_full_speed(tmp_path, how, stop):
+    """Then a task is mostly in the middle of copying, not asleep, and every kind of stop must leave its call whole."""
+    log, count = tmp_path / "log", tmp_path / "count"
+    with count.open("wb") as out:
+        running = subprocess.Popen(
+            [sys.executable, "-c", MOVING, how], stdout=out, stdin=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True
+        )  # fmt: skip
+
+    def moved() -> int:
+        return int(count.read_text() or "0")
+
+    try:
+        for _ in range(40):
+            before = moved()
+            wait_until(lambda before=before: moved() > before + 3 * SIZE, "bytes flow")
+            if stop != "freeze":
+                assert transfers.settle(running.pid, 5.0, pytest.fail)
+            if stop != "settle":
+                freeze(running.pid)
+        before = moved()
+        wait_until(lambda: moved() > before + 10 * SIZE, "bytes still flow")
+        assert log.read_text() == ""
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    wait_until(lambda: not attendants(), "the attendants have ended")

@@ -97,7 +97,7 @@ def test_snap_killed_while_it_waits_for_transfers_leaves_the_job_running(job):
     child = os.fork()
     if child == 0:
         faults.configure("transfers.stopped:kill")
-        transfers.settle(job.pid, 10.0)  # who runs may be in anything
+        transfers.settle(job.pid, 10.0, pytest.fail)  # who runs may be in anything
         os._exit(0)
     assert os.WTERMSIG(reap(child)) == signal.SIGKILL
     wait_until(lambda: tracer(job.pid) == 0 and state(job.pid) == "R", "the job goes on")

@@ -102,8 +102,10 @@ def test_what_is_left_outlives_a_rollback(compile_program, job):
     (before,) = left(job.pid)
     job.take("--kill")
     job.rollback()
+    wait_until(lambda: in_epoll_wait(job.pid), "it waits again")
     (after,) = left(job.pid)
     assert 0 < after < before <= 600_000
+    wait_until(lambda: in_epoll_wait(job.pid), "it is back in its wait")
     (again,) = left(job.pid)
     assert 0 < again <= after
 

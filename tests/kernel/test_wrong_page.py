@@ -214,7 +214,7 @@ def test_who_sleeps_where_no_page_is_held_is_not_stopped(job, monkeypatch):
 
     def settled_by_looking() -> bool:  # a thread may be on its way to its sleep
         stopped.clear()
-        assert transfers.settle(job.pid, 2.0)
+        assert transfers.settle(job.pid, 2.0, pytest.fail)
         return not stopped
 
     wait_until(settled_by_looking, "nobody needs to be stopped")
@@ -227,7 +227,7 @@ def test_who_computes_is_stopped_for_an_instant(job):
     """It may be on its way into a transfer or out of one; afterwards it runs on and nobody traces it."""
     job.start([sys.executable, "-S", "-c", "while True: pass"])
     wait_until(lambda: state(job.pid) == "R", "it runs")
-    assert transfers.settle(job.pid, 5.0)
+    assert transfers.settle(job.pid, 5.0, pytest.fail)
     assert "TracerPid:\t0\n" in pathlib.Path(f"/proc/{job.pid}/status").read_text()
     before = ticks(job.pid)
     wait_until(lambda: ticks(job.pid) > before, "it computes")
