@@ -10,6 +10,7 @@ kernel says of the opened object. The rules:
   others cannot rename or remove it.
 - Exception: a user's own private group may write (umask 002 with a group per user), but not root's.
 - A symbolic link is followed only out of a directory that only trusted users may write, and it belongs to one of them.
+- Where other owners are tolerated, a link that one of them could have made leads only to a file of theirs. The file is not read before.
 
 What was checked so cannot be changed by others afterwards, so that using the path by name is safe from then on.
 """
@@ -44,6 +45,8 @@ class _Walk:
     strangers: set[int]
     """Owners that are not trusted, where they are tolerated."""
     hint: str
+    led: bool = False
+    """A link was followed that one of the strangers could have put there."""
 
     def belongs(self, status: os.stat_result, where: str) -> None:
         if status.st_uid in self.trusted:
@@ -118,6 +121,7 @@ def _open(path: Path, walk: _Walk) -> int:
                             hint="name what it leads to",
                         )
                     walk.belongs(status, here)
+                    walk.led = walk.led or bool(walk.strangers)
                     target = os.readlink("", dir_fd=found)
                     todo += _parts(target)
                     if not target.startswith("/"):
@@ -192,6 +196,14 @@ def read(path: Path, trusted: AbstractSet[int], *, limit: int, hint: str, tolera
         if not stat.S_ISREG(status.st_mode):
             raise SnapshotterError("is no regular file", where=str(path), hint="name a file")
         walk.belongs(status, str(path))
+        if walk.led and status.st_uid not in walk.strangers:
+            # Else a user could have root read any file for them.
+            who = ", ".join(str(uid) for uid in sorted(walk.strangers))
+            raise PermissionDeniedError(
+                f"a link that uid {who} could have made leads to a file of uid {status.st_uid}",
+                where=str(path),
+                hint=hint,
+            )
         if status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _is_private_group(status)):
             raise PermissionDeniedError(
                 f"others may write it (mode {stat.S_IMODE(status.st_mode):04o})",

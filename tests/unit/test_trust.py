@@ -179,6 +179,43 @@ def test_a_pid_file_of_two_users_names_nobodys_process(folder):
                 pidfile.require_right(pidfile.read(folder / "pid"), identity(*uids))
 
 
+@pytest.mark.parametrize("way", ["file", "directory"])
+def test_a_users_link_does_not_make_root_read_a_file_for_them(folder, tmp_path, way, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.mkdir(mode=0o700)
+    (secret / "pid").write_text("7\n")
+    own(folder, NOBODY)
+    link = folder / "link"
+    link.symlink_to(secret / "pid" if way == "file" else secret)
+    os.lchown(link, NOBODY, NOBODY)
+    real_open = os.open
+
+    def only_paths(path, flags, *args, **more):
+        assert flags & os.O_PATH, "it was opened for reading"
+        return real_open(path, flags, *args, **more)
+
+    monkeypatch.setattr(os, "open", only_paths)
+    with pytest.raises(PermissionDeniedError, match=f"link that uid {NOBODY} could have made"):
+        pidfile.read(link if way == "file" else link / "pid")
+
+
+def test_a_users_link_to_a_file_of_their_own_is_followed(folder):
+    (folder / "pid").write_text("7\n")
+    own(folder / "pid", NOBODY)
+    own(folder, NOBODY)
+    (folder / "link").symlink_to("pid")
+    os.lchown(folder / "link", NOBODY, NOBODY)
+    assert pidfile.read(folder / "link").pid == 7
+
+
+@pytest.mark.parametrize("text", ["root:$6$hash:1:2", "8888888888 secret", "-77 secret", "9" * 4000])
+def test_no_error_quotes_a_pid_file(folder, text):
+    (folder / "pid").write_text(text)
+    with pytest.raises(UsageError, match="no pid in it") as caught:
+        pidfile.read(folder / "pid")
+    assert text.split(maxsplit=1)[0] not in str(caught.value)
+
+
 @pytest.mark.parametrize("mode", [0o666, 0o664])
 def test_a_pid_file_that_others_may_write_is_refused(folder, mode):
     (folder / "pid").write_text("7")
