@@ -122,9 +122,9 @@ class InetKind(kind.Kind):
         return seen.link.startswith(b"socket:") and sockets.protocol_name(seen.pid, seen.fd) in _PROTOCOLS
 
     def refusal(self, seen: Seen) -> Finding | None:
-        filtered = sockets.look_at_filter(seen)
-        if filtered is not None or not sockets.protocol_name(seen.pid, seen.fd).startswith("TCP"):
-            return filtered
+        refused = sockets.look(seen)
+        if refused is not None or not sockets.protocol_name(seen.pid, seen.fd).startswith("TCP"):
+            return refused
         remote = _connection(seen.pid, seen.stat.st_ino)
         if remote is None:
             return None

@@ -1,13 +1,14 @@
 """What unix and internet sockets share: protocol names, options that differ from a fresh socket's, attached filters.
 
 A classic filter (SO_ATTACH_FILTER) can be read and is attached again, last, so that it does not filter what is put back. Refused: an
-eBPF program (SO_ATTACH_BPF), which cannot be read. Programs that choose among sockets of one port (SO_ATTACH_REUSEPORT_CBPF) are not to be seen.
+eBPF program (SO_ATTACH_BPF), which cannot be read; sockets of another network namespace. Programs that choose among sockets of one port (SO_ATTACH_REUSEPORT_CBPF) are not to be seen.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import functools
 import os
 import socket
@@ -34,6 +35,7 @@ _SO_BINDTODEVICE = 25
 SO_ATTACH_FILTER, _SO_LOCK_FILTER = 26, 44
 _INSTRUCTION_BYTES = 8
 _SO_TIMESTAMPING, _SO_PASSPIDFD = 37, 76
+_SO_NETNS_COOKIE, _SIOCGSKNS = 71, 0x894C
 LATE = frozenset({SO_PEEK_OFF, SO_ATTACH_FILTER, _SO_LOCK_FILTER, socket.SO_PASSCRED, _SO_PASSPIDFD})
 """Options that are set once the queue is full, in the order of their numbers. SO_PASSCRED: the kernel would put snap's own
 credentials on a message that was sent without.
@@ -145,8 +147,10 @@ def changed_options(
             yield *pair, value
 
 
-def look_at_filter(seen: Seen) -> Finding | None:
-    """Whether a socket of a process that may be running has a program attached that cannot be read."""
+def look(seen: Seen) -> Finding | None:
+    """Whether a socket of a process that may be running cannot be made again: it is of another network namespace, or has a program
+    attached that cannot be read.
+    """
     try:
         pidfd = _pidfd(seen.pid)
         try:
@@ -156,7 +160,38 @@ def look_at_filter(seen: Seen) -> Finding | None:
     except OSError:
         return None  # closed or ended meanwhile, or not ours to see: the dump will say so
     with socket.socket(fileno=fd) as sock:
+        if _network(sock) != _own_network():
+            return Finding(
+                seen.pid,
+                seen.where,
+                "is a socket of another network namespace",
+                "run snap in that namespace, with the whole job in it, or let the program close the socket",
+            )
         return None if _filter_length(sock) is not None else _unreadable(seen)
+
+
+def _network(sock: socket.socket) -> bytes:
+    """What names the network namespace of a socket: its cookie, never used again until the machine starts anew, which everybody may
+    ask for; before Linux 5.14 the file of the namespace, which takes CAP_NET_ADMIN in it. b"": the kernel does not say.
+    """
+    try:
+        return sock.getsockopt(_SOL, _SO_NETNS_COOKIE, 8)
+    except OSError:
+        pass
+    try:
+        fd = fcntl.ioctl(sock, _SIOCGSKNS)
+    except OSError:
+        return b""
+    try:
+        state = os.fstat(fd)
+    finally:
+        os.close(fd)
+    return b"%d:%d" % (state.st_dev, state.st_ino)
+
+
+def _own_network() -> bytes:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+        return _network(own)
 
 
 def _pidfd(task: int) -> int:

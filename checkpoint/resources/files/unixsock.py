@@ -70,7 +70,7 @@ class UnixKind(kind.Kind):
         )
 
     def refusal(self, seen: Seen) -> Finding | None:
-        return sockets.look_at_filter(seen)
+        return sockets.look(seen)
 
     def look(self, seen: Seen, looking: Looking) -> Finding | None:
         info = _info_of(seen, looking.sockets)
