@@ -58,7 +58,7 @@ KINDS: tuple[Kind, ...] = (
         re.compile(r"files"),
         files_pb2.Files,
         MAX_BYTES,
-        validate.FILES_PEERS,
+        validate.FILES_SOCKET_OWNERS,
         validate.files_version,
     ),
     Kind("fdtable", re.compile(rf"fdtable/{_NUMBER}"), files_pb2.FdTable, 64 * MIB),

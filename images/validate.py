@@ -28,6 +28,7 @@ _SUN_PATH_BYTES = 108
 _IPPROTO_IP, _IPPROTO_IPV6 = 0, 41
 _SO_ATTACH_FILTER = (1, 26)
 _FILTER_MAX_BYTES = 8 * 4096  # BPF_MAXINSNS
+_NO_ID = 0xFFFFFFFF
 _SOCKADDR_BYTES = 128  # struct sockaddr_storage
 _GROUP_FILTER_BYTES = 144  # struct group_filter without its sources
 USER_END = 1 << 57  # five-level page tables
@@ -40,6 +41,8 @@ FILES_LEASES = 2
 """Version of Files with leases among the locks."""
 FILES_PEERS = 3
 """With who made a unix socket."""
+FILES_SOCKET_OWNERS = 4
+"""With whose a socket is."""
 _LOCKS = frozenset({"FLOCK", "OFDLCK", "LEASE"})
 _TABLE = re.compile(r"fdtable/[1-9][0-9]{0,9}")
 
@@ -265,10 +268,18 @@ def files_version(files: Message) -> int:
     """The oldest version of Files that can say what is in this one."""
     if not isinstance(files, files_pb2.Files):
         return 1
+    if any(_has_owner(one) for one in files.descriptions):
+        return FILES_SOCKET_OWNERS
     if any(one.HasField("unix") and one.unix.HasField("peer") for one in files.descriptions):
         return FILES_PEERS
     locks = (lock for description in files.descriptions for lock in description.locks)
     return FILES_LEASES if any(lock.kind == "LEASE" for lock in locks) else 1
+
+
+def _has_owner(one: files_pb2.Description) -> bool:
+    return (one.HasField("unix") and one.unix.HasField("owner")) or (
+        one.HasField("inet") and one.inet.HasField("owner")
+    )
 
 
 def _uring(ring: files_pb2.Uring) -> None:
@@ -285,7 +296,15 @@ def _uring(ring: files_pb2.Uring) -> None:
 
 
 def _files(files: files_pb2.Files) -> None:
-    _require(files.format_version >= files_version(files), "leases or peers, which its version has not")
+    _require(
+        files.format_version >= files_version(files),
+        "leases, peers or owners of sockets, which its version has not",
+    )
+    for description in files.descriptions:
+        if _has_owner(description):
+            owner = (description.unix if description.HasField("unix") else description.inet).owner
+            # -1 is no id: fchown(2) would leave the socket root's.
+            _require(_NO_ID not in {owner.uid, owner.gid}, "a socket that belongs to user or group -1")
     ids = [description.id for description in files.descriptions]
     _require(len(set(ids)) == len(ids), "a file description is listed twice")
     pipes = {pipe.id for pipe in files.pipes}

@@ -16,10 +16,10 @@ import select
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from checkpoint.kernel import descriptors, sockdiag
-from checkpoint.resources.files import kind, multicast, outside, sockets
+from checkpoint.resources.files import kind, multicast, outside, socketowner, sockets
 from images import files_pb2
 from snapshotter.base.errors import Finding, RestoreConflictError, UnsupportedError
 
@@ -138,6 +138,7 @@ class InetKind(kind.Kind):
     def dump(self, job: FilesDump, seen: Seen, description: files_pb2.Description) -> None:
         image = description.inet
         image.ino = seen.stat.st_ino
+        socketowner.dump(seen, image)
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
             image.family, image.type, image.protocol = sock.family, sock.type, sock.proto
             image.state = TCP_CLOSE
@@ -180,12 +181,15 @@ class InetKind(kind.Kind):
     def check(self, opening: Opening, description: files_pb2.Description) -> None:
         """The address must be free, or held by the living job that is to be replaced."""
         image = description.inet
+        socketowner.check(image)
         address = _parsed(image.source)
         shared = any((o.level, o.name) == (socket.SOL_SOCKET, socket.SO_REUSEPORT) for o in image.options)
-        if not address[1] or shared or (image.type == socket.SOCK_STREAM and image.state != TCP_LISTEN):
+        if not address[1] or (image.type == socket.SOCK_STREAM and image.state != TCP_LISTEN):
             return
         users = _users(image, address[0], address[1])
-        links = {b"socket:[%d]" % ino for state, ino in users if ino and _is_in_the_way(image, state)}
+        if shared:  # with sockets of the same owner only, which may have been opened since
+            users = [one for one in users if one.uid != socketowner.uid_of(image)]
+        links = {b"socket:[%d]" % one.ino for one in users if one.ino and _is_in_the_way(image, one.state)}
         others = outside.holders(links, opening.ctx.processes) if links else {}
         for found in others.values():
             raise RestoreConflictError(
@@ -193,7 +197,7 @@ class InetKind(kind.Kind):
                 where=f"{address[0]} port {address[1]}",
                 hint="end it",
             )
-        if any(_lingers(image, state) for state, _ in users) and not sockdiag.can_destroy():
+        if not shared and any(_lingers(image, one.state) for one in users) and not sockdiag.can_destroy():
             raise RestoreConflictError(
                 "connections of the job's socket that have ended, or that the rollback would end, keep its address for a "
                 "minute (TIME_WAIT), and this kernel cannot forget them (CONFIG_INET_DIAG_DESTROY)",
@@ -204,6 +208,7 @@ class InetKind(kind.Kind):
     def open(self, opening: Opening, description: files_pb2.Description) -> int:
         image = description.inet
         with socket.socket(image.family, image.type, image.protocol) as sock:
+            socketowner.give(sock.fileno(), image)
             early = [o for o in image.options if (o.level, o.name) in _BEFORE_BIND]
             sockets.apply_options(sock, early, opening.warn)
             address = _parsed(image.source)
@@ -339,8 +344,16 @@ def _forget_connections(image: files_pb2.InetSocket, address: _Address) -> None:
                     sockdiag.destroy(info)
 
 
-def _users(image: files_pb2.InetSocket, host: str, port: int) -> list[tuple[int, int]]:
-    """(state, inode) of the sockets at this address; inode 0: nobody has it open any more."""
+class _User(NamedTuple):
+    """A socket at an address, and its owner; inode 0: nobody has it open any more."""
+
+    state: int
+    ino: int
+    uid: int
+
+
+def _users(image: files_pb2.InetSocket, host: str, port: int) -> list[_User]:
+    """The sockets at this address."""
     stream = image.type == socket.SOCK_STREAM
     name = ("tcp" if stream else "udp") + ("6" if image.family == socket.AF_INET6 else "")
     packed = socket.inet_pton(image.family, host.partition("%")[0])
@@ -357,7 +370,7 @@ def _users(image: files_pb2.InetSocket, host: str, port: int) -> list[tuple[int,
         words = line.split()
         local, _, number = words[1].partition(":")
         if int(number, 16) == port and (wanted == any_address or local in {wanted, any_address}):
-            found.append((int(words[3], 16), int(words[9])))
+            found.append(_User(int(words[3], 16), int(words[9]), int(words[7])))
     return found
 
 

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.kernel import distant, sockdiag
 from checkpoint.resources import paths, proof
-from checkpoint.resources.files import kind, outside, peers, sockets, unixghost, unixnode, urgent
+from checkpoint.resources.files import kind, outside, peers, socketowner, sockets, unixghost, unixnode, urgent
 from images import common_pb2, files_pb2
 from snapshotter.base.errors import (
     Finding,
@@ -92,6 +92,7 @@ class UnixKind(kind.Kind):
         with job.borrow(seen) as fd, sockets.borrowed_socket(fd) as sock:
             image.orphan = info.type == socket.SOCK_DGRAM and not info.peer and _has_peer(sock)
             peers.dump(sock, image)
+            socketowner.dump(seen, image)
             changed = sockets.changed_options(sock, sockets.GENERIC_OPTIONS)
             for level, name, value in (*changed, *sockets.dump_filter(sock, seen)):
                 image.options.add(level=level, name=name, value=value)
@@ -182,6 +183,7 @@ class UnixKind(kind.Kind):
                     hint="end it",
                 )
         peers.check(opening, image)
+        socketowner.check(image)
         if image.HasField("bound"):
             unixnode.check(opening, image)
 
@@ -194,9 +196,11 @@ class UnixKind(kind.Kind):
         )
         if with_peer:
             mine, other = _connected(opening, image, peer.unix if peer else None)
+            socketowner.give(mine, image)
             if peer is None:
                 opening.far_ends[description.id] = other
             else:
+                socketowner.give(other, peer.unix)
                 opening.fds[peer.id] = other
             return mine
         sock = socket.socket(socket.AF_UNIX, image.type)
@@ -204,8 +208,7 @@ class UnixKind(kind.Kind):
             unixghost.bind(opening, sock, image)
         if image.state == sockdiag.STATE_LISTEN:
             peers.listen(opening, sock, image, image.backlog)
-        with contextlib.suppress(PermissionError):
-            os.fchown(sock.fileno(), image.uid, image.gid)
+        socketowner.give(sock.fileno(), image)
         return sock.detach()
 
     def fill(self, opening: Opening, description: files_pb2.Description, fd: int) -> None:
