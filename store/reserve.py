@@ -18,25 +18,39 @@ from store.files import NoSpaceError, open_new
 NAME = "reserve"
 SIZE_BYTES = 4 << 20
 """The journal of a transaction over some hundred points, or a small pack."""
+LEAST_BYTES = 256 << 10
+"""What a take sets aside before it writes: enough for the journal of forgetting some points."""
 
 _T = TypeVar("_T")
 
 
-def make(root: Path) -> None:
-    """Put the reserve in place, if there is room for it. Never fails: without it everything works but on a full disk."""
+def make(root: Path, most_bytes: int = SIZE_BYTES) -> None:
+    """Have a reserve of `most_bytes`, or of as much as there is room for. Never fails: without it everything works but on a full disk."""
     path = root / NAME
     with contextlib.suppress(OSError):
-        if path.stat().st_size >= SIZE_BYTES:
+        have = path.stat().st_size if path.exists() else 0
+        if have >= most_bytes:
             return
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-        fd = open_new(path)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC) if path.exists() else open_new(path)
         try:
-            os.posix_fallocate(fd, 0, SIZE_BYTES)  # blocks, not a hole
-        except OSError:
-            path.unlink()
+            size = most_bytes
+            while size > have and size >= LEAST_BYTES and not _grow(fd, have, size):
+                size //= 2
         finally:
+            empty = not os.fstat(fd).st_size
             os.close(fd)
+        if empty:
+            path.unlink()
+
+
+def _grow(fd: int, have: int, size: int) -> bool:
+    """Give the file blocks, not a hole. What it has stays where there is no room for more."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError:
+        os.ftruncate(fd, have)
+        return False
+    return True
 
 
 def release(root: Path) -> bool:
@@ -52,10 +66,18 @@ def use(root: Path, work: Callable[[], _T]) -> _T:
     """Do what frees space; once more without the reserve if the disk is full."""
     try:
         return work()
-    except NoSpaceError:
+    except NoSpaceError as error:
         if not release(root):
-            raise
+            raise _without_room(error) from error
     try:
         return work()
+    except NoSpaceError as error:
+        raise _without_room(error) from error
     finally:
         make(root)
+
+
+def _without_room(error: NoSpaceError) -> NoSpaceError:
+    """The error of a command that frees space: its hint cannot be to run that command."""
+    hint = "make 1 MiB free on this file system by other means (remove another file, or enlarge it), then run this again"
+    return NoSpaceError(error.what, where=error.where, hint=hint)

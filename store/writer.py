@@ -60,6 +60,7 @@ class PointWriter:
         self._parent = parent
         self._lock = store.lock_shared()
         try:
+            reserve.make(store.path, reserve.LEAST_BYTES)  # before the take uses up the room
             self._start()
         except BaseException:
             self._lock.release()

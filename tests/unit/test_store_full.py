@@ -9,6 +9,7 @@ import pytest
 
 from snapshotter.base.errors import StoreError
 from store import Store, reserve
+from store.files import NoSpaceError
 from tests.unit.store_helpers import PAGE, page, restored, take
 
 pytestmark = pytest.mark.requires("root")
@@ -106,6 +107,52 @@ def test_packs_half_alive_are_repacked_without_a_free_byte(on_a_small_disk):
             assert store.verify().ok
 
     on_a_small_disk(work)
+
+
+def test_forget_works_where_the_whole_reserve_did_not_fit(on_a_small_disk):
+    """A take that leaves less than SIZE_BYTES leaves a smaller reserve; one that leaves nothing fails."""
+
+    def work(folder):
+        with Store.open(folder / "s", create=True) as store:
+            point = take(store, noise(1), job="one")
+            (folder / "s" / reserve.NAME).unlink()
+            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            with open(folder / "other", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, free - (1200 << 10))
+            second = take(store, noise(2, 16), job="one")
+            assert (folder / "s" / reserve.NAME).stat().st_size >= reserve.LEAST_BYTES
+            fill(folder)
+            store.forget([point, second])
+            assert store.prune().bytes_freed > 0
+
+    on_a_small_disk(work)
+
+
+def test_a_take_does_not_use_up_the_room_for_forgetting(on_a_small_disk):
+    def work(folder):
+        with Store.open(folder / "s", create=True) as store:
+            point = take(store, noise(1), job="one")
+            (folder / "s" / reserve.NAME).unlink()
+            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            with open(folder / "other", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, free - (400 << 10))
+            with pytest.raises(StoreError):
+                take(store, noise(2, 128), job="one")
+            fill(folder)
+            store.forget([point])
+            assert store.prune().bytes_freed > 0
+
+    on_a_small_disk(work)
+
+
+def test_forget_without_any_room_does_not_advise_to_forget(tmp_path):
+    def work():
+        raise NoSpaceError("full", hint="run `snap forget`")
+
+    with pytest.raises(NoSpaceError) as caught:
+        reserve.use(tmp_path, work)
+    assert "forget" not in caught.value.hint
+    assert "by other means" in caught.value.hint
 
 
 def test_a_store_without_a_reserve_works(tmp_path):
