@@ -151,6 +151,7 @@ while True: time.sleep(0.01)
 @pytest.mark.parametrize("arguments", ["2, 1", "2, 2", "10, 1", "10, 2", "1, 1"])
 def test_a_socket_of_another_network_namespace_is_refused(run, arguments, where):
     pid = run(FOREIGN, arguments, where)
-    with pytest.raises(UnsupportedError, match="socket of another network namespace"):
+    with pytest.raises(UnsupportedError, match="socket of another network namespace") as refused:
         memory_store.take(pid)
+    assert len(refused.value.findings) == 1
     assert is_running(pid)

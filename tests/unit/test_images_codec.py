@@ -185,3 +185,15 @@ def test_show_is_readable():
     assert shown["umask"] == "0o22"
     assert shown["threads"][0]["xstate"].endswith("(2696 bytes)")
     assert show("mm/42", serialise("mm/42", an_mm()))["vmas"][1]["kind"] == "FILE_PRIVATE"
+
+
+@pytest.mark.parametrize("kind", ["unix", "inet"])
+@pytest.mark.parametrize("field", ["uid", "gid"])
+def test_a_socket_that_belongs_to_no_id_is_refused(kind, field):
+    files = files_pb2.Files()
+    owner = getattr(files.descriptions.add(id=1), kind).owner
+    owner.uid = owner.gid = 0
+    parse("files", serialise("files", files))
+    setattr(owner, field, 0xFFFFFFFF)
+    with pytest.raises(VerificationError, match="user or group -1"):
+        parse("files", serialise("files", files))

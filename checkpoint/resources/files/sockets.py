@@ -1,7 +1,8 @@
 """What unix and internet sockets share: protocol names, options that differ from a fresh socket's, attached filters.
 
 A classic filter (SO_ATTACH_FILTER) can be read and is attached again, last, so that it does not filter what is put back. Refused: an
-eBPF program (SO_ATTACH_BPF), which cannot be read; sockets of another network namespace. Programs that choose among sockets of one port (SO_ATTACH_REUSEPORT_CBPF) are not to be seen.
+eBPF program (SO_ATTACH_BPF), which cannot be read; sockets of another network namespace. Programs that choose
+among sockets of one port (SO_ATTACH_REUSEPORT_CBPF) are not to be seen.
 """
 
 from __future__ import annotations

@@ -73,6 +73,8 @@ class UnixKind(kind.Kind):
         return sockets.look(seen)
 
     def look(self, seen: Seen, looking: Looking) -> Finding | None:
+        if seen.stat.st_ino not in looking.sockets:
+            return None  # made since they were listed; `refusal` finds those of another network namespace
         info = _info_of(seen, looking.sockets)
         if info.name:
             self._bound(seen, info, files_pb2.UnixSocket(address=_name(info.name)))
