@@ -47,6 +47,7 @@ class Parent:
     """A child of it that ended a while ago and was not reaped; 0: none."""
     background: bool = False
     """It is a shell with job control, and the process is not the job in front."""
+    shell: bool = False
     younger: bool = False
     """It is a shell, and started another child after the process: the one that it waits for."""
 
@@ -81,7 +82,7 @@ def look(found: Survey, root_pid: int) -> Surroundings:
             reasons = judge(holder, known)
             obstacles += reasons
             if not reasons and not known.heir and known.told != "ignored":
-                notes.append(_reported(holder, parent))
+                notes.append(_reported(holder, known))
     root = found.old.get(root_pid)
     if root is not None and (unit := _unit_of(root.pid)) is not None:
         obstacles.append(_service(root, unit))
@@ -125,8 +126,18 @@ def judge(child: Holder, parent: Parent) -> list[Obstacle]:
                 DETACH,
             )
         ]
-    if parent.told == "ignored":
+    if parent.told == "ignored" and (parent.shell or parent.above):
         return []
+    if parent.told == "ignored":
+        return [
+            Obstacle(
+                "supervised",
+                child.pid,
+                f"{name} ignores SIGCHLD and is no shell: it may look for the pid from time to time, and start another one when it is gone",
+                detach,
+                DETACH,
+            )
+        ]
     if parent.told:
         return [
             Obstacle(
@@ -148,13 +159,18 @@ def judge(child: Holder, parent: Parent) -> list[Obstacle]:
     ]
 
 
-_TOLD = {"handler": "it handles SIGCHLD", "signalfd": "it has a signalfd", "pidfd": "it has a pidfd of it"}
+_TOLD = {
+    "handler": "it handles SIGCHLD",
+    "signalfd": "it has a signalfd",
+    "pidfd": "it has a pidfd of it",
+}
 
 
-def _reported(child: Holder, parent: Holder) -> str:
+def _reported(child: Holder, parent: Parent) -> str:
+    unknown = ": that shell's fg, wait and jobs do not know it" if parent.shell else ""
     return (
         f"process {parent.pid} ({parent.comm}), the parent, sees the old process {child.pid} as killed; the restored job is a child "
-        "of init, so that shell's fg, wait and jobs do not know it"
+        f"of init{unknown}"
     )
 
 
@@ -197,7 +213,8 @@ def _describe(child: Holder, parent: Holder, found: Survey, line: frozenset[int]
             and child.tty == parent.tty
             and child.pgid not in {parent.pgid, child.front}
         ),
-        younger=_is_shell(parent.pid) and _has_younger(parent, child, found.processes),
+        shell=(shell := _is_shell(parent.pid)),
+        younger=shell and _has_younger(parent, child, found.processes),
     )
 
 
