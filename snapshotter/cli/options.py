@@ -53,12 +53,23 @@ class App:
         return session
 
 
+class _Seconds(click.FloatRange):
+    """A range that has no NaN in it: no comparison finds it outside."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; a usage error for NaN too."""
+        number = super().convert(value, param, ctx)
+        if number != number:  # noqa: PLR0124 (NaN alone differs from itself)
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return number
+
+
 def max_frozen(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --max-frozen, as `max_frozen_s`."""
     return click.option(
         "--max-frozen",
         "max_frozen_s",
-        type=click.FloatRange(min=0, max=1e6, max_open=True),
+        type=_Seconds(min=0, max=1e6, max_open=True),
         metavar="SECONDS",
         help="Let a job that stood still for so long go, and fail (default: SNAP_MAX_FROZEN, config, 5; 0: never).",
     )(command)

@@ -12,12 +12,17 @@ from snapshotter.cli.options import App, common, max_frozen
 from snapshotter.cli.output import point_json, short
 
 
+def _no_empty_path(context: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    """A variable that is not set must not name the current directory, which is what Path("") is."""
+    if value == "":
+        raise click.BadParameter("the name is empty", context, param)
+    return None if value is None else Path(value)
+
+
 @click.command("take")
 @click.argument("pid", type=int, required=False)
 @click.option("--job", metavar="NAME", help="Name of the job (default: command's name and pid).")
-@click.option(
-    "--pidfile", type=click.Path(path_type=Path), help="Read the pid from a file; for cron, see above."
-)
+@click.option("--pidfile", callback=_no_empty_path, help="Read the pid from a file; for cron, see above.")
 @click.option(
     "--keep-last", type=click.IntRange(min=1), metavar="N", help="With --pidfile: forget older points."
 )

@@ -407,3 +407,17 @@ def test_a_reader_that_has_left_is_told_nothing(tmp_path, unbuffered):
     )
     os.close(write_end)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("7", "--max-frozen", "nan"), "not a number of seconds"),
+        (("--job", "a", "--pidfile", ""), "the name is empty"),
+    ],
+)
+def test_values_that_make_no_sense_are_wrong_usage(capsys, args, says):
+    from snapshotter.cli.main import run as run_line
+
+    assert run_line(["take", *args]) == 2
+    assert says in capsys.readouterr().err
