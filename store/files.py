@@ -23,6 +23,7 @@ TEMP_SUFFIX = ".tmp"
 _HINTS = {
     errno.ENOSPC: "free some space, or run `snap forget` and `snap prune`; the points that exist are whole",
     errno.EDQUOT: "the quota is used up: raise it, or run `snap forget` and `snap prune`",
+    errno.EFBIG: "a limit of the size of files: raise it (ulimit -f unlimited), or use a file system without it",
     errno.EROFS: "the file system is read-only: remount it, or use another --store",
     errno.EIO: "the disk failed: look at `dmesg`, then run `snap verify`",
     errno.EACCES: "use a store of your own with --store, or run as the store's owner",

@@ -254,7 +254,7 @@ PROBES: dict[str, tuple[Callable[[], None], str]] = {
     "pidfd_send_signal": (_pidfd_send_signal, "signals that cannot hit a reused pid"),
     "map_files": (_map_files, "reading mapped files that were deleted"),
     "children": (_children_list, "finding the tasks of a job"),
-    "tcp_repair": (_tcp_repair, "established TCP connections"),
+    "tcp_repair": (_tcp_repair, "TCP repair mode (snap refuses jobs with established connections)"),
     "timer_restore_ids": (_timer_restore_ids, "restoring POSIX timers with their ids directly"),
     "map_vdso": (_map_vdso, "the vdso at its old address"),
     "set_mm_map": (_set_mm_map, "/proc/PID/exe, cmdline and auxv of a restored process"),
@@ -263,7 +263,7 @@ PROBES: dict[str, tuple[Callable[[], None], str]] = {
     "io_uring": (_io_uring, "tests of io_uring being refused"),
     "rseq_configuration": (_rseq_configuration, "restartable sequences"),
     "landlock": (_landlock, "programs that confine themselves: found out by a take, and refused"),
-    "suspend_seccomp": (_suspend_seccomp, "jobs with a seccomp filter"),
+    "suspend_seccomp": (_suspend_seccomp, "suspending a seccomp filter (snap refuses jobs that have one)"),
 }
 """name -> (probe, what it is good for)."""
 

@@ -1,6 +1,7 @@
 """A disk without a free byte: forget and prune work all the same. A small tmpfs in a mount namespace of the test's own."""
 
 import ctypes
+import errno
 import os
 import traceback
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from snapshotter.base.errors import StoreError
 from store import Store, reserve
-from store.files import NoSpaceError
+from store.files import NoSpaceError, store_error
 from tests.unit.store_helpers import PAGE, page, restored, take
 
 pytestmark = pytest.mark.requires("root")
@@ -153,6 +154,10 @@ def test_forget_without_any_room_does_not_advise_to_forget(tmp_path):
         reserve.use(tmp_path, work)
     assert "forget" not in caught.value.hint
     assert "by other means" in caught.value.hint
+
+
+def test_a_limit_of_file_sizes_is_named():
+    assert "ulimit -f" in store_error(OSError(errno.EFBIG, ""), "cannot write", "/s").hint
 
 
 def test_a_store_without_a_reserve_works(tmp_path):
