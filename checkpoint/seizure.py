@@ -33,6 +33,7 @@ _EVENT_STOP = 128  # PTRACE_EVENT_STOP
 _WAIT_ALL = 0x40000000  # __WALL
 _STUCK_S = 0.003
 _LET_GO_S = 5.0
+_SEIZE_TRIES = 4
 
 
 class CannotStopError(SnapshotterError):
@@ -251,12 +252,14 @@ class Seizure:
 
 
 def _seize(pid: int, tid: int) -> None:
-    try:
-        ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
-    except PermissionDeniedError:
-        if not attending.dismiss(pid, tid):
-            raise
-        ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
+    for _ in range(_SEIZE_TRIES):
+        try:
+            return ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
+        except PermissionDeniedError:
+            # An attendant may also have gone by itself just now, or its guard have come.
+            if not attending.dismiss(pid, tid) and proc.read_status(pid, tid).tracer_pid:
+                raise
+    return ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
 
 
 def _stop_of(tid: int) -> int | None:

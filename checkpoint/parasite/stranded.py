@@ -115,7 +115,8 @@ def _end_sleep(tid: int, mem: ProcMem) -> int | None:
             continue
         if regs.wants_restart:
             regs.rax, regs.orig_rax = 0, ptrace.NOT_IN_SYSCALL
-            ptrace.setregs(tid, regs)
+        regs.rdx = 0  # poll's timeout, for one that was stopped on its way there
+        ptrace.setregs(tid, regs)
         return call
     return None
 
