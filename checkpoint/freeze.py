@@ -220,6 +220,8 @@ class FrozenTree:
         )
         if cut_short.may_be_cut(regs) and not stop_signal and not _ends_calls(facts):
             task.rest = cut_short.rest_of(regs, facts.tid, mem)
+        if not stop_signal and (told := cut_short.clear_error(regs, facts.tid)):
+            self.cut_short.append(told)
         self._tasks[facts.tid] = task
         return task
 

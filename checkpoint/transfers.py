@@ -161,7 +161,7 @@ def _pass_through(waiting: dict[int, _Seen], deadline: float, warn: Callable[[st
             return
         faults.point("transfers.stopped")
         task = seized.tasks[tid]
-        if not task.stop_signal and _mend(task):
+        if not task.stop_signal and _mend(task, warn):
             cut.setdefault(task.pid, []).append(task)
         else:
             seized.detach(tid)
@@ -191,13 +191,15 @@ def _pass_through(waiting: dict[int, _Seen], deadline: float, warn: Callable[[st
     return True
 
 
-def _mend(task: Seized) -> bool:
+def _mend(task: Seized, warn: Callable[[str], None]) -> bool:
     """Have the call that a stop has interrupted go on when the task is let go. True: it was cut short, which takes more than that."""
     with contextlib.suppress(TargetGoneError):
         regs = ptrace.getregs(task.tid)
         if cut_short.may_be_cut(regs):
             with ProcMem(task.pid) as mem:
                 return cut_short.rest_of(regs, task.tid, mem) is not None
+        if told := cut_short.clear_error(regs, task.tid):
+            warn(told)
         if interrupted.restart_instead(regs):
             with ProcMem(task.pid) as mem:
                 timeouts.keep_deadline(regs, task.tid, mem)

@@ -4,20 +4,26 @@ A blocking write to a pipe, a terminal or a stream socket returns only when all 
 the same holds for receives with MSG_WAITALL, for sendfile to a stream socket, and for reads of the kernel's random numbers. A freeze is
 seen by them as a signal, and ends them with a short count. `rest_of` says which calls transfer what is left.
 
+A recvmmsg that is cut short is not completed; the error that the stop leaves on its socket is cleared (`clear_error`).
+
 Owns that knowledge and the reading of iovecs; carrying it out is the attendant's (parasite/attending.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import stat
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from checkpoint.kernel import sys as ksys
 from checkpoint.kernel.fdinfo import parse_fdinfo
 from checkpoint.kernel.syscalls import NAMES, NUMBERS
+from snapshotter.base.errors import SnapshotterError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +40,9 @@ _WRITEV, _SENDMSG, _RECVMSG, _PWRITEV2 = (
 _CALLS = frozenset(
     {_WRITE, _SENDTO, _RECVFROM, _READ, _SENDFILE, _GETRANDOM, _WRITEV, _SENDMSG, _RECVMSG, _PWRITEV2}
 )
+_RECVMMSG = NUMBERS["recvmmsg"]
+_MSG_WAITFORONE = 0x10000
+_PIDFD_THREAD = os.O_EXCL
 _MSG_DONTWAIT, _MSG_WAITALL, _MSG_PEEK, _MSG_NOSIGNAL = 0x40, 0x100, 0x2, 0x4000
 _GRND_NONBLOCK = 1
 _IOV_MAX = 1024
@@ -43,6 +52,8 @@ _TERMINALS = frozenset({4, 5, *range(136, 144), 188, 204})
 _ENDLESS = frozenset({(1, 5), (1, 8), (1, 9)})
 """/dev/zero, random, urandom."""
 _SYSCALL = b"\x0f\x05"
+_INTERRUPTED = frozenset({0, errno.EINTR, *range(512, 517)})
+"""Errors that say that a call was interrupted: EINTR, and those that the kernel uses inside (ERESTARTSYS and its like). 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,36 @@ class Rest:
 def may_be_cut(regs: Regs) -> bool:
     """Whether the registers of a stopped task show a count that may be a short one. Reads nothing."""
     return regs.in_syscall and regs.call in _CALLS and 0 < int(regs.rax) < 2**63
+
+
+def clear_error(regs: Regs, tid: int) -> str:
+    """Clear the error that a stop has left on a socket from which a stopped task was receiving several messages.
+
+    A recvmmsg that is interrupted after its first message returns the messages so far, and keeps the error for the next call on
+    the socket (do_recvmmsg, net/socket.c). That error is ERESTARTSYS (512), which no program knows.
+
+    Reading the error is the only way to clear it, and it cannot be put back.
+
+    Returns:
+        what to tell the user when it was another error; mostly "".
+    """
+    if not regs.in_syscall or regs.call != _RECVMMSG or not 0 < int(regs.rax) < int(regs.rdx) & 0xFFFFFFFF:
+        return ""
+    if int(regs.r10) & (_MSG_DONTWAIT | _MSG_WAITFORONE):
+        return ""  # it did not wait any more
+    fd, error = int(regs.rdi) & 0xFFFFFFFF, 0
+    with contextlib.suppress(OSError, SnapshotterError):
+        pidfd = ksys.pidfd_open(tid, _PIDFD_THREAD)
+        try:
+            with socket.socket(fileno=ksys.pidfd_getfd(pidfd, fd)) as its:
+                error = its.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        finally:
+            os.close(pidfd)
+    if error in _INTERRUPTED:
+        return ""
+    return (
+        f"task {tid}: an error of the socket at descriptor {fd} is not reported to it: {os.strerror(error)}"
+    )
 
 
 def rest_of(regs: Regs, tid: int, mem: ProcMem) -> Rest | None:
