@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from checkpoint import environment, oracle, tracking, transfers, watchdog
+from checkpoint import environment, oracle, surroundings, tracking, transfers, watchdog
 from checkpoint.check import CheckReport, check, look_at_process, program_of
 from checkpoint.context import DumpContext, DumpOptions, DumpResult, FrozenProcess, ParentPoint
 from checkpoint.finisher import Finisher
@@ -146,6 +146,9 @@ class _Take:
         self.ready_bystanders()
         for text in self.found.warnings:
             ctx.warn(text)
+        if ctx.options.after == "kill":
+            for text in surroundings.of_a_kill(ctx.root_pid, self.found.pids):
+                ctx.warn(text)
         keyrings.prepare()
         if ctx.options.precopy:
             self.precopy()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from checkpoint.environment import Holder, Survey, holder_of
+from checkpoint.environment import Holder, Survey, holder_of, processes
 from checkpoint.kernel import proc, waits
 from checkpoint.kernel.waits import Told, Waits
 from snapshotter.base.errors import SnapshotterError
@@ -87,6 +87,13 @@ def look(found: Survey, root_pid: int) -> Surroundings:
     if root is not None and (unit := _unit_of(root.pid)) is not None:
         obstacles.append(_service(root, unit))
     return Surroundings(tuple(obstacles), tuple(notes))
+
+
+def of_a_kill(root_pid: int, pids: Iterable[int]) -> list[str]:
+    """What a take that kills these processes afterwards does to others, as warnings: whoever says --kill has decided."""
+    there = processes()
+    found = Survey(there, os.getsid(0), os.getpgid(0), {pid: there[pid] for pid in pids if pid in there})
+    return [f"task {one.pid}: {one.what}" for one in look(found, root_pid).obstacles]
 
 
 def judge(child: Holder, parent: Parent) -> list[Obstacle]:

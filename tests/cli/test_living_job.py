@@ -336,3 +336,10 @@ def test_a_parent_that_ignores_its_children(nested):
     nested.take()
     assert nested.refused() == {"supervised"}
     rolled_back(nested, "--detach-from-parent")
+
+
+def test_a_take_that_kills_says_who_waits_for_the_job(nested):
+    nested.start("sh", "-c", f"{nested.command}; exec sleep 60")
+    nested.await_counter()
+    warnings = snap("take", nested.pid, "--job", "test", "--kill", store=nested.store)["warnings"]
+    assert any("waits for it, and goes on when it dies" in text for text in warnings), warnings
