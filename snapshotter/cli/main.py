@@ -22,6 +22,7 @@ from snapshotter.base.errors import InterruptedByUserError, SnapshotterError, Us
 from snapshotter.cli.options import STORE_OWNER_HELP
 from snapshotter.cli.output import (
     ReaderGoneError,
+    UnprintableError,
     flush,
     guard_tracebacks,
     show_error,
@@ -157,7 +158,7 @@ def _fail(error: SnapshotterError, as_json: bool) -> int:
         cause = sys.exception() or error
         write_traceback(type(cause), cause, cause.__traceback__)
     try:
-        show_error(error, as_json=as_json)
+        show_error(error, as_json=as_json and not isinstance(error, UnprintableError))
         flush()
     except SnapshotterError:  # stdout itself is what fails
         write_error(f"snap: {error}")

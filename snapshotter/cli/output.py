@@ -20,7 +20,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from snapshotter.base.errors import RestoreConflictError, SnapshotterError, UnsupportedError, wrap_os_error
+from snapshotter.base.errors import RestoreConflictError, SnapshotterError, UnsupportedError
 from snapshotter.base.text import visible, whole
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ class ReaderGoneError(SnapshotterError):
     exit_status = 141  # 128 + SIGPIPE, as shells have it
 
 
+class UnprintableError(SnapshotterError):
+    """Standard output cannot be written: the error goes to standard error, with --json too."""
+
+
 @contextlib.contextmanager
 def _printing() -> Iterator[None]:
     try:
@@ -42,9 +46,11 @@ def _printing() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise ReaderGoneError("the reader of standard output has left") from error
     except OSError as error:
-        raise wrap_os_error(
-            error,
-            "the result cannot be printed",
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is still buffered must not fail again
+        raise UnprintableError(
+            f"the result cannot be printed: {error.strerror}",
             where="standard output",
             hint="what was to be done is done: `snap list` shows the points",
         ) from error

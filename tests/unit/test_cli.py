@@ -421,3 +421,14 @@ def test_values_that_make_no_sense_are_wrong_usage(capsys, args, says):
 
     assert run_line(["take", *args]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [("doctor",), ("doctor", "--json")])
+def test_a_full_output_is_said_once(tmp_path, args):
+    env = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "SNAP_STORE": str(tmp_path / "s")}
+    command = [sys.executable, "-m", "snapshotter.cli.main", *args]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("cannot be printed") == 1
+    assert "what was to be done is done" in done.stderr
