@@ -18,6 +18,7 @@ import errno
 import os
 import signal
 import struct
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,6 +48,7 @@ _SECCOMP_STRICT, _SECCOMP_FILTER = 1, 2
 _NR_PLACES = 1024
 _STOP_TIMEOUT_S = 5.0
 _LIMIT_S = 20.0
+_EXEC_S, _EXEC_PAUSE_S = 1.0, 0.0005
 _IGNORED_BY_DEFAULT = (int(signal.SIGURG), int(signal.SIGWINCH))
 
 
@@ -467,18 +469,34 @@ def look_at_code(pid: int, report: list[Finding]) -> None:
     Only reads. What it has found out is kept, so that the frozen window need not wait for it.
     """
     blob()
-    maps = proc.read_maps(pid)
-    if not maps:
-        return  # it has just ended
+    deadline = time.monotonic() + _EXEC_S
+    while maps := proc.read_maps(pid):
+        problem = _problem_of_code(pid, maps)
+        if problem is None:
+            return
+        if time.monotonic() > deadline or not _is_in_exec(pid, maps):
+            report.append(Finding(pid, "task", problem.what, problem.hint))
+            return
+        time.sleep(_EXEC_PAUSE_S)
+
+
+def _problem_of_code(pid: int, maps: list[proc.MapsEntry]) -> UnsupportedError | None:
     try:
         with ProcMem(pid) as mem:
             gadgets.find(code_ranges(maps), mem.read, where=f"task {pid}")
         _hole(maps, AREA_SIZE, pid)
     except UnsupportedError as error:
-        if proc.read_maps(pid):
-            report.append(Finding(pid, "task", error.what, error.hint))
+        return error
     except OSError as error:
         raise TargetGoneError(f"its memory cannot be read: {error.strerror}", where=f"task {pid}") from error
+    return None
+
+
+def _is_in_exec(pid: int, maps: list[proc.MapsEntry]) -> bool:
+    """Whether a process is in the midst of an execve(2): its new mappings come one by one, and where its code begins is noted
+    last (load_elf_binary in fs/binfmt_elf.c).
+    """
+    return proc.read_maps(pid) != maps or not proc.read_stat(pid).start_code
 
 
 def infect(task: Target) -> RemoteTask:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 
 import pytest
 
 from checkpoint.check import check
-from snapshotter.base.errors import UnsupportedError
+from checkpoint.parasite.infection import look_at_code
+from snapshotter.base.errors import Finding, UnsupportedError
 from tests import memory_store
 from tests.jobs import SnapFailedError, is_running, snap, wait_until
 
@@ -186,3 +188,17 @@ def test_both_take_it_with_the_same_warnings(odd, tmp_path, name):
     finally:
         if name in REMOVE:
             subprocess.run(["ipcrm", REMOVE[name], (tmp_path / "job" / "id").read_text()], check=True)
+
+
+def test_a_process_in_the_midst_of_its_exec_is_no_finding():
+    """It has no code for an instant; a shell's next command is always in one."""
+    for _ in range(150):
+        pid = os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
+        try:
+            findings: list[Finding] = []
+            for _ in range(15):
+                look_at_code(pid, findings)
+            assert not findings
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
