@@ -141,7 +141,7 @@ def _check_tasks(ctx: RestoreContext) -> None:
             raise UnsupportedError(
                 f"shares its address space with task {spaces[process.mm]} (vfork or CLONE_VM)",
                 where=f"task {pid}",
-                hint="not supported yet",
+                hint="such a process cannot be made again exactly",
             )
         spaces[process.mm] = pid
 

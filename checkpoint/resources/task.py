@@ -103,7 +103,9 @@ def dump_process(ctx: DumpContext, process: FrozenProcess) -> task_pb2.Process:
             )
         if task.facts.word(b"Seccomp"):
             raise UnsupportedError(
-                "has got a seccomp filter just now", where=f"task {task.tid}", hint="not supported yet"
+                "has got a seccomp filter just now",
+                where=f"task {task.tid}",
+                hint="start the job without its sandbox",
             )
         pending = signals.dump_pending(task.tid, shared=False) if task.facts.word(b"SigPnd", 16) else []
         message.threads.add(tid=task.tid, pending=pending)

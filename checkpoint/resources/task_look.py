@@ -65,9 +65,7 @@ def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> N
             )
         )
     if status.seccomp:
-        report.append(
-            Finding(pid, where, "has seccomp filters", "not supported yet: start the job without its sandbox")
-        )
+        report.append(Finding(pid, where, "has seccomp filters", "start the job without its sandbox"))
     if status.shadow_stack:
         report.append(
             Finding(pid, where, "has a user shadow stack (CET)", "start it with GLIBC_TUNABLES without SHSTK")
@@ -83,7 +81,12 @@ def _look_thread(pid: int, tid: int, status: Status, report: list[Finding]) -> N
         )
     if tid == pid and status.state[:1] in {"Z", "X"} and status.threads > 1:
         report.append(
-            Finding(pid, where, "its first thread has exited while others run", "not supported yet")
+            Finding(
+                pid,
+                where,
+                "its first thread has exited while others run",
+                "such a process cannot be made again exactly",
+            )
         )
 
 

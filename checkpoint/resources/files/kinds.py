@@ -99,7 +99,7 @@ def unknown(seen: Seen) -> Finding:
         )
     elif stat.S_ISSOCK(seen.stat.st_mode):
         name = sockets.protocol_name(seen.pid, seen.fd) or "unknown"
-        what, hint = f"is a socket of a kind ({name}) that cannot be dumped yet", "close it first"
+        what, hint = f"is a socket of a kind ({name}) that cannot be dumped", "close it first"
     else:
         what, hint = "is of a type that cannot be dumped", "close it first"
     return Finding(seen.pid, seen.where, what, hint)

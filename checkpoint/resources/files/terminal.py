@@ -57,7 +57,7 @@ class TerminalKind(kind.Kind):
             return Finding(
                 seen.pid,
                 seen.where,
-                "is the master side of a pseudo terminal, which cannot be dumped yet (it comes next)",
+                "is the master side of a pseudo terminal, which cannot be dumped",
                 "run the job without tmux, screen or script inside it; they may be around it",
             )
         return None
