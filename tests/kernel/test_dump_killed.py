@@ -16,14 +16,12 @@ from images import codec
 from snapshotter.base import faults
 from tests.jobs import reap, state, wait_until
 from tests.kernel.test_keeper import keepers
-from tests.kernel.test_take_killed import FIRST_TAKE_ONLY
+from tests.kernel.test_take_killed import FIRST_TAKE_ONLY, POINTS
 from tests.kernel.test_trackers import differences, take
 
 pytestmark = pytest.mark.requires("root")
 
-NAMES = [
-    name for name in faults.POINTS if name.startswith(("dump.", "freeze.", "thaw.", "track.", "parasite."))
-]
+NAMES = [name for name in POINTS if name.startswith(("dump.", "freeze.", "thaw.", "track.", "parasite."))]
 
 
 def killed_take(pid, parent, name):
