@@ -7,7 +7,8 @@ table of its own, so that any number is free; to the kernel it makes no differen
 
 An edge-triggered entry (EPOLLET) that is added reports what is ready, although the job may have been told before. Where
 the instance had nothing to report at the point, that report is taken away again. An entry that watches something from
-outside the job may have news; it is armed anew and reports if it is ready: better twice than never.
+outside the job may have news; it is armed anew and reports if it is ready: better twice than never. So may the end of a
+pipe whose other side has gone be reported twice: a child that snap is just starting can hold that side a moment longer.
 
 Refused: an entry whose description no process of the job has any more under any number.
 """
